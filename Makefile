@@ -1,0 +1,174 @@
+# train_detr: a DETR trainer in C. GNU make; a bare `make` lists the targets.
+#
+# Variables:
+#   REAL=float|double   the type of every number in the network (float); `make test` runs both unless it is given
+#   PORTABLE=1          leave out -march=native, which lets the compiler use everything that this very processor has:
+#                       a binary made with it may not run on another machine
+#   SANITIZE=1          with AddressSanitizer and UndefinedBehaviorSanitizer
+#   WERROR=1            warnings are errors
+#   CC, CPPFLAGS, CFLAGS, LDFLAGS as usual; CFLAGS comes last, so it wins
+SHELL = /bin/sh
+REAL_ORIGIN := $(origin REAL)  # who chose it: decides what `make test` runs
+REAL ?= float
+PYTHON ?= python3
+CFLAGS ?=
+
+ifeq ($(filter $(REAL),float double),)
+$(error REAL=$(REAL): must be float or double)
+endif
+
+comma := ,
+# -fno-math-errno lets sqrtf become an instruction; -ffast-math would break the checks for NaN and infinity.
+OPTIMIZE := $(if $(SANITIZE),-O1,-O3)
+FLAGS := -std=gnu11 $(OPTIMIZE) -g $(if $(PORTABLE)$(SANITIZE),,-march=native) -ffp-contract=fast -fno-math-errno \
+         -fopenmp -pthread -Wall -Wextra $(if $(WERROR),-Werror) -DREAL=$(REAL) \
+         $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+LIBS := -ljpeg -lpng -lyajl -lexpat -lm
+ifeq ($(shell uname -s),Darwin)
+BREW := $(shell brew --prefix 2>/dev/null)
+CPPFLAGS += -I$(BREW)/include
+LDFLAGS += -L$(BREW)/lib
+endif
+
+# One folder for each way to build, so that float and double never mix.
+VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)
+B := build/$(VARIANT)
+HEADERS := $(wildcard data/*.h program/*.h)
+VENV := build/venv
+EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
+
+# The tests: TEST_FLAGS=--quick leaves out the slow ones.
+TEST_FLAGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help test test-asan test-valgrind mutants determinism dumps check-python bench demo install-deps format \
+        check-format clean FORCE
+
+help:
+	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
+	@echo "make test           every check of numbers, in float and in double (REAL=float or REAL=double: only that one)"
+	@echo "make train_detr     the trainer (-march=native: for this machine; PORTABLE=1 for others)"
+	@echo "make test_detr      the tests, not run"
+	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-valgrind  one tiny training step under valgrind"
+	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
+	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
+	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
+	@echo "                    DUMPS=dev/dumps replaces the files there"
+	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
+	@echo "make bench          one training step and one inference beside PyTorch's (python3, downloads PyTorch)"
+	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
+	@echo "make format         clang-format on every C file; make check-format only looks"
+	@echo "make clean          remove build/ and the programs; out/ stays"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
+
+# The libraries are looked for before the first compilation, so that a missing one is named with the command that
+# installs it instead of a compiler's error.
+build/libraries: dev/install.sh
+	@mkdir -p build
+	@$(EXPORTED) dev/install.sh --check
+	@touch $@
+
+# Changes when the compiler or its flags do.
+$(B)/flags: FORCE
+	@mkdir -p $(B)
+	@echo '$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $(LDFLAGS) $(LIBS)' | cmp -s - $@ || \
+	    echo '$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $(LDFLAGS) $(LIBS)' > $@
+
+$(B)/train_detr: train_detr.c $(HEADERS) $(B)/flags | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+# The tests leave out main, and with it the one caller of some functions.
+$(B)/test_detr: test_detr.c train_detr.c $(HEADERS) $(B)/flags | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+# The programs at the top are copies of the variant that was asked for last.
+train_detr test_detr: %: $(B)/% FORCE
+	@cmp -s $< $@ || cp -f $< $@
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+ifneq ($(filter command environment,$(REAL_ORIGIN)),)
+test: test_detr
+	./test_detr $(TEST_FLAGS)
+else
+test:
+	@$(MAKE) --no-print-directory REAL=double test
+	@$(MAKE) --no-print-directory REAL=float test
+endif
+
+# LeakSanitizer watches too. The sanitized programs stay under build/.
+test-asan:
+	@$(MAKE) --no-print-directory SANITIZE=1 REAL=$(REAL) build/$(REAL)-sanitize/test_detr
+	build/$(REAL)-sanitize/test_detr $(TEST_FLAGS)
+
+# valgrind knows no AVX-512, hence the portable build.
+test-valgrind:
+	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt-get install valgrind" >&2; exit 1; }
+	@$(MAKE) --no-print-directory PORTABLE=1 REAL=float build/float-portable/train_detr
+	@rm -rf build/valgrind
+	OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
+	    build/float-portable/train_detr train --data data/bccd --output_dir build/valgrind $(TINY) --steps 1
+
+# The smallest model that has every kind of layer.
+TINY := --backbone tiny --enc_layers 1 --dec_layers 1 --dim_feedforward 64 --hidden_dim 32 --nheads 4 \
+        --num_queries 20 --short_side 64 --max_size 96 --batch_size 2 --num_workers 1
+
+mutants:
+	@$(EXPORTED) $(PYTHON) dev/mutants.py
+
+determinism: train_detr
+	@dev/determinism.sh
+
+$(VENV)/ready: dev/requirements.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) has no venv: apt-get install python3-venv" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r dev/requirements.txt
+	@touch $@
+
+DUMPS ?= build/dumps
+dumps: $(VENV)/ready
+	$(VENV)/bin/python dev/oracle.py $(DUMPS)
+	$(VENV)/bin/python dev/oracle.py --compare $(DUMPS) dev/dumps
+
+check-python: $(VENV)/ready train_detr
+	$(VENV)/bin/python dev/check.py
+
+$(VENV)/bench-ready: dev/requirements-bench.txt $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r dev/requirements-bench.txt
+	@touch $@
+
+bench: $(VENV)/bench-ready train_detr
+	$(VENV)/bin/python dev/bench.py
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo. A run that is there already goes on where it stopped; nothing there is ever removed.
+
+DEMO ?= out/demo
+DEMO_FLAGS ?=
+
+demo: install-deps
+	@$(MAKE) --no-print-directory train_detr
+	@dev/demo.sh $(DEMO) $(DEMO_FLAGS)
+
+install-deps:
+	@$(EXPORTED) dev/install.sh
+
+# ----------------------------------------------------------------------------------------------------------------------
+# House-keeping
+
+format:
+	clang-format -i *.c data/*.h
+
+check-format:
+	clang-format --dry-run -Werror *.c data/*.h
+
+clean:
+	rm -rf build train_detr test_detr
+
+FORCE:

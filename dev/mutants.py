@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Do the tests notice an error? Plants one-line errors, one at a time, and runs the quick tests on each.
+
+    dev/mutants.py [--jobs N] [--only TEXT] [--list]
+
+The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
+that file) and what replaces it. Every error is built in double with quick compile flags in a folder of its own under
+build/mutants/. An error is caught when a test fails, crashes or does not come to an end; one that survives shows that
+something is not tested. Exit status 0 when every error of the table was planted and caught.
+
+Needs Python's standard library and a C compiler only.
+"""
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "mutants"
+SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"data/{path.name}" for path in (ROOT / "data").glob("*.h"))
+FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w -DREAL=double".split()
+LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
+# The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
+HEART = "matmul attention layernorm matching boxes dumps random gradients company nonfinite same_bytes".split()
+TESTS = {"train_detr.c": HEART, "data/common.h": ["random"] + HEART, "data/image.h": ["image"], "data/loader.h": ["image"],
+         "data/coco_eval.h": ["eval"], None: HEART + ["image", "dataset", "eval"]}
+OTHER = ["dataset", "image"]  # on the files that are not named here
+
+
+def read_table(path):
+    """[(number of the line, file, original, replacement)] from lines `@ file`, `- original`, `+ replacement`."""
+    table, file, original = [], None, None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.startswith("@ "):
+            file = line[2:].strip()
+        elif line.startswith("- "):
+            original = line[2:].strip()
+        elif line.startswith("+ ") or line == "+":
+            if file is None or original is None:
+                sys.exit(f"{path}:{number}: a replacement without file or original before it")
+            table.append((number, file, original, line[2:].strip()))
+            original = None
+        elif line.strip() and not line.startswith("#"):
+            sys.exit(f"{path}:{number}: neither '@ file', '- original', '+ replacement' nor a comment: {line}")
+    return table
+
+
+def check_table(table):
+    """Complaints about entries whose original is not found exactly once; an empty list when all is well."""
+    texts = {}
+    complaints = []
+    for number, file, original, replacement in table:
+        if file not in SOURCES:
+            complaints.append(f"dev/mutants.txt:{number}: {file} is not one of the sources")
+            continue
+        text = texts.setdefault(file, (ROOT / file).read_text())
+        count = text.count(original)
+        if count != 1:
+            complaints.append(f"dev/mutants.txt:{number}: {file}: found {count} times, not once: {original}")
+        elif original == replacement:
+            complaints.append(f"dev/mutants.txt:{number}: {file}: changes nothing: {original}")
+    return complaints
+
+
+def build_and_test(name, file, original, replacement, limit):
+    """Plants one error and returns (verdict, seconds, last lines of output); file None: the program as it is."""
+    start = time.monotonic()
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    for source in SOURCES:
+        text = (ROOT / source).read_text()
+        (folder / source).write_text(text.replace(original, replacement) if source == file else text)
+    (folder / "dev").symlink_to(ROOT / "dev")
+    (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
+    command += ["test_detr.c", "-o", "test_detr"] + shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if built.returncode != 0:
+        return "does not compile", time.monotonic() - start, built.stderr[-2000:]
+    verdict, output = "survives", ""
+    for test in TESTS.get(file, OTHER):
+        try:
+            run = subprocess.run(["./test_detr", test], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 timeout=limit, env=environment)
+            output = run.stdout.decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            verdict, output = "caught", f"FAILED: {test} does not come to an end"
+            break
+        if run.returncode < 0:
+            verdict, output = "caught", f"FAILED: {test} ends with signal {-run.returncode}"
+            break
+        if run.returncode != 0:
+            verdict = "caught"
+            break
+        if not re.search(r"^[1-9][0-9]* passed, 0 failed", output, re.MULTILINE):
+            verdict, output = "no such test", f"./test_detr {test} checks nothing:\n{output}"
+            break
+    shutil.rmtree(folder, ignore_errors=True)
+    return verdict, time.monotonic() - start, output
+
+
+def first_failure(output):
+    found = re.search(r"FAILED: (.{1,90})", output)
+    return found.group(1) if found else ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="errors tried at the same time")
+    parser.add_argument("--only", default="", help="only entries that contain this text")
+    parser.add_argument("--list", action="store_true", help="check the table against the sources and print it")
+    arguments = parser.parse_args()
+
+    table = read_table(ROOT / "dev" / "mutants.txt")
+    complaints = check_table(table)
+    for complaint in complaints:
+        print(complaint)
+    table = [entry for entry in table if arguments.only in " ".join(entry[1:])]
+    if arguments.list or complaints:
+        for number, file, original, replacement in table if arguments.list else []:
+            print(f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}")
+        print(f"{len(table)} errors in the table, {len(complaints)} of them not as the sources are")
+        return 1 if complaints else 0
+
+    verdict, seconds, output = build_and_test("original", None, "", "", 3600)
+    if verdict != "survives":
+        print(output[-2000:])
+        print(f"the tests do not pass on the program as it is ({verdict}): no error can be judged")
+        return 1
+    limit = max(60.0, 10 * seconds)
+    print(f"the program as it is: passes in {seconds:.0f} s; {len(table)} errors, {arguments.jobs} at a time", flush=True)
+
+    caught = survivors = broken = 0
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        jobs = {}
+        for entry in table:
+            number, file, original, replacement = entry
+            jobs[pool.submit(build_and_test, f"line{number}", file, original, replacement, limit)] = entry
+        for job in concurrent.futures.as_completed(jobs):
+            number, file, original, replacement = jobs[job]
+            verdict, seconds, output = job.result()
+            what = f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}"
+            if verdict.startswith("caught"):
+                caught += 1
+                print(f"{verdict:8s} {seconds:4.0f} s  {what}   [{first_failure(output)}]", flush=True)
+            elif verdict == "survives":
+                survivors += 1
+                print(f"SURVIVES {seconds:4.0f} s  {what}", flush=True)
+            else:
+                broken += 1
+                print(f"{verdict.upper()}  {what}\n{output[-1500:]}", flush=True)
+    print(f"mutants: {caught} caught, {survivors} survived, {broken} did not compile")
+    print(f"{caught} passed, {survivors + broken} failed")
+    return 0 if survivors + broken == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,529 @@
+#!/usr/bin/env python3
+"""
+The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
+
+    python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
+                                         under OUTDIR/basic, bottleneck, dc5 and odd
+    python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
+
+The network is transformers' DetrForObjectDetection. Loss, matching, clipping, parameter groups and dropout are those of
+facebookresearch/detr. Read it in order: cases, random numbers, network, criterion, training steps, dumps, comparison.
+
+Where transformers departs from DETR, or from double precision, the departure is undone here:
+  - its sine positions are computed in float32 even for a double model:              `sine_positions`
+  - it applies dropout to the encoder's input, which DETR does not do:               `open_model`
+  - dropout on attention weights and after the ReLU of the FFN is off by default:    `config_of`
+  - with auxiliary_loss it feeds the normed state to the following decoder layer:    `run_image` norms a copy instead
+  - it freezes all of a native backbone, or trains all of the norms' affines never:  `trained_parameters`
+
+A truth is only a truth if rounding cannot flip a decision: `Margins` measures how far every ReLU, matching, class and box
+comparison is from a tie, and a case that comes too near is refused.
+"""
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns of itself on import
+warnings.filterwarnings("ignore", message="TF32")
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+from scipy.optimize import linear_sum_assignment
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+from transformers.models.detr import modeling_detr
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
+# has more boxes than there are queries, the second a crowd among its boxes, the third none (`SHARES` turns them round
+# in the second step). Weights other than DETR's own, so that a factor that is mixed up or left out shows.
+
+DEFAULTS = dict(lr=1e-3, lr_backbone=3e-4, weight_decay=0.05, clip_max_norm=0.1, eos_coef=0.1, dropout=0.0, seed=42,
+                train_norms=0, train_all=0, cost_class=1, cost_bbox=5, cost_giou=2, bbox_loss_coef=5, giou_loss_coef=2)
+
+CASES = dict(
+    basic=dict(
+        numpy_seed=20, settings=dict(),
+        backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12, 16], depths=[1, 1, 2, 1]),
+        detr=dict(d_model=20, heads=5, ffn=24, encoder_layers=2, decoder_layers=3, num_queries=7), num_classes=5,
+        sizes=[[(61, 75), (47, 90), (72, 52)], [(50, 64), (97, 41), (65, 66)]]),
+    bottleneck=dict(
+        numpy_seed=21, settings=dict(dropout=0.1, eos_coef=0.3, clip_max_norm=1000.0, cost_class=2, cost_bbox=3,
+                                    cost_giou=1.5, bbox_loss_coef=4, giou_loss_coef=1.25, seed=0x123456789),
+        backbone=dict(layer_type="bottleneck", embedding_size=8, hidden_sizes=[16, 20, 24, 32], depths=[1, 2, 1, 2]),
+        detr=dict(d_model=32, heads=2, ffn=40, encoder_layers=1, decoder_layers=2, num_queries=6), num_classes=3,
+        sizes=[[(64, 96), (55, 71), (81, 43)], [(58, 83), (40, 99), (66, 45)]]),
+    dc5=dict(
+        numpy_seed=41, settings=dict(weight_decay=1e-4),
+        timm=dict(backbone="resnet50", layers=[1, 1, 1, 2], channels=[4, 4, 5, 6]),
+        detr=dict(d_model=16, heads=4, ffn=24, encoder_layers=2, decoder_layers=2, num_queries=9), num_classes=4,
+        sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
+    odd=dict(
+        numpy_seed=32, settings=dict(dropout=0.25, train_norms=1, train_all=1, eos_coef=0.2),
+        backbone=dict(layer_type="bottleneck", embedding_size=7, hidden_sizes=[18, 22, 26, 31], depths=[1, 1, 2, 1]),
+        detr=dict(d_model=36, heads=3, ffn=37, encoder_layers=1, decoder_layers=2, num_queries=5), num_classes=2,
+        sizes=[[(37, 211), (101, 40), (33, 65)], [(150, 33), (35, 139), (43, 43)]]),
+)
+
+SHARES = [["many", "crowd", "none"], ["none", "many", "crowd"]]  # what boxes image i of step s has
+
+
+def settings_of(case):
+    return {**DEFAULTS, **case["settings"]}
+
+
+def config_of(case):
+    """The DetrConfig of a case. DC5 has no ResNetConfig: it is a timm backbone, sized by timm's own arguments."""
+    detr, settings = case["detr"], settings_of(case)
+    if "timm" in case:
+        arguments = dict(case["timm"])
+        backbone = dict(use_timm_backbone=True, use_pretrained_backbone=False, backbone=arguments.pop("backbone"),
+                        dilation=True, backbone_kwargs=dict(out_indices=[1, 2, 3, 4], in_chans=3, output_stride=16, **arguments))
+    else:
+        backbone = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+                        backbone_config=ResNetConfig(out_features=["stage4"], **case["backbone"]))
+    names = {index: f"class {index}" for index in range(case["num_classes"])}
+    return DetrConfig(
+        d_model=detr["d_model"], encoder_layers=detr["encoder_layers"], decoder_layers=detr["decoder_layers"],
+        encoder_attention_heads=detr["heads"], decoder_attention_heads=detr["heads"], encoder_ffn_dim=detr["ffn"],
+        decoder_ffn_dim=detr["ffn"], num_queries=detr["num_queries"], auxiliary_loss=False, dropout=settings["dropout"],
+        attention_dropout=settings["dropout"], activation_dropout=settings["dropout"],
+        id2label=names, label2id={name: index for index, name in names.items()}, **backbone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers. Weights, pictures and boxes: numpy's generator, rounded to float32, the same on every machine.
+# Dropout: Philox4x32-10 as data/common.h specifies it.
+
+RANDOM_DROPOUT = 4
+
+
+def random_words(seed, purpose, site, step, image, count):
+    """The first `count` words of data/common.h's random_word(seed, purpose, site, step, image, element)."""
+    groups = (count + 3) // 4
+    fixed = (purpose | site << 8, step, image)
+    counter = [np.arange(groups, dtype=np.uint64)] + [np.full(groups, word, np.uint64) for word in fixed]
+    key0, key1, low = seed & 0xFFFFFFFF, seed >> 32, np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        product0, product1 = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+        counter = [(product1 >> np.uint64(32)) ^ counter[1] ^ np.uint64(key0), product1 & low,
+                   (product0 >> np.uint64(32)) ^ counter[3] ^ np.uint64(key1), product0 & low]
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(counter, axis=1).reshape(-1)[:count]
+
+
+class Dropout:
+    """
+    Stands in for torch.nn.functional.dropout. The n-th call within the forward pass of one image is site n, which gives
+    each encoder layer 4 sites and each decoder layer 6; the element is the index into the flattened (1, rows, channels),
+    or (heads, queries, keys). `begin` starts an image.
+    """
+
+    def begin(self, seed, step, image):
+        self.seed, self.step, self.image, self.site = seed, step, image, 0
+
+    def __call__(self, input, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return input
+        words = random_words(self.seed, RANDOM_DROPOUT, self.site, self.step, self.image, input.numel())
+        self.site += 1
+        kept = torch.from_numpy(words >= int(p * 4294967296.0)).reshape(input.shape)
+        return input * kept.to(input.dtype) * (1 / (1 - p))
+
+
+def fill(model, generator):
+    """Random weights of a size that lets every gradient be seen, and frozen norms that are far from the identity."""
+    def normal(tensor, mean, deviation):
+        tensor.copy_(torch.from_numpy((mean + deviation * generator.standard_normal(tuple(tensor.shape))).astype(np.float32)))
+
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, modeling_detr.DetrFrozenBatchNorm2d):
+                normal(module.weight, 1, 0.2)
+                normal(module.bias, 0, 0.3)
+                normal(module.running_mean, 0, 0.3)
+                variance = generator.uniform(0.5, 2, tuple(module.running_var.shape))
+                module.running_var.copy_(torch.from_numpy(variance.astype(np.float32)))
+            elif isinstance(module, torch.nn.LayerNorm):
+                normal(module.weight, 1, 0.2)
+                normal(module.bias, 0, 0.1)
+            elif isinstance(module, torch.nn.Embedding):
+                normal(module.weight, 0, 1)
+            elif isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                fan_in = module.weight[0].numel()
+                gain = 2.0 if isinstance(module, torch.nn.Conv2d) else 1.0
+                normal(module.weight, 0, (gain / fan_in) ** 0.5)
+                if module.bias is not None:
+                    normal(module.bias, 0, 0.2)
+
+
+def draw_images(case, step, generator):
+    """The three images of one step: pixel_values (H, W, 3), boxes (n, 4) cxcywh, labels (n), iscrowd (n)."""
+    images = []
+    for (height, width), share in zip(case["sizes"][step], SHARES[step]):
+        count = {"none": 0, "crowd": 4, "many": case["detr"]["num_queries"] + 3}[share]
+        size = generator.uniform(0.1, 0.6, (count, 2))
+        centre = size / 2 + generator.uniform(0, 1, (count, 2)) * (1 - size)
+        iscrowd = np.zeros(count, np.int64)
+        if share == "crowd":
+            iscrowd[1] = 1  # not the last one: a crowd that is dropped moves the boxes after it
+        pixels = generator.standard_normal((height, width, 3)).astype(np.float32)
+        images.append(dict(
+            pixel_values=pixels.astype(np.float64), iscrowd=iscrowd,
+            boxes=np.concatenate([centre, size], axis=1).astype(np.float32).astype(np.float64),
+            labels=generator.integers(0, case["num_classes"], count)))
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+float32_positions = modeling_detr.DetrSinePositionEmbedding.forward  # transformers' own
+
+
+def sine_positions(self, pixel_values, pixel_mask):
+    """DETR's sine positions of an unpadded image (1, H, W), in double: (1, 2 * embedding_dim, H, W), y before x."""
+    _, height, width = pixel_mask.shape
+    assert bool(pixel_mask.all()) and self.normalize
+    row = torch.arange(1, height + 1, dtype=torch.float64) / (height + 1e-6) * self.scale
+    column = torch.arange(1, width + 1, dtype=torch.float64) / (width + 1e-6) * self.scale
+    channel = torch.arange(self.embedding_dim, dtype=torch.float64)
+    wavelength = self.temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / self.embedding_dim)
+
+    def wave(place):  # (n) -> (n, embedding_dim): sine in even channels, cosine in odd ones
+        angle = place[:, None] / wavelength
+        return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+
+    y = wave(row)[:, None, :].expand(height, width, -1)
+    x = wave(column)[None, :, :].expand(height, width, -1)
+    positions = torch.cat([y, x], dim=2).permute(2, 0, 1)[None]
+    assert (positions - float32_positions(self, pixel_values, pixel_mask)).abs().max() < 1e-4
+    return positions
+
+
+def open_model(folder, dtype):
+    model = DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32).to(dtype).train()
+    model.model.encoder.dropout = 0.0  # the one on the encoder's input; each layer has its own value
+    positions = sine_positions if dtype == torch.float64 else float32_positions
+    modeling_detr.DetrSinePositionEmbedding.forward = positions
+    return model
+
+
+def trained_parameters(model, settings):
+    """
+    Decides what is trained, as DETR does: all but the backbone's stem, its first stage, and its norms. With train_all
+    the stem and the first stage too, with train_norms the scale and bias of the norms (never mean and variance).
+    Returns {name: parameter}.
+    """
+    if settings["train_norms"]:
+        for module in model.modules():
+            if isinstance(module, modeling_detr.DetrFrozenBatchNorm2d):
+                for name in ("weight", "bias"):
+                    module.register_parameter(name, torch.nn.Parameter(module._buffers.pop(name)))
+    late = ("stages.1.", "stages.2.", "stages.3.", "layer2.", "layer3.", "layer4.")
+    for name, parameter in model.named_parameters():
+        frozen = "backbone" in name and not any(stage in name for stage in late)
+        parameter.requires_grad_(bool(settings["train_all"]) or not frozen)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def run_image(model, pixel_values):
+    """(1, 3, H, W) -> logits (layers, queries, classes + 1) and boxes (layers, queries, 4) of every decoder layer."""
+    states = []
+    hooks = [layer.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+             for layer in model.model.decoder.layers]
+    final = model(pixel_values)
+    for hook in hooks:
+        hook.remove()
+    normed = model.model.decoder.layernorm(torch.cat(states))
+    logits, pred_boxes = model.class_labels_classifier(normed), model.bbox_predictor(normed).sigmoid()
+    assert torch.allclose(logits[-1:], final.logits, atol=1e-5) and torch.allclose(pred_boxes[-1:], final.pred_boxes, atol=1e-5)
+    return logits, pred_boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The criterion (models/detr.py SetCriterion, models/matcher.py, util/box_ops.py)
+
+def corners(boxes):
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def generalized_iou(boxes, others):
+    """cxcywh boxes (n, 4), (m, 4) -> (n, m)."""
+    a, b = corners(boxes)[:, None], corners(others)[None]
+    area = lambda low, high: (high - low).clamp(min=0).prod(-1)
+    overlap = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - overlap
+    return overlap / union - (hull - union) / hull
+
+
+@torch.no_grad()
+def match(logits, pred_boxes, labels, boxes, settings, margins):
+    """One image, one layer: pairs (query, target), sorted by query, min(queries, targets) of them."""
+    if len(labels) == 0:
+        return torch.zeros(0, 2, dtype=torch.int64)
+    cost = (-settings["cost_class"] * logits.softmax(-1)[:, labels]
+            + settings["cost_bbox"] * (pred_boxes[:, None] - boxes[None]).abs().sum(-1)
+            - settings["cost_giou"] * generalized_iou(pred_boxes, boxes)).double().numpy()
+    rows, columns = linear_sum_assignment(cost)
+    if margins:  # by how much the best assignment without one of these pairs costs more
+        for row, column in zip(rows, columns):
+            other = cost.copy()
+            other[row, column] = 1e6
+            margins.add("matching", other[linear_sum_assignment(other)].sum() - cost[rows, columns].sum())
+    return torch.from_numpy(np.array(sorted(zip(rows, columns)), np.int64))
+
+
+def criterion(logits, pred_boxes, targets, settings, margins):
+    """
+    logits (images, layers, queries, classes + 1), pred_boxes (images, layers, queries, 4), targets: (labels, boxes) of
+    each image without crowds. Returns the loss that is minimised, everything that is logged, matches[image][layer].
+    """
+    images, layers, queries, classes = logits.shape
+    num_boxes = max(1, sum(len(labels) for labels, _ in targets))
+    class_weights = torch.ones(classes, dtype=logits.dtype)
+    class_weights[-1] = settings["eos_coef"]
+    log, total, matches = {}, 0, [[] for _ in targets]
+    for layer in [layers - 1, *range(layers - 1)]:  # the final layer first, then the auxiliary ones, as DETR does
+        suffix = "" if layer == layers - 1 else f"_{layer}"
+        wanted = torch.full((images, queries), classes - 1)
+        l1 = giou = correct = cardinality_error = 0
+        for image, (labels, boxes) in enumerate(targets):
+            pairs = match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins)
+            matches[image].append(pairs)
+            query, target = pairs[:, 0], pairs[:, 1]
+            wanted[image, query] = labels[target]
+            predicted, true = pred_boxes[image, layer][query], boxes[target].to(logits.dtype)
+            l1 = l1 + (predicted - true).abs().sum()
+            giou = giou + (1 - generalized_iou(predicted, true).diagonal()).sum()
+            best = logits[image, layer].argmax(-1)
+            correct += int((best[query] == labels[target]).sum())
+            cardinality_error += abs(int((best != classes - 1).sum()) - len(labels))
+            if margins:
+                ranked = logits[image, layer].detach().sort(-1).values
+                margins.add("class", (ranked[:, -1] - ranked[:, -2]).min())
+                if len(pairs):
+                    margins.add("box", (predicted - true).detach().abs().min())
+                    edges, true_edges = corners(predicted.detach()), corners(true)
+                    for against in (true_edges, true_edges.roll(2, -1)):  # left with left, left with right, ...
+                        margins.add("edge", (edges - against).abs().min())
+        terms = dict(loss_ce=F.cross_entropy(logits[:, layer].flatten(0, 1), wanted.flatten(), class_weights),
+                     loss_bbox=l1 / num_boxes, loss_giou=giou / num_boxes)
+        total = (total + terms["loss_ce"] + settings["bbox_loss_coef"] * terms["loss_bbox"]
+                 + settings["giou_loss_coef"] * terms["loss_giou"])
+        log.update({name + suffix: value.item() for name, value in terms.items()})
+        log["cardinality_error" + suffix] = cardinality_error / images
+        if layer == layers - 1:
+            matched = int((wanted != classes - 1).sum())
+            log["class_error"] = 100 - 100 * correct / max(1, matched)
+    return total, {"loss": total.item(), **log}, [layers[1:] + layers[:1] for layers in matches]
+
+
+class Margins:
+    """The smallest distance from a tie, by kind; `relu` is relative to the root mean square of the layer's input."""
+
+    def __init__(self):
+        self.smallest = {}
+
+    def add(self, kind, value):
+        self.smallest[kind] = min(self.smallest.get(kind, float("inf")), float(value))
+
+    def relu(self, input, inplace=False):
+        values = input.detach()
+        self.add("relu", values.abs().min() / values.square().mean().sqrt())
+        return torch.relu(input)
+
+
+# float32 rounding moves values by some 1e-6 of their size; a decision nearer to a tie could fall either way.
+NEEDED_MARGINS = {"matching": 1e-4, "class": 1e-4, "box": 1e-4, "edge": 1e-5, "relu": 1e-6}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two training steps
+
+def train(case, folder, batches, dtype, channels_last=False, margins=None):
+    """Returns {entry of the dump: array}, all that depends on the arithmetic (inputs and settings are not in it)."""
+    settings = settings_of(case)
+    model = open_model(folder, dtype)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    trained = trained_parameters(model, settings)
+    optimizer = torch.optim.AdamW(
+        [dict(params=[p for name, p in trained.items() if "backbone" not in name]),
+         dict(params=[p for name, p in trained.items() if "backbone" in name], lr=settings["lr_backbone"])],
+        lr=settings["lr"], weight_decay=settings["weight_decay"], foreach=False)
+    detr, dropout, out = case["detr"], Dropout(), {}
+    kept_dropout, kept_relu = F.dropout, F.relu
+    F.dropout, F.relu = dropout, margins.relu if margins else kept_relu
+    for step, images in enumerate(batches):
+        outputs, targets = [], []
+        for index, image in enumerate(images):
+            dropout.begin(settings["seed"], step, index)
+            pixels = torch.from_numpy(image["pixel_values"]).to(dtype).permute(2, 0, 1)[None]
+            pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            outputs.append(run_image(model, pixels))
+            sites = 4 * detr["encoder_layers"] + 6 * detr["decoder_layers"] if settings["dropout"] else 0
+            assert dropout.site == sites, f"{dropout.site} dropout sites, {sites} expected"
+            target = image["iscrowd"] == 0
+            targets.append((torch.from_numpy(image["labels"][target]), torch.from_numpy(image["boxes"][target]).to(dtype)))
+        logits, pred_boxes = (torch.stack(each) for each in zip(*outputs))
+        loss, log, matches = criterion(logits, pred_boxes, targets, settings, margins)
+        optimizer.zero_grad()
+        loss.backward()
+        for index in range(len(images)):
+            out[f"s{step}.i{index}.logits"] = logits[index].detach().double().numpy()
+            out[f"s{step}.i{index}.pred_boxes"] = pred_boxes[index].detach().double().numpy()
+            out[f"s{step}.i{index}.matches"] = torch.stack(matches[index]).numpy()
+        out.update({f"s{step}.{name}": np.array([value]) for name, value in log.items()})
+        for name, parameter in trained.items():
+            out[f"s{step}.grad.{name}"] = parameter.grad.double().contiguous().numpy().copy()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), settings["clip_max_norm"], foreach=False)
+        out[f"s{step}.grad_norm"] = np.array([float(norm)])
+        optimizer.step()
+    out.update({f"after.{name}": p.detach().double().contiguous().numpy().copy() for name, p in trained.items()})
+    F.dropout, F.relu = kept_dropout, kept_relu
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dumps
+
+ROUNDOFF32, ROUNDOFF64 = 2.0**-24, 2.0**-53
+ZERO = 1e-12  # a gradient whose norm is below this share of the whole gradient's is zero but for rounding
+
+
+def norm(array):
+    return float(np.linalg.norm(array.ravel()))
+
+
+def whole_gradient(entries, step):
+    return sum(norm(value) ** 2 for name, value in entries.items() if name.startswith(f"s{step}.grad.")) ** 0.5
+
+
+def relative_error(truth, other, name):
+    """|other - truth| / |truth|; over the whole gradient's norm for a gradient that is zero, over 1 for any other zero."""
+    scale = norm(truth[name])
+    if ".grad." in name and scale < ZERO * whole_gradient(truth, name[1]):
+        scale = whole_gradient(truth, name[1])
+    return norm(other[name] - truth[name]) / (scale or 1.0)
+
+
+def float32_errors(truth, runs):
+    """
+    {entry: the relative error that float32 arithmetic makes in it}: the largest of several float32 runs that add in
+    different orders, at least the unit roundoff. One number can be right by luck, so the losses of a step share the
+    largest error among them, the gradient's norm has the error of the gradient as a vector, and parameters whose
+    gradient is nothing but rounding, which Adam blows up, share theirs.
+    """
+    errors = {name: max([ROUNDOFF32] + [relative_error(truth, run, name) for run in runs])
+              for name, value in truth.items() if value.dtype == np.float64}
+    noise = [name for name in errors if name.startswith("after.") and any(
+        norm(truth[f"s{s}.grad.{name[6:]}"]) < ZERO * whole_gradient(truth, s) for s in (0, 1))]
+    groups = [noise]
+    for step in (0, 1):
+        gradients = [name for name in truth if name.startswith(f"s{step}.grad.")]
+        off = max(sum(norm(run[name] - truth[name]) ** 2 for name in gradients) ** 0.5 for run in runs)
+        errors[f"s{step}.grad_norm"] = off / whole_gradient(truth, step)
+        logged = tuple(f"s{step}.{kind}" for kind in ("loss", "class_error", "cardinality_error"))
+        groups.append([name for name in errors if name.startswith(logged)])
+    for group in groups:
+        worst = max((errors[name] for name in group), default=0)
+        errors.update({name: worst for name in group})
+    return errors
+
+
+def write_case(name, case, outdir):
+    folder = Path(outdir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(case["numpy_seed"])
+    model = DetrForObjectDetection(config_of(case))
+    fill(model, generator)
+    model.save_pretrained(folder, safe_serialization=True)
+    batches = [draw_images(case, step, generator) for step in (0, 1)]
+
+    margins = Margins()
+    truth = train(case, folder, batches, torch.float64, margins=margins)
+    near = {kind: value for kind, value in margins.smallest.items() if value < NEEDED_MARGINS[kind]}
+    print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, margins "
+          + ", ".join(f"{kind} {value:.1e}" for kind, value in sorted(margins.smallest.items())))
+    if near:
+        raise SystemExit(f"{name}: too near to a tie: {near}; choose another numpy_seed")
+    runs = []
+    for mkldnn in (True, False):
+        with torch.backends.mkldnn.flags(enabled=mkldnn):
+            runs += [train(case, folder, batches, torch.float32, channels_last) for channels_last in (False, True)]
+    for run in runs:
+        assert all(np.array_equal(run[n], truth[n]) for n in truth if n.endswith("matches"))
+    entries = dict(truth)
+    entries.update({f"float32_error.{n}": np.array([error]) for n, error in float32_errors(truth, runs).items()})
+    entries.update({f"settings.{key}": np.array([float(value)]) for key, value in settings_of(case).items()})
+    for step, images in enumerate(batches):
+        for index, image in enumerate(images):
+            entries.update({f"s{step}.i{index}.{key}": value for key, value in image.items()})
+    save_file({key: np.ascontiguousarray(value) for key, value in entries.items()}, folder / "truth.safetensors")
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+def compare(a, b):
+    """
+    Lists what differs. Start weights, inputs, settings and matches must be equal. A result in double may differ by what
+    rounding makes: float32 makes the error e (kept in the dump) with a unit roundoff of 2^-24; the same arithmetic with
+    2^-53 makes 2^-29 e; two runs that add in different orders are allowed 16 times that, each being one draw from
+    the distribution of which e is another. float32_error entries are such draws themselves: within a factor of 16.
+    """
+    problems, largest = [], 0.0
+    for name in CASES:
+        for file in ("config.json", "model.safetensors"):
+            if (Path(a) / name / file).read_bytes() != (Path(b) / name / file).read_bytes():
+                problems.append(f"{name}/{file}: not the same bytes")
+        one, two = (load_file(Path(folder) / name / "truth.safetensors") for folder in (a, b))
+        if one.keys() != two.keys():
+            problems.append(f"{name}: entries in one only: {sorted(one.keys() ^ two.keys())[:5]}")
+            continue
+        for key, value in one.items():
+            other = two[key]
+            if value.shape != other.shape or value.dtype != other.dtype:
+                problems.append(f"{name}: {key}: shape or type")
+            elif key.startswith("float32_error."):
+                ratio = float(value[0] / other[0])
+                if not 1 / 16 < ratio < 16:
+                    problems.append(f"{name}: {key}: {value[0]:.3g} and {other[0]:.3g}")
+            elif "float32_error." + key in one:
+                error = relative_error(one, two, key)
+                rounding = float(one["float32_error." + key][0]) * ROUNDOFF64 / ROUNDOFF32
+                largest = max(largest, error / rounding)
+                if not error <= 16 * rounding:
+                    problems.append(f"{name}: {key}: relative difference {error:.3g}, rounding makes {rounding:.3g}")
+            elif not np.array_equal(value, other):
+                problems.append(f"{name}: {key}: not equal")
+    print("\n".join(problems) or f"{a} and {b} agree: the largest difference is {largest:.2g} times rounding (limit 16)")
+    return 1 if problems else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("outdir", nargs="?", help="where to write the dumps")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two folders of dumps")
+    parser.add_argument("--only", help="write this case only")
+    arguments = parser.parse_args()
+    if arguments.compare:
+        return compare(*arguments.compare)
+    if not arguments.outdir:
+        parser.error("OUTDIR or --compare A B is needed")
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        if arguments.only in (None, name):
+            write_case(name, case, arguments.outdir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

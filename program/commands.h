@@ -1,0 +1,1133 @@
+/*
+What a user runs: train, eval, predict, score, bench. Files, flags, progress and signals are dealt with here; every
+number comes from the rooms of train_detr.c before it.
+
+Part of train_detr.c, which includes it last.
+*/
+#ifndef DETR_COMMANDS_H
+#define DETR_COMMANDS_H
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: what they share
+
+// Opens a split; its problems go to stderr, one a line. 0, or -1.
+static int open_split(Dataset *set, const Settings *settings, const char *split, Error *error) {
+    if (dataset_open(set, flag_text(settings, "data"), split, error) != 0) return -1;
+    for (int i = 0; i < set->num_problems; i++) fprintf(stderr, "%s\n", set->problems[i]);
+    return 0;
+}
+
+// Makes (height, width) the smallest plan that also holds (other_height, other_width), either way round.
+static void widen_plan(int *height, int *width, int other_height, int other_width) {
+    int low = other_height < other_width ? other_height : other_width,
+        high = other_height < other_width ? other_width : other_height;
+    if (low > *height) *height = low;
+    if (high > *width) *width = high;
+}
+
+typedef struct {
+    int label;
+    double score;
+    double box[4];  // x0, y0, x1, y1 in pixels of the original picture, not clipped
+} Detection;
+
+// What the network says about the picture it was last run on, for each query the best class that is not "no object", as
+// DETR's PostProcess: the score is the softmax over all classes. detections: (num_queries), in the queries' order.
+static void detect(const Network *network, const Activations *acts, int width, int height, Detection *detections) {
+    const ModelConfig *config = &network->config;
+    int classes = config->num_labels + 1;
+    size_t first = (size_t)(config->dec_layers - 1) * (size_t)config->num_queries;
+    for (int q = 0; q < config->num_queries; q++) {
+        const real *logits = acts->logits + (first + (size_t)q) * (size_t)classes,
+                   *box = acts->boxes + 4 * (first + (size_t)q);
+        double largest = (double)logits[0], sum = 0;
+        int label = 0;
+        for (int c = 1; c < classes; c++) largest = fmax(largest, (double)logits[c]);
+        for (int c = 0; c < classes; c++) sum += exp((double)logits[c] - largest);
+        for (int c = 1; c < config->num_labels; c++)
+            if (logits[c] > logits[label]) label = c;
+        Detection *found = &detections[q];
+        found->label = label;
+        found->score = exp((double)logits[label] - largest) / sum;
+        for (int i = 0; i < 4; i++) {
+            double centre = (double)box[i & 1], half = (double)box[2 + (i & 1)] / 2;
+            found->box[i] = (i < 2 ? centre - half : centre + half) * (i & 1 ? height : width);
+        }
+    }
+}
+
+static int compare_scores(const void *a, const void *b) {
+    double left = ((const Detection *)a)->score, right = ((const Detection *)b)->score;
+    return left > right ? -1 : left < right;
+}
+
+static void draw_detection(Image *image, const Network *network, int label, double score, const double box[4]) {
+    unsigned char colour[3];
+    int scale = image_label_scale(image);
+    char *text = format_string("%s %.2f", network->label_names[label], score);
+    class_colour(label, colour);
+    image_draw_box(image, box[0], box[1], box[2], box[3], colour, 1 + scale);
+    image_draw_label(image, box[0], box[1], text, colour, scale);
+    free(text);
+}
+
+// Sums over the steps of an epoch, of which log.txt has the means. Numbers and nothing else: it is saved as a list.
+typedef struct {
+    double steps, lr, loss, class_error;
+    double by_layer[MAX_DEC_LAYERS][4];  // loss_ce, loss_bbox, loss_giou, cardinality_error; layers as in Losses
+} Averages;
+
+static const char *const LAYER_KEYS[4] = {"loss_ce", "loss_bbox", "loss_giou", "cardinality_error"};
+
+static void averages_add(Averages *sums, const Losses *losses, double lr, int layers) {
+    const double *from[4] = {losses->loss_ce, losses->loss_bbox, losses->loss_giou, losses->cardinality_error};
+    sums->steps++;
+    sums->lr += lr;
+    sums->loss += losses->loss;
+    sums->class_error += losses->class_error;
+    for (int k = 0; k < 4; k++)
+        for (int l = 0; l < layers; l++) sums->by_layer[l][k] += from[k][l];
+}
+
+// The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled").
+static void averages_log(FILE *file, const Averages *sums, const char *split, int layers, const LossSettings *loss) {
+    double count = sums->steps > 0 ? sums->steps : 1, weights[4] = {1, loss->bbox_loss_coef, loss->giou_loss_coef, 0};
+    if (strcmp(split, "train") == 0) fprintf(file, "\"train_lr\": %.17g, ", sums->lr / count);
+    fprintf(file, "\"%s_class_error\": %.17g, \"%s_loss\": %.17g, \"%s_class_error_unscaled\": %.17g, ", split,
+            sums->class_error / count, split, sums->loss / count, split, sums->class_error / count);
+    for (int unscaled = 0; unscaled < 2; unscaled++) {
+        for (int l = layers - 1, place = -1; l >= 0;
+             l--, place++) {  // the last layer first, without a number; then 0, 1, ...
+            int layer = place < 0 ? layers - 1 : place;
+            if (place >= 0 && !loss->aux_loss) break;
+            for (int k = 0; k < 3 + unscaled; k++) {
+                fprintf(file, "\"%s_%s", split, LAYER_KEYS[k]);
+                if (place >= 0) fprintf(file, "_%d", place);
+                fprintf(file, "%s\": %.17g, ", unscaled ? "_unscaled" : "",
+                        sums->by_layer[layer][k] / count * (unscaled ? 1 : weights[k]));
+            }
+        }
+    }
+}
+
+// Runs the network over a split, a picture at a time, and collects every query's box for scoring. labels: as
+// match_labels gives them; a box whose label is no class of the data set is left out. loss: NULL, or averages are added
+// up too (acts must be for training then). Unreadable pictures are named on stderr. The caller frees *detections. 1 if
+// it was stopped by a signal, else 0.
+static int evaluate(const Network *network, Activations *acts, const Dataset *set, LoaderSettings loader_settings,
+                    const int *labels, const LossSettings *loss, Averages *sums, EvalDetection **detections,
+                    int *num_detections) {
+    int num_queries = network->config.num_queries, unreadable = 0;
+    int *class_of_label = (int *)allocate((size_t)network->config.num_labels * sizeof(int));
+    Detection *found = (Detection *)allocate((size_t)num_queries * sizeof(Detection));
+    for (int i = 0; i < network->config.num_labels; i++) class_of_label[i] = -1;
+    for (int c = 0; c < set->num_categories; c++)
+        if (labels[c] >= 0) class_of_label[labels[c]] = c;
+    *detections = (EvalDetection *)allocate((size_t)set->num_images * (size_t)num_queries * sizeof(EvalDetection));
+    *num_detections = 0;
+    loader_settings.batch_size = 1;
+    loader_settings.augment = loader_settings.shuffle = 0;
+    Loader *loader = loader_start(set, &loader_settings, 0);
+    double begin = seconds_now();
+    Progress progress = {begin, 0};
+    for (int i = 0; i < set->num_images && !stop_requested; i++) {
+        Sample *sample = loader_next_batch(loader);
+        if (!sample->image.pixels) {
+            fprintf(stderr, "%s: skipped\n", sample->error.text);
+            unreadable++;
+            continue;
+        }
+        predict_image(&network->model, acts, &sample->image);
+        if (loss) {
+            Losses losses;
+            for (int b = 0; b < sample->num_boxes; b++) sample->classes[b] = labels[sample->classes[b]];
+            evaluation_losses(&network->model, acts, loss, sample, &losses);
+            averages_add(sums, &losses, 0, network->config.dec_layers);
+        }
+        detect(network, acts, sample->original_width, sample->original_height, found);
+        for (int q = 0; q < num_queries; q++) {
+            const double *box = found[q].box;
+            EvalDetection detection = {sample->index,
+                                       class_of_label[found[q].label],
+                                       {box[0], box[1], box[2] - box[0], box[3] - box[1]},
+                                       found[q].score};
+            if (detection.category >= 0) (*detections)[(*num_detections)++] = detection;
+        }
+        if (progress_due(&progress))
+            progress_show(&progress, "evaluating %s: %d/%d pictures, %.1f a second", set->split, i + 1, set->num_images,
+                          (i + 1) / (seconds_now() - begin));
+    }
+    progress_end(&progress);
+    if (unreadable) printf("unreadable pictures in %s: %d, skipped\n", set->split, unreadable);
+    loader_stop(loader);
+    free(class_of_label);
+    free(found);
+    return stop_requested;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: train
+
+typedef struct {
+    Settings *settings;
+    const char *folder;  // OUT
+    int lock;
+    yajl_val state_tree;  // of the run that is resumed; holds the flags' texts
+    Dataset train, val;
+    int has_val;
+    int *train_labels, *val_labels;  // of each class
+    Network network;
+    Activations acts;
+    LoaderSettings loader;
+    LossSettings loss;
+    int64_t steps_per_epoch, last_step;
+    // What trainer_state.json keeps
+    int64_t step;           // optimizer steps taken
+    int64_t epochs_logged;  // epochs that are in log.txt
+    int from_scratch;
+    Averages averages;  // of the epoch under way
+    char *log;          // log.txt
+    // The last evaluation, for the report
+    EvalDetection *detections;
+    int num_detections;
+} Training;
+
+static void training_free(Training *run) {
+    activations_free(&run->acts);
+    network_free(&run->network);
+    dataset_free(&run->train);
+    dataset_free(&run->val);
+    free(run->train_labels);
+    free(run->val_labels);
+    free(run->log);
+    free(run->detections);
+    yajl_tree_free(run->state_tree);
+    if (run->lock > 0) close(run->lock);
+}
+
+static int state_write(const Training *run, Error *error) {
+    const double *sums = &run->averages.steps;
+    FILE *file = fileset_create(run->folder, "trainer_state.json");
+    if (!file) return fileset_close(file, run->folder, "trainer_state.json", error);
+    long long step = run->step, steps_per_epoch = run->steps_per_epoch;
+    fprintf(file, "{\n \"step\": %lld,\n \"epoch\": %lld,\n", step, step / steps_per_epoch);
+    fprintf(file, " \"step_in_epoch\": %lld,\n \"steps_per_epoch\": %lld,\n", step % steps_per_epoch, steps_per_epoch);
+    fprintf(file, " \"epochs_logged\": %lld,\n \"seed\": %lld,\n", (long long)run->epochs_logged,
+            (long long)run->loader.seed);
+    fprintf(file, " \"from_scratch\": %s,\n \"num_images\": %d,\n \"classes\": [", run->from_scratch ? "true" : "false",
+            run->train.num_images);
+    for (int c = 0; c < run->train.num_categories; c++) {
+        fprintf(file, "%s\n  {\"id\": %lld, \"label\": %d, \"name\": ", c ? "," : "",
+                (long long)run->train.categories[c].id, run->train_labels[c]);
+        json_print_string(file, run->train.categories[c].name);
+        fputc('}', file);
+    }
+    fputs("],\n \"sums\": ", file);
+    for (int i = 0; i < 4 + 4 * run->network.config.dec_layers; i++) fprintf(file, "%s%.17g", i ? ", " : "[", sums[i]);
+    fputs("],\n \"flags\": ", file);
+    settings_write(file, run->settings);
+    fputs("\n}\n", file);
+    return fileset_close(file, run->folder, "trainer_state.json", error);
+}
+
+static int state_read(Training *run, const char *path, Error *error) {
+    yajl_val tree = run->state_tree, classes = json_member(tree, "classes"), list = json_member(tree, "sums");
+    ConfigReader reader = {path, error, 0};
+    int count = 4 + 4 * run->network.config.dec_layers,
+        num_images = read_int(&reader, tree, "num_images", 0, 0, INT32_MAX);
+    double *sums = &run->averages.steps;
+    run->from_scratch = read_bool(&reader, tree, "from_scratch", 0);
+    if (json_get_int64(tree, "step", &run->step, path, error) != 1 ||
+        json_get_int64(tree, "epochs_logged", &run->epochs_logged, path, error) != 1 || run->step < 0 ||
+        run->epochs_logged < 0 || !YAJL_IS_ARRAY(classes) || !YAJL_IS_ARRAY(list) || (int)list->u.array.len != count)
+        return fail(error, "%s: is damaged: not what a run writes", path);
+    for (int i = 0; i < count; i++)
+        sums[i] = YAJL_IS_NUMBER(list->u.array.values[i]) ? strtod(list->u.array.values[i]->u.number.r, NULL) : 0;
+    int same = num_images == run->train.num_images && (int)classes->u.array.len == run->train.num_categories;
+    for (int c = 0; c < run->train.num_categories && same; c++) {
+        int64_t id = -1;
+        yajl_val one = classes->u.array.values[c];
+        run->train_labels[c] = read_int(&reader, one, "label", 0, 0, run->network.config.num_labels - 1);
+        same = json_get_int64(one, "id", &id, path, error) == 1 && id == run->train.categories[c].id &&
+               strcmp(read_text(&reader, one, "name", ""), run->train.categories[c].name) == 0;
+    }
+    if (reader.failed) return -1;
+    return same ? 0
+                : fail(error, "%s: %s has changed: the run began with %d images and %zu classes of its ids and names",
+                       path, flag_text(run->settings, "data"), num_images, classes->u.array.len);
+}
+
+// The page about the run, with some pictures of the last evaluation. A page that cannot be written costs no checkpoint.
+static void training_report(const Training *run) {
+    char *paths[4], *page = format_string("%s/.next/report.html", run->folder),
+                    *log = format_string("%s/.next/log.txt", run->folder), *facts = NULL;
+    int count = 0;
+    size_t size = 0;
+    Error error;
+    for (int i = 0, d = 0; i < run->val.num_images && count < 4 && run->detections; i++) {
+        Image image;
+        while (d < run->num_detections && run->detections[d].image < i) d++;
+        if (image_read(run->val.images[i].path, &image, &error) != 0) continue;
+        for (; d < run->num_detections && run->detections[d].image == i; d++) {
+            const double *box = run->detections[d].box, corners[4] = {box[0], box[1], box[0] + box[2], box[1] + box[3]};
+            if (run->detections[d].score > 0.5)
+                draw_detection(&image, &run->network, run->val_labels[run->detections[d].category],
+                               run->detections[d].score, corners);
+        }
+        paths[count] = format_string("%s/.next/picture%d.jpg", run->folder, count);
+        if (image_write(paths[count], &image, &error) == 0)
+            count++;
+        else
+            free(paths[count]);
+        image_free(&image);
+    }
+    FILE *text = open_memstream(&facts, &size);
+    if (text) {
+        dataset_print_facts(text, &run->train);
+        fprintf(text, "\n%.2f million trained parameters, %lld steps\n", (double)run->network.model.num_trained / 1e6,
+                (long long)run->step);
+        fclose(text);
+    }
+    char *title = format_string("DETR: %s", flag_text(run->settings, "data"));
+    if (report_write(page, title, log, (const char *const *)paths, count, facts, &error) != 0)
+        fprintf(stderr, "warning: %s\n", error.text);
+    for (int i = 0; i < count; i++) {
+        unlink(paths[i]);
+        free(paths[i]);
+    }
+    free(title);
+    free(facts);
+    free(page);
+    free(log);
+}
+
+// Writes the whole set; a mid-epoch one keeps the report that is there.
+static int training_save(const Training *run, int with_report, Error *error) {
+    if (fileset_begin(run->folder, error) != 0) return -1;
+    FILE *log = fileset_create(run->folder, "log.txt");
+    if (log) fputs(run->log, log);
+    int status = fileset_close(log, run->folder, "log.txt", error);
+    if (status == 0) status = config_write(&run->network, &run->loss, run->folder, error);
+    if (status == 0) status = preprocessor_write(&run->network, run->folder, error);
+    if (status == 0) status = tensors_write(&run->network.model, run->folder, 0, error);
+    if (status == 0) status = tensors_write(&run->network.model, run->folder, 1, error);
+    if (status == 0) status = state_write(run, error);
+    if (status == 0 && with_report) training_report(run);
+    return status == 0 ? fileset_commit(run->folder, error) : -1;
+}
+
+// The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
+// the seed, its class head kept if it knows every class of the data set.
+static int training_begin(Training *run, Error *error) {
+    const Settings *settings = run->settings;
+    const char *pretrained = flag_text(settings, "pretrained");
+    int from_folder = pretrained && is_directory(pretrained), keep_head = 0, status;
+    Network *network = &run->network;
+    run->log = format_string("%s", "");
+    run->from_scratch = pretrained == NULL;
+    if (from_folder) {
+        if (config_read(network, pretrained, error) != 0) return -1;
+        config_check_flags(&network->config, settings, pretrained);
+        if (flag_given(settings, "dropout")) network->config.dropout = flag_number(settings, "dropout");
+        int missing = match_labels(run->train_labels, network, &run->train);
+        keep_head = missing == 0;
+        if (!keep_head)
+            printf("class head starts afresh: %d of %d classes are not in %s/config.json's id2label\n", missing,
+                   run->train.num_categories, pretrained);
+    } else {
+        network->config = config_from_flags(settings);
+        if (pretrained)
+            printf(
+                "class head starts afresh: a file of weights does not name its classes (a folder with config.json "
+                "does)\n");
+    }
+    if (!keep_head) {
+        network_labels(network, run->train.num_categories);
+        for (int c = 0; c < run->train.num_categories; c++) {
+            network->label_names[c] = format_string("%s", run->train.categories[c].name);
+            run->train_labels[c] = c;
+        }
+    }
+    for (int c = 0; c < run->train.num_categories; c++)
+        network->label_ids[run->train_labels[c]] = run->train.categories[c].id;
+    network->short_side = run->loader.short_side;
+    network->max_size = run->loader.max_size;
+    status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
+                          run->from_scratch, error);
+    if (status == 0) model_initialise(&network->model, run->loader.seed);
+    if (status == 0 && pretrained) {
+        char *weights = from_folder ? fileset_path(pretrained, "model.safetensors") : format_string("%s", pretrained);
+        status = weights_read(&network->model, weights,
+                              keep_head     ? WEIGHTS_ALL
+                              : from_folder ? WEIGHTS_BUT_HEAD
+                                            : WEIGHTS_OR_BACKBONE,
+                              error);
+        free(weights);
+    }
+    return status;
+}
+
+// The network of a run that goes on.
+static int training_resume(Training *run, Error *error) {
+    char *state = fileset_path(run->folder, "trainer_state.json"),
+         *weights = fileset_path(run->folder, "model.safetensors");
+    char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt");
+    size_t size;
+    int status = config_read(&run->network, run->folder, error);
+    if (status == 0) status = state_read(run, state, error);
+    if (status == 0) status = read_file(log, &run->log, &size, error);
+    if (status == 0)
+        status = model_create(&run->network.model, &run->network.config, 1,
+                              flag_number(run->settings, "lr_backbone") > 0, run->from_scratch, error);
+    if (status == 0) status = weights_read(&run->network.model, weights, WEIGHTS_ALL, error);
+    if (status == 0) status = moments_read(&run->network.model, moments, error);
+    for (int c = 0; c < run->train.num_categories && status == 0; c++)
+        run->network.label_ids[run->train_labels[c]] = run->train.categories[c].id;
+    free(state);
+    free(weights);
+    free(moments);
+    free(log);
+    return status;
+}
+
+// Sets the frozen norms from some training pictures as they are, spread over the data set; fewer of them where they are
+// large, since all are held in memory layer after layer.
+static int training_calibrate(Training *run, int height, int width, Error *error) {
+    LoaderSettings plain = run->loader;
+    plain.augment = 0;
+    int64_t most = 5000000 / ((int64_t)height * width);
+    int count = most < 4 ? 4 : most > 48 ? 48 : (int)most, readable = 0;
+    if (count > run->train.num_images) count = run->train.num_images;
+    Sample *samples = (Sample *)allocate((size_t)count * sizeof(Sample));
+    for (int i = 0; i < count; i++) {
+        sample_make(&samples[i], &run->train, &plain, 0, (int)((int64_t)i * run->train.num_images / count));
+        readable += samples[i].image.pixels != NULL;
+    }
+    if (readable) calibrate_norms(&run->network.model, samples, count);
+    printf("norms      calibrated on %d training pictures\n", readable);
+    Error why = samples[0].error;
+    for (int i = 0; i < count; i++) sample_free(&samples[i]);
+    free(samples);
+    return readable ? 0 : fail(error, "none of %d training pictures can be read, the first: %s", count, why.text);
+}
+
+// Prints what will be taken, and refuses a plan that the machine has no memory for.
+static int training_plan(Training *run, int height, int width, Error *error) {
+    const Model *model = &run->network.model;
+    const double MiB = 1048576;
+    double pictures =
+        (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
+    struct {
+        const char *name;
+        double bytes;
+    } rows[] = {{"weights", (double)model->weights.used},
+                {"packed weights", (double)model->packed.used},
+                {"gradients and Adam's moments", (double)model->optimizer.used},
+                {"activations and workspace", (double)activations_bytes(model, height, width, 1)},
+                {"pictures read ahead", pictures}};
+    double total = 0,
+           available = memory_free() + rows[0].bytes + rows[1].bytes + rows[2].bytes;  // those are taken already
+    printf("\nmemory     for pictures up to %d x %d, one in flight\n", height, width);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].bytes / MiB);
+        total += rows[i].bytes;
+    }
+    printf("  %-30s %10.1f MiB", "total", total / MiB);
+    if (available > rows[0].bytes + rows[1].bytes + rows[2].bytes) printf(" of %.1f that are free", available / MiB);
+    printf("\n\n");
+    fflush(stdout);
+    if (total <= available || memory_free() == 0) return 0;
+    double fixed = total - rows[3].bytes - rows[4].bytes;
+    for (int side = run->loader.short_side - 1; side >= 32; side--) {
+        double scale = (double)side / run->loader.short_side;
+        int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
+        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, 1) > 0.95 * available) continue;
+        return fail(error,
+                    "out of memory: the plan needs %.1f MiB and %.1f are free: --short_side %d --max_size %d would fit",
+                    total / MiB, available / MiB, side, (int)(run->loader.max_size * scale));
+    }
+    return fail(error,
+                "out of memory: the plan needs %.1f MiB and %.1f are free: no picture size fits; take a smaller "
+                "--backbone or --hidden_dim",
+                total / MiB, available / MiB);
+}
+
+static void training_warn(const Training *run) {
+    int crowded = 0, most = 0;
+    for (int i = 0; i < run->train.num_images; i++) {
+        const DatasetImage *image = &run->train.images[i];
+        int boxes = 0;
+        for (int a = 0; a < image->num_annotations; a++)
+            boxes += annotation_is_target(&run->train.annotations[image->first_annotation + a]);
+        crowded += boxes > run->network.config.num_queries;
+        if (boxes > most) most = boxes;
+    }
+    if (crowded)
+        fprintf(stderr,
+                "warning: %d images have more boxes than the %d queries (up to %d): the rest of their boxes cannot be "
+                "learned; --num_queries %d would do\n",
+                crowded, run->network.config.num_queries, most, most);
+    if (run->from_scratch && run->train.num_images < 10000)
+        fprintf(stderr,
+                "warning: %d images are few for a DETR from scratch: it will need hundreds of epochs; --pretrained "
+                "starts from weights, --preset demo or small from a smaller network\n",
+                run->train.num_images);
+    if (run->train.num_targets == 0) fprintf(stderr, "warning: %s has no box to train on\n", run->train.source);
+}
+
+// The epoch under way is complete: evaluates, adds its line to the log, saves. 1 if a signal stopped the evaluation.
+static int training_end_epoch(Training *run, Error *error) {
+    int64_t epoch = run->epochs_logged;
+    int layers = run->network.config.dec_layers,
+        evaluated = run->has_val && (epoch + 1) % flag_int64(run->settings, "eval_every") == 0;
+    char *line = NULL;
+    size_t size = 0;
+    Averages test;
+    CocoScores scores;
+    memset(&test, 0, sizeof test);
+    memset(&scores, 0, sizeof scores);
+    if (evaluated) {
+        free(run->detections);
+        if (evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
+                     &run->detections, &run->num_detections))
+            return 1;
+        coco_score(&scores, &run->val, run->detections, run->num_detections);
+    }
+    FILE *file = open_memstream(&line, &size);
+    if (!file) return fail(error, "out of memory for the log");
+    fprintf(file, "%s{", run->log);
+    averages_log(file, &run->averages, "train", layers, &run->loss);
+    if (evaluated) {
+        averages_log(file, &test, "test", layers, &run->loss);
+        for (int i = 0; i < 12; i++)
+            fprintf(file, "%s%.17g%s", i ? ", " : "\"test_coco_eval_bbox\": [", scores.stats[i], i < 11 ? "" : "], ");
+    }
+    fprintf(file, "\"epoch\": %lld, \"n_parameters\": %zu}\n", (long long)epoch, run->network.model.num_trained);
+    fclose(file);
+    free(run->log);
+    run->log = line;
+    printf("epoch %lld done: train loss %.4f, class error %.1f %%", (long long)epoch + 1,
+           run->averages.loss / run->averages.steps, run->averages.class_error / run->averages.steps);
+    if (evaluated)
+        printf("; %s: loss %.4f, AP %.3f, AP50 %.3f", run->val.split, test.steps ? test.loss / test.steps : 0,
+               scores.stats[0], scores.stats[1]);
+    printf("\n");
+    fflush(stdout);
+    coco_scores_free(&scores);
+    run->epochs_logged++;
+    memset(&run->averages, 0, sizeof run->averages);
+    return training_save(run, 1, error);
+}
+
+// One optimizer step on the loader's next batch.
+static int training_one_step(Training *run, Sample *samples, char *reported, Losses *losses, Error *error) {
+    const Settings *settings = run->settings;
+    int batch = run->loader.batch_size, status;
+    int64_t epoch = run->step / run->steps_per_epoch;
+    double drop = pow(0.1, (double)(epoch / flag_int64(settings, "lr_drop")));
+    OptimizerSettings optimizer = {drop * flag_number(settings, "lr"), drop * flag_number(settings, "lr_backbone"),
+                                   flag_number(settings, "weight_decay"), flag_number(settings, "clip_max_norm")};
+    for (int i = 0; i < batch; i++) {
+        if (!samples[i].image.pixels && !reported[samples[i].index]++)
+            fprintf(stderr, "%s: skipped\n", samples[i].error.text);
+        for (int b = 0; b < samples[i].num_boxes; b++) samples[i].classes[b] = run->train_labels[samples[i].classes[b]];
+    }
+    status = training_step(&run->network.model, &run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
+                           run->step, losses, error);
+    if (status != 0) {
+        size_t used = strlen(error->text);
+        for (int i = 0; i < batch && used < sizeof error->text; i++)
+            used += (size_t)snprintf(error->text + used, sizeof error->text - used, "%s%s",
+                                     i ? ", " : "; images: ", run->train.images[samples[i].index].path);
+        return -1;
+    }
+    averages_add(&run->averages, losses, optimizer.lr, run->network.config.dec_layers);
+    run->step++;
+    return 0;
+}
+
+// Steps until the last one, a signal or an error. 0, or -1.
+static int training_loop(Training *run, Error *error) {
+    int64_t first_step = run->step, save_steps = flag_int64(run->settings, "save_steps"), saved_step = -1;
+    char *reported = (char *)allocate((size_t)run->train.num_images);
+    Loader *loader = run->step < run->last_step ? loader_start(&run->train, &run->loader, run->step) : NULL;
+    Progress progress = {0, 0};
+    double seconds = 0, waited = 0;
+    int status = 0;
+    while (status == 0 && !stop_requested) {
+        if (run->step > run->epochs_logged * run->steps_per_epoch && run->step % run->steps_per_epoch == 0) {
+            progress_end(&progress);
+            status = training_end_epoch(run, error);
+            saved_step = status == 0 ? run->step : -1;
+            continue;
+        }
+        if (run->step >= run->last_step) break;
+        if (save_steps && run->step > first_step && run->step % save_steps == 0 && saved_step != run->step) {
+            status = training_save(run, 0, error);
+            saved_step = run->step;
+            continue;
+        }
+        Losses losses;
+        double begin = seconds_now();
+        Sample *samples = loader_next_batch(loader);
+        waited += seconds_now() - begin;
+        status = training_one_step(run, samples, reported, &losses, error);
+        seconds += seconds_now() - begin;
+        if (status == 0 && (progress_due(&progress) || run->step == run->last_step || run->step == first_step + 1)) {
+            char left[32];
+            format_time(left, sizeof left,
+                        seconds / (double)(run->step - first_step) * (double)(run->last_step - run->step));
+            progress_show(&progress,
+                          "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  %.0f %% "
+                          "waiting for data",
+                          (long long)((run->step - 1) / run->steps_per_epoch + 1),
+                          (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)run->step,
+                          (long long)run->last_step, losses.loss, run->averages.loss / run->averages.steps,
+                          (double)((run->step - first_step) * run->loader.batch_size) / seconds, left,
+                          100 * waited / seconds);
+        }
+    }
+    progress_end(&progress);
+    loader_stop(loader);
+    int skipped = 0;
+    for (int i = 0; i < run->train.num_images; i++) skipped += reported[i] != 0;
+    if (skipped) printf("unreadable pictures in %s: %d, skipped\n", run->train.split, skipped);
+    free(reported);
+    if (status < 0) return -1;
+    status = 0;
+    char *report = fileset_path(run->folder, "report.html");
+    if (saved_step != run->step) status = training_save(run, !is_file(report), error);
+    free(report);
+    if (status != 0) return -1;
+    if (stop_requested)
+        printf("stopped at step %lld: go on with  %s train --resume %s\n", (long long)run->step, run->settings->program,
+               run->folder);
+    else
+        printf("done: %lld steps, checkpoint in %s\n", (long long)run->step, run->folder);
+    return 0;
+}
+
+// From the flags to OUT's folder: locked, and empty of other runs unless this one resumes there.
+static int training_open_folder(Training *run, Error *error) {
+    Settings *settings = run->settings;
+    const char *resume = flag_text(settings, "resume"), *output_dir = flag_text(settings, "output_dir");
+    if (resume && flag_text(settings, "pretrained"))
+        usage_error("--resume and --pretrained exclude each other: a run that goes on has its weights");
+    if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
+        usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
+    if (!resume) flag_require(settings, "output_dir");
+    if (resume && output_dir && !same_path(resume, output_dir))
+        usage_error("--output_dir %s contradicts --resume %s: a run goes on in its own folder; leave --output_dir out",
+                    output_dir, resume);
+    run->folder = resume ? resume : output_dir;
+    if (resume && !is_directory(resume))
+        return fail(error, "%s: %s", resume, access(resume, F_OK) == 0 ? "is not a folder" : "does not exist");
+    if (!resume) {
+        flag_require(settings, "data");
+        if (!is_directory(flag_text(settings, "data")))
+            return fail(error, "%s: %s", flag_text(settings, "data"),
+                        access(flag_text(settings, "data"), F_OK) == 0 ? "is not a folder" : "does not exist");
+        if (make_directories(output_dir, error) != 0) return -1;
+    }
+    run->lock = fileset_lock(run->folder, error);
+    if (run->lock < 0) return -1;
+    char *state = format_string("%s/trainer_state.json", run->folder);
+    int status = 0;
+    if (resume && !is_file(state)) {
+        status = fail(
+            error, "%s: no such file, so there is no run to go on with; --pretrained %s would start from its weights",
+            state, resume);
+    } else if (resume) {
+        run->state_tree = json_read(state, error);
+        settings->source[flag_index(settings, "output_dir")] =
+            FROM_DEFAULT;  // a folder that was moved or copied goes on
+        if (run->state_tree) settings_resume(settings, json_member(run->state_tree, "flags"));
+        if (!run->state_tree) status = -1;
+        flag_set(settings, "output_dir", run->folder, FROM_USER);
+    } else {
+        const char *names[4] = {"trainer_state.json", "model.safetensors", "config.json", "log.txt"};
+        for (int i = 0; i < 4 && status == 0; i++) {
+            char *path = format_string("%s/%s", run->folder, names[i]);
+            if (access(path, F_OK) == 0)
+                status = fail(
+                    error,
+                    "%s is there already: go on with that run by --resume %s, or give this one another --output_dir",
+                    path, run->folder);
+            free(path);
+        }
+    }
+    free(state);
+    return status;
+}
+
+static int training_open_data(Training *run, Error *error) {
+    const Settings *settings = run->settings;
+    const char *data = flag_text(settings, "data"), *split = flag_text(settings, "split");
+    flag_require(settings, "data");
+    if (open_split(&run->train, settings, flag_text(settings, "train_split"), error) != 0) return -1;
+    dataset_print_facts(stdout, &run->train);
+    run->has_val = dataset_has_split(data, split);
+    if (!run->has_val && flag_given(settings, "split"))
+        return dataset_open(&run->val, data, split, error);  // names what is there
+    if (run->has_val && open_split(&run->val, settings, split, error) != 0) return -1;
+    if (run->has_val)
+        printf("evaluation split %s: %d images, %d boxes, %d entries skipped\n", split, run->val.num_images,
+               run->val.num_targets, run->val.num_problems);
+    else
+        printf("evaluation none: there is no split \"%s\"\n", split);
+    run->loader.seed = (uint64_t)flag_int64(settings, "seed");
+    run->loader.short_side = flag_int(settings, "short_side");
+    run->loader.max_size = flag_int(settings, "max_size");
+    run->loader.augment = !flag_on(settings, "no_augment");
+    run->loader.shuffle = !flag_on(settings, "no_shuffle");
+    run->loader.batch_size = flag_int(settings, "batch_size");
+    run->loader.workers = flag_int(settings, "num_workers");
+    run->loader.prefetch = flag_int(settings, "prefetch");
+    run->steps_per_epoch = run->train.num_images / run->loader.batch_size;
+    if (run->steps_per_epoch < 1)
+        return fail(error, "%s: %d images do not fill one batch: --batch_size %d at most", run->train.source,
+                    run->train.num_images, run->train.num_images);
+    run->last_step = flag_int64(settings, "epochs") * run->steps_per_epoch;
+    if (flag_text(settings, "steps") && flag_int64(settings, "steps") < run->last_step)
+        run->last_step = flag_int64(settings, "steps");
+    run->train_labels = (int *)allocate((size_t)run->train.num_categories * sizeof(int));
+    run->val_labels = (int *)allocate((size_t)run->val.num_categories * sizeof(int));
+    return 0;
+}
+
+static LossSettings loss_from_flags(const Settings *settings) {
+    LossSettings loss = {flag_number(settings, "set_cost_class"), flag_number(settings, "set_cost_bbox"),
+                         flag_number(settings, "set_cost_giou"),  flag_number(settings, "bbox_loss_coef"),
+                         flag_number(settings, "giou_loss_coef"), flag_number(settings, "eos_coef"),
+                         !flag_on(settings, "no_aux_loss")};
+    return loss;
+}
+
+static int training_run(Training *run, Error *error) {
+    int height = 0, width = 0, h, w;
+    if (training_open_folder(run, error) != 0 || training_open_data(run, error) != 0) return -1;
+    run->loss = loss_from_flags(run->settings);
+    if ((run->state_tree ? training_resume(run, error) : training_begin(run, error)) != 0) return -1;
+    if (run->has_val && match_labels(run->val_labels, &run->network, &run->val)) {
+        for (int c = 0; c < run->val.num_categories; c++)
+            if (run->val_labels[c] < 0)
+                return fail(error, "%s: class \"%s\" is not among the classes of %s", run->val.source,
+                            run->val.categories[c].name, run->train.source);
+    }
+    const Model *model = &run->network.model;
+    size_t parameters = 0;
+    for (int i = 0; i < model->num_params; i++)
+        parameters += model->params[i]->group == GROUP_STATISTICS ? 0 : model->params[i]->count;
+    printf("model      %.2f million parameters, %.2f million of them trained; %d queries, %d + 1 classes\n",
+           (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
+           model->config.num_labels);
+    LoaderSettings plain = run->loader;
+    plain.augment = 0;
+    loader_worst_size(&run->train, &run->loader, &h, &w);
+    widen_plan(&height, &width, h, w);
+    loader_worst_size(&run->train, &plain, &h, &w);
+    widen_plan(&height, &width, h, w);
+    if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
+    widen_plan(&height, &width, h, w);
+    training_warn(run);
+    if (training_plan(run, height, width, error) != 0) return -1;
+    const char *norm_init = flag_text(run->settings, "norm_init");
+    if (run->from_scratch && !run->state_tree && !(norm_init && strcmp(norm_init, "identity") == 0) &&
+        training_calibrate(run, height, width, error) != 0)
+        return -1;
+    model_pack(&run->network.model);
+    activations_create(&run->acts, model, height, width, 1);
+    if (run->state_tree)
+        printf("resume     %s at step %lld of %lld\n", run->folder, (long long)run->step, (long long)run->last_step);
+    if (run->step >= run->last_step &&
+        run->step <= run->epochs_logged * run->steps_per_epoch + run->steps_per_epoch - 1) {
+        printf("nothing to do: %lld steps are taken; a larger --epochs or --steps goes on\n", (long long)run->step);
+        return 0;
+    }
+    return training_loop(run, error);
+}
+
+static int command_train(Settings *settings, Error *error) {
+    Training run;
+    memset(&run, 0, sizeof run);
+    run.settings = settings;
+    watch_signals();
+    int status = training_run(&run, error);
+    training_free(&run);
+    return status;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: eval, predict, score, bench
+
+static int eval_on(const Settings *settings, Network *network, Activations *acts, Dataset *set, int *labels,
+                   Error *error) {
+    LoaderSettings loader = {0,
+                             network->short_side,
+                             network->max_size,
+                             0,
+                             0,
+                             1,
+                             flag_int(settings, "num_workers"),
+                             flag_int(settings, "prefetch")};
+    int height, width, num_detections, missing = match_labels(labels, network, set), status = 0;
+    if (missing == set->num_categories)
+        return fail(error, "%s: none of its %d classes is in %s/config.json's id2label", set->source, missing,
+                    flag_text(settings, "resume"));
+    for (int c = 0; c < set->num_categories && missing; c++)
+        if (labels[c] < 0)
+            fprintf(stderr, "warning: class \"%s\" is not in id2label: its boxes cannot be found\n",
+                    set->categories[c].name);
+    loader_worst_size(set, &loader, &height, &width);
+    activations_create(acts, &network->model, height, width, 0);
+    EvalDetection *detections;
+    CocoScores scores;
+    evaluate(network, acts, set, loader, labels, NULL, NULL, &detections, &num_detections);
+    coco_score(&scores, set, detections, num_detections);
+    printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
+    coco_print(stdout, &scores, set->categories);
+    if (flag_text(settings, "json"))
+        status = coco_write_json(flag_text(settings, "json"), &scores, set->categories, error);
+    if (status == 0 && flag_text(settings, "results"))
+        status = coco_write_results(flag_text(settings, "results"), set, detections, num_detections, error);
+    coco_scores_free(&scores);
+    free(detections);
+    return status;
+}
+
+static int command_eval(Settings *settings, Error *error) {
+    Network network;
+    Activations acts;
+    Dataset set;
+    memset(&network, 0, sizeof network);
+    memset(&acts, 0, sizeof acts);
+    flag_require(settings, "data");
+    flag_require(settings, "resume");
+    if (open_split(&set, settings, flag_text(settings, "split"), error) != 0) return -1;
+    int *labels = (int *)allocate((size_t)set.num_categories * sizeof(int));
+    int status = network_open(&network, flag_text(settings, "resume"), error);
+    if (status == 0) dataset_print_facts(stdout, &set);
+    if (status == 0) status = eval_on(settings, &network, &acts, &set, labels, error);
+    activations_free(&acts);
+    network_free(&network);
+    dataset_free(&set);
+    free(labels);
+    return status;
+}
+
+// Tensors of all pictures for --dump, written at the end.
+typedef struct {
+    SafeTensor *tensors;
+    int count;
+} Dump;
+
+static void dump_add(Dump *dump, int picture, const char *what, const real *values, int dim0, int dim1, int dim2) {
+    size_t count = (size_t)dim0 * (size_t)dim1 * (size_t)(dim2 ? dim2 : 1);
+    float *copy = (float *)allocate(count * sizeof(float));
+    for (size_t i = 0; i < count; i++) copy[i] = (float)values[i];
+    dump->tensors = (SafeTensor *)grow(dump->tensors, (size_t)dump->count, sizeof(SafeTensor));
+    SafeTensor *tensor = &dump->tensors[dump->count++];
+    memset(tensor, 0, sizeof *tensor);
+    tensor->name = format_string("%d.%s", picture, what);
+    tensor->dtype = "F32";
+    tensor->ndim = dim2 ? 3 : 2;
+    tensor->shape[0] = dim0, tensor->shape[1] = dim1, tensor->shape[2] = dim2;
+    tensor->data = copy;
+}
+
+static void predict_json(FILE *json, const Network *network, const char *path, int first, int width, int height,
+                         const Detection *found, int count) {
+    fprintf(json, "%s\n{\"file\": ", first ? "" : ",");
+    json_print_string(json, path);
+    fprintf(json, ", \"width\": %d, \"height\": %d, \"detections\": [", width, height);
+    for (int d = 0; d < count; d++) {
+        fprintf(json, "%s\n  {\"label\": ", d ? "," : "");
+        json_print_string(json, network->label_names[found[d].label]);
+        fprintf(json, ", \"category_id\": %lld, \"score\": %.17g, \"box\": [%.17g, %.17g, %.17g, %.17g]}",
+                (long long)network->label_ids[found[d].label], found[d].score, found[d].box[0], found[d].box[1],
+                found[d].box[2], found[d].box[3]);
+    }
+    fputs("]}", json);
+}
+
+static int predict_draw(Image *image, const Network *network, const char *picture, const char *folder,
+                        PictureFiles *taken, const Detection *found, int count, Error *error) {
+    const char *path = picture_copy_path(taken, folder, picture, error);
+    if (!path) return -1;
+    for (int d = count - 1; d >= 0; d--) draw_detection(image, network, found[d].label, found[d].score, found[d].box);
+    return image_write(path, image, error);
+}
+
+static int command_predict(Settings *settings, Error *error) {
+    const char *json_path = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
+               *dump_path = flag_text(settings, "dump");
+    Network network;
+    Activations acts;
+    PictureFiles list = {NULL, 0}, taken = {NULL, 0};
+    Dump dump = {NULL, 0};
+    int height = 1, width = 1, done = 0, unreadable = 0, shown = 0, status;
+    memset(&network, 0, sizeof network);
+    memset(&acts, 0, sizeof acts);
+    flag_require(settings, "resume");
+    if (settings->num_arguments == 0)
+        usage_error("predict needs an IMAGE or a DIR after the flags: see %s predict --help", settings->program);
+    status = network_open(&network, flag_text(settings, "resume"), error);
+    if (status == 0 && draw) status = make_directories(draw, error);
+    FILE *json = status == 0 && json_path ? fopen(json_path, "w") : NULL;
+    if (status == 0 && json_path && !json)
+        status = fail(error, "%s: cannot be written: %s", json_path, strerror(errno));
+    if (json) fputc('[', json);
+    for (int i = 0; i < settings->num_arguments && status == 0; i++) picture_files_find(&list, settings->arguments[i]);
+    for (int i = 0; i < list.count; i++) {  // plan for the largest; one that cannot be read is reported below
+        Error unused;
+        int w, h, out_width, out_height;
+        if (image_read_size(list.paths[i], &w, &h, &unused) != 0) continue;
+        resized_size(w, h, network.short_side, network.max_size, &out_width, &out_height);
+        widen_plan(&height, &width, out_height, out_width);
+    }
+    if (status == 0) activations_create(&acts, &network.model, height, width, 0);
+    int num_queries = network.config.num_queries, classes = network.config.num_labels + 1;
+    size_t last = (size_t)(network.config.dec_layers - 1) * (size_t)num_queries;
+    Detection *found = (Detection *)allocate((size_t)num_queries * sizeof(Detection));
+    for (int i = 0; i < list.count && status == 0; i++) {
+        Image original, image;
+        int out_width, out_height, count = 0;
+        Error why;
+        if (image_read(list.paths[i], &original, &why) != 0) {
+            fprintf(stderr, "%s: left out\n", why.text);
+            unreadable++;
+            continue;
+        }
+        resized_size(original.width, original.height, network.short_side, network.max_size, &out_width, &out_height);
+        image = image_new(original.width, original.height);
+        memcpy(image.pixels, original.pixels, 3 * (size_t)image.width * (size_t)image.height);
+        image_resize(&image, out_width, out_height);
+        predict_image(&network.model, &acts, &image);
+        detect(&network, &acts, original.width, original.height, found);
+        for (int q = 0; q < num_queries; q++) {  // keeps the queries' order, so that equal scores stay in it
+            if (!(found[q].score > flag_number(settings, "threshold"))) continue;
+            found[count] = found[q];
+            for (int j = 0; j < 4; j++)
+                found[count].box[j] = fmin(fmax(found[count].box[j], 0), j & 1 ? original.height : original.width);
+            count++;
+        }
+        qsort(found, (size_t)count, sizeof(Detection), compare_scores);
+        if (json) predict_json(json, &network, list.paths[i], done == 0, original.width, original.height, found, count);
+        if (dump_path) {
+            dump_add(&dump, done, "pixel_values", acts.pixels, out_height, out_width, 3);
+            dump_add(&dump, done, "logits", acts.logits + last * (size_t)classes, num_queries, classes, 0);
+            dump_add(&dump, done, "pred_boxes", acts.boxes + last * 4, num_queries, 4, 0);
+        }
+        if (!json && !draw && !dump_path)
+            for (int d = 0; d < count; d++)
+                printf("%s: %s %.3f  %.1f %.1f %.1f %.1f\n", list.paths[i], network.label_names[found[d].label],
+                       found[d].score, found[d].box[0], found[d].box[1], found[d].box[2], found[d].box[3]);
+        if (draw) status = predict_draw(&original, &network, list.paths[i], draw, &taken, found, count, error);
+        image_free(&original);
+        image_free(&image);
+        done++;
+        shown += count;
+    }
+    if (json) fputs("]\n", json);
+    if (json && coco_close(json, json_path, error) != 0) status = -1;
+    if (status == 0 && dump_path) status = safetensors_write(dump_path, dump.tensors, dump.count, error);
+    if (status == 0)
+        printf("%d pictures, %d boxes with a score above %s%s%s\n", done, shown, flag_text(settings, "threshold"),
+               draw ? ", drawn in " : "", draw ? draw : "");
+    if (status == 0 && unreadable) status = fail(error, "%d of %d pictures could not be read", unreadable, list.count);
+    for (int i = 0; i < dump.count; i++) {
+        free((void *)dump.tensors[i].name);
+        free((void *)dump.tensors[i].data);
+    }
+    free(dump.tensors);
+    picture_files_free(&list);
+    picture_files_free(&taken);
+    free(found);
+    activations_free(&acts);
+    network_free(&network);
+    return status;
+}
+
+static int command_score(Settings *settings, Error *error) {
+    Dataset set;
+    EvalDetection *detections;
+    CocoScores scores;
+    int count, status = 0;
+    flag_require(settings, "annotations");
+    flag_require(settings, "results");
+    if (dataset_open_coco_file(&set, flag_text(settings, "annotations"), NULL, error) != 0) return -1;
+    for (int i = 0; i < set.num_problems; i++) fprintf(stderr, "%s\n", set.problems[i]);
+    if (coco_read_results(flag_text(settings, "results"), &set, &detections, &count, error) != 0) {
+        dataset_free(&set);
+        return -1;
+    }
+    coco_score(&scores, &set, detections, count);
+    coco_print(stdout, &scores, set.categories);
+    if (flag_text(settings, "json"))
+        status = coco_write_json(flag_text(settings, "json"), &scores, set.categories, error);
+    coco_scores_free(&scores);
+    free(detections);
+    dataset_free(&set);
+    return status;
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double left = *(const double *)a, right = *(const double *)b;
+    return left < right ? -1 : left > right;
+}
+
+// A random picture with seven boxes; number: which one.
+static void bench_sample(Sample *sample, int height, int width, int num_classes, int number) {
+    enum { BOXES = 7 };
+    memset(sample, 0, sizeof *sample);
+    sample->image = image_new(width, height);
+    sample->original_width = width, sample->original_height = height;
+    sample->num_boxes = BOXES;
+    sample->boxes = (double *)allocate(4 * BOXES * sizeof(double));
+    sample->classes = (int *)allocate(BOXES * sizeof(int));
+    size_t bytes = 3 * (size_t)width * (size_t)height;
+    for (size_t i = 0; i < bytes; i += 16) {
+        uint32_t words[4];
+        random_words(words, 0, RANDOM_TEST, 0, 0, (uint32_t)number, (uint32_t)(i / 16));
+        memcpy(sample->image.pixels + i, words, bytes - i < 16 ? bytes - i : 16);
+    }
+    for (int b = 0; b < BOXES; b++) {
+        for (int i = 0; i < 4; i++)
+            sample->boxes[4 * b + i] =
+                (i < 2 ? 0.3 : 0.1) +
+                0.4 * random_uniform(0, RANDOM_TEST, 1, 0, (uint32_t)number, (uint64_t)(4 * b + i));
+        sample->classes[b] =
+            (int)random_below(0, RANDOM_TEST, 2, 0, (uint32_t)number, (uint64_t)b, (uint32_t)num_classes);
+    }
+}
+
+// Times one command of the two (train: a step, else an inference): the median of 3 to 7 runs, after one that is not
+// counted, stopping when they have taken half a minute.
+static double bench_seconds(Model *model, Activations *acts, const LossSettings *loss, Sample *samples, int batch,
+                            int train, Error *error) {
+    OptimizerSettings optimizer = {1e-4, 1e-5, 1e-4, 0.1};
+    double times[7], total = 0;
+    int count = 0;
+    for (int run = -1; run < 7 && (run < 3 || total < 30); run++) {
+        Losses losses;
+        double begin = seconds_now();
+        if (!train) {
+            predict_image(model, acts, &samples[0].image);
+        } else if (training_step(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0) {
+            return -1;
+        }
+        if (run < 0) continue;
+        times[count] = seconds_now() - begin;
+        total += times[count++];
+    }
+    qsort(times, (size_t)count, sizeof(double), compare_doubles);
+    return count % 2 ? times[count / 2] : (times[count / 2 - 1] + times[count / 2]) / 2;
+}
+
+// Multiply-adds times two of the forward pass of what is not trained: those layers have no backward pass. All of them
+// come before the first stride after the pooling.
+static double frozen_flops(const Model *model, int height, int width) {
+    double h = conv_output_size(height, model->stem.shape), w = conv_output_size(width, model->stem.shape), sum;
+    sum = model->stem.weight->trained ? 0 : h * w * (double)model->stem.weight->count;
+    h = floor((h + 1) / 2), w = floor((w + 1) / 2);
+    for (int i = 0; i < model->num_blocks && !model->blocks[i].trained; i++) {
+        const Block *block = &model->blocks[i];
+        for (int j = 0; j < block->num_convs; j++) sum += h * w * (double)block->conv[j].weight->count;
+        if (block->has_shortcut) sum += h * w * (double)block->shortcut.weight->count;
+    }
+    return 2 * sum;
+}
+
+static int command_bench(Settings *settings, Error *error) {
+    const char *size = flag_text(settings, "size"), *json_path = flag_text(settings, "json");
+    ModelConfig config = config_from_flags(settings);
+    LossSettings loss = {1, 5, 2, 5, 2, 0.1, !flag_on(settings, "no_aux_loss")};
+    Model model;
+    Activations acts;
+    int height, width, used = 0, batch = flag_int(settings, "batch_size");
+    if (sscanf(size, "%dx%d%n", &height, &width, &used) != 2 || size[used] || height < 1 || width < 1 ||
+        height > 16384 || width > 16384)
+        usage_error("--size must be HEIGHTxWIDTH in pixels, from 1 to 16384, not \"%s\"", size);
+    config.num_labels = 91;  // COCO's
+    if (model_create(&model, &config, 1, 1, 0, error) != 0) return -1;
+    model_initialise(&model, 0);
+    model_pack(&model);
+    activations_create(&acts, &model, height, width, 1);
+    Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
+    for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
+    double peak = measure_peak_gflops(), train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, error),
+           infer_seconds = 0;
+    double flops = forward_flops(&model, height, width);
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    activations_free(&acts);
+    activations_create(&acts, &model, height, width, 0);
+    if (train_seconds > 0) infer_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 0, error);
+    double train_flops = batch * (3 * flops - 2 * frozen_flops(&model, height, width));
+    int status = train_seconds > 0 ? 0 : -1;
+    if (status == 0) {
+        printf("%s %dx%d, batch %d, %d threads, %s\n", flag_text(settings, "backbone"), height, width, batch,
+               omp_get_max_threads(), sizeof(real) == 4 ? "fp32" : "fp64");
+        printf("training step  %8.3f s  %7.1f Gflop/s  %.2f images/s\n", train_seconds,
+               train_flops / train_seconds / 1e9, batch / train_seconds);
+        printf("inference      %8.3f s  %7.1f Gflop/s\n", infer_seconds, flops / infer_seconds / 1e9);
+        printf("peak           %18.1f Gflop/s, measured; %.2f GiB of memory\n", peak,
+               (double)usage.ru_maxrss / 1048576);
+    }
+    if (status == 0 && json_path) {
+        FILE *json = fopen(json_path, "w");
+        if (!json) status = fail(error, "%s: cannot be written: %s", json_path, strerror(errno));
+        if (json) {
+            fprintf(json,
+                    "{\"train_step_s\": %.17g, \"infer_s\": %.17g, \"peak_rss_bytes\": %lld, \"gflops_train\": %.17g, "
+                    "\"gflops_infer\": %.17g, \"peak_gflops_measured\": %.17g}\n",
+                    train_seconds, infer_seconds, (long long)usage.ru_maxrss * 1024, train_flops / train_seconds / 1e9,
+                    flops / infer_seconds / 1e9, peak);
+            status = coco_close(json, json_path, error);
+        }
+    }
+    for (int i = 0; i < batch; i++) sample_free(&samples[i]);
+    free(samples);
+    activations_free(&acts);
+    model_free(&model);
+    return status;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The table of commands, and --help
+
+static const struct {
+    const char *name;
+    int command;
+    int (*run)(Settings *, Error *);
+    const char *usage, *help;
+} COMMANDS[] = {
+    {"train", TRAIN, command_train, "--data DIR --output_dir OUT [flags]  |  --resume OUT [flags]",
+     "trains a network and writes checkpoints"},
+    {"eval", EVAL, command_eval, "--data DIR --resume OUT [flags]", "average precision of a checkpoint on a data set"},
+    {"predict", PREDICT, command_predict, "--resume OUT [flags] IMAGE|DIR ...", "finds the objects in pictures"},
+    {"score", SCORE, command_score, "--annotations instances.json --results results.json [--json F]",
+     "average precision of boxes in a COCO results file"},
+    {"bench", BENCH, command_bench, "[flags]", "times a training step and an inference on random pictures"},
+};
+enum { NUM_COMMANDS = sizeof COMMANDS / sizeof COMMANDS[0] };
+
+// Help for one command, or for all.
+static void print_help(const Settings *settings, int command) {
+    if (command < 0) printf("DETR, object detection with a transformer: training and use on the CPU.\n\n");
+    for (int c = 0; c < NUM_COMMANDS; c++)
+        if (command < 0 || command == c)
+            printf("%s %s %s\n    %s\n", settings->program, COMMANDS[c].name, COMMANDS[c].usage, COMMANDS[c].help);
+    for (int c = 0; c < NUM_COMMANDS; c++) {
+        if (command >= 0 && command != c) continue;
+        printf("\nFlags of %s, [default]:\n", COMMANDS[c].name);
+        settings_print_help(settings, COMMANDS[c].command);
+    }
+    if (command < 0 || COMMANDS[command].command & (TRAIN | BENCH)) {
+        printf("\nPresets (a flag that is given counts before them):\n");
+        settings_print_presets(settings);
+    }
+    printf("\nExit status: 0 done, 1 failed, 2 wrong call. OMP_NUM_THREADS sets the number of threads.\n");
+}
+
+#endif

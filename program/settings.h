@@ -1,0 +1,120 @@
+/*
+The flags of all commands in one table, and the presets. data/flags.h makes of it the parsing, --help, what a checkpoint
+remembers and what a resumed run may change.
+
+Part of train_detr.c, which includes it: everything a user types stands here.
+*/
+#ifndef DETR_SETTINGS_H
+#define DETR_SETTINGS_H
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Settings: the flags of all commands (data/flags.h makes parsing, --help, saving and resuming of this table)
+
+enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16 };
+
+static const Flag FLAGS[] = {
+    {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL,
+     "data set: COCO, Pascal VOC or YOLO, recognised by what the folder holds"},
+    {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN, "its split to train on"},
+    {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL,
+     "its split to evaluate on (train: after each epoch, where it exists)"},
+    {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN, "folder for the checkpoint, log.txt and report.html"},
+    {"resume", PATH, "OUT", NULL, 0, 0, TRAIN | EVAL | PREDICT,
+     "a checkpoint: train goes on exactly where it stopped, with its flags"},
+    {"pretrained", PATH, "FILE|DIR", NULL, 0, 0, TRAIN,
+     "start from weights: a folder that transformers wrote, or a .safetensors file of DETR or of a ResNet"},
+    {"preset", CHOICE, "demo|small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
+    {"annotations", PATH, "FILE", NULL, 0, 0, SCORE, "COCO annotation file with the true boxes"},
+    {"results", PATH, "FILE", NULL, 0, 0, EVAL | SCORE, "COCO results: score reads them, eval writes them"},
+    {"json", PATH, "FILE", NULL, 0, 0, EVAL | PREDICT | SCORE | BENCH, "write the figures, or the boxes, as JSON"},
+    {"draw", PATH, "DIR", NULL, 0, 0, PREDICT, "write each picture with its boxes"},
+    {"dump", PATH, "FILE", NULL, 0, 0, PREDICT,
+     "write pixel_values, logits and pred_boxes of each picture as safetensors"},
+    {"threshold", NUMBER, "X", "0.5", 0, 1, PREDICT, "boxes with a higher score than this are shown"},
+    {"size", TEXT, "HxW", "800x1066", 0, 0, BENCH, "height and width of the pictures, in pixels"},
+
+    {"backbone", CHOICE, "resnet18|resnet34|resnet50|resnet101|tiny", "resnet50", 0, 0, TRAIN | BENCH,
+     "the convolutional network in front (tiny: a third of resnet18, for small pictures)"},
+    {"dilation", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH, "DC5: the last stage dilates instead of halving the size"},
+    {"enc_layers", INTEGER, "N", "6", 1, 64, TRAIN | BENCH, "encoder layers"},
+    {"dec_layers", INTEGER, "N", "6", 1, MAX_DEC_LAYERS, TRAIN | BENCH, "decoder layers"},
+    {"dim_feedforward", INTEGER, "N", "2048", 1, 65536, TRAIN | BENCH, "inner channels of the feed-forward layers"},
+    {"hidden_dim", INTEGER, "N", "256", 4, 8192, TRAIN | BENCH,
+     "channels of the transformer; a multiple of 4 and of nheads"},
+    {"nheads", INTEGER, "N", "8", 1, 1024, TRAIN | BENCH, "attention heads"},
+    {"num_queries", INTEGER, "N", "100", 1, 10000, TRAIN | BENCH,
+     "boxes predicted for each picture: more than any picture has"},
+    {"dropout", NUMBER, "P", "0.1", 0, 0.99, TRAIN | BENCH,
+     "probability that an activation of the transformer is dropped"},
+    {"no_aux_loss", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH, "train on the last decoder layer's boxes only"},
+    {"norm_init", CHOICE, "calibrate|identity", NULL, 0, 0, TRAIN,
+     "without pretrained weights: the frozen norms' mean and variance from some training pictures (calibrate, the "
+     "default), or 0 and 1"},
+
+    {"set_cost_class", NUMBER, "X", "1", 0, 1e6, TRAIN, "matching: weight of the class probability"},
+    {"set_cost_bbox", NUMBER, "X", "5", 0, 1e6, TRAIN, "matching: weight of the boxes' L1 distance"},
+    {"set_cost_giou", NUMBER, "X", "2", 0, 1e6, TRAIN, "matching: weight of generalized IoU"},
+    {"bbox_loss_coef", NUMBER, "X", "5", 0, 1e6, TRAIN, "loss: weight of the boxes' L1 distance"},
+    {"giou_loss_coef", NUMBER, "X", "2", 0, 1e6, TRAIN, "loss: weight of generalized IoU"},
+    {"eos_coef", NUMBER, "X", "0.1", 0, 1e6, TRAIN, "loss: weight of the class \"no object\""},
+
+    {"lr", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "learning rate"},
+    {"lr_backbone", NUMBER, "X", "1e-5", 0, 1e3, TRAIN, "learning rate of the backbone; 0 freezes it"},
+    {"lr_drop", INTEGER, "EPOCHS", "200", 1, 1e9, TRAIN,
+     "both rates fall to a tenth each time so many epochs have passed"},
+    {"weight_decay", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "AdamW's weight decay"},
+    {"clip_max_norm", NUMBER, "X", "0.1", 0, 1e9, TRAIN, "largest norm of the gradient; 0: not clipped"},
+    {"epochs", INTEGER, "N", "300", 1, 1e9, TRAIN | MAY_CHANGE, "passes over the training pictures, in all"},
+    {"steps", INTEGER, "N", NULL, 1, 1e15, TRAIN | MAY_CHANGE,
+     "stop when so many optimizer steps have been taken in all"},
+    {"batch_size", INTEGER, "N", "2", 1, 65536, TRAIN | BENCH,
+     "pictures in one optimizer step; an epoch has floor(pictures / N) steps"},
+    {"micro_batch", INTEGER, "N", "0", 0, 65536, TRAIN,
+     "pictures in flight at once, 0: as many as fit; here always one, and gradients are added in batch order"},
+    {"precision", CHOICE, "fp32|bf16|fp16", "fp32", 0, 0, TRAIN | BENCH | MAY_CHANGE,
+     "numbers to compute with; here fp32 only"},
+    {"seed", INTEGER, "N", "42", 0, 9e18, TRAIN, "of every random number"},
+    {"eval_every", INTEGER, "EPOCHS", "1", 1, 1e9, TRAIN, "evaluate after each so many epochs"},
+    {"save_steps", INTEGER, "N", "0", 0, 1e15, TRAIN | MAY_CHANGE,
+     "a checkpoint every N steps too, besides each epoch; 0: not"},
+
+    {"short_side", INTEGER, "PIXELS", "800", 16, 16384, TRAIN,
+     "pictures are resized to this short side; the augmentation's sizes shrink with it"},
+    {"max_size", INTEGER, "PIXELS", "1333", 16, 32768, TRAIN, "... unless the long side would be longer than this"},
+    {"no_augment", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures as they are: no flip, no crop, one size"},
+    {"no_shuffle", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures in the order of the annotation file"},
+    {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | MAY_CHANGE,
+     "threads that read and resize pictures; 0: between the steps"},
+    {"prefetch", INTEGER, "BATCHES", "4", 1, 1024, TRAIN | EVAL | MAY_CHANGE, "batches that are read ahead"},
+};
+
+static const Preset PRESETS[] = {
+    {"demo",
+     "a small network on small pictures: learns a few hundred pictures in minutes on two cores",
+     {"backbone",    "tiny", "hidden_dim",      "128", "nheads",      "4",  "enc_layers", "3",
+      "dec_layers",  "3",    "dim_feedforward", "512", "num_queries", "64", "dropout",    "0",
+      "short_side",  "240",  "max_size",        "320", "batch_size",  "4",  "lr",         "4e-4",
+      "lr_backbone", "4e-4", "lr_drop",         "40",  "epochs",      "50", NULL}},
+    {"small",
+     "resnet18 and half a transformer on pictures of half size: some thousand pictures, from scratch, in a night",
+     {"backbone",   "resnet18", "hidden_dim",      "192", "nheads",  "8",    "enc_layers",  "3",
+      "dec_layers", "3",        "dim_feedforward", "768", "dropout", "0",    "short_side",  "400",
+      "max_size",   "667",      "batch_size",      "8",   "lr",      "2e-4", "lr_backbone", "2e-4",
+      "lr_drop",    "120",      "epochs",          "150", NULL}},
+};
+
+// The table bound to a command (COMMANDS, below): what parsing and --help need.
+static Settings settings_for(const char *program, const char *command_name, int command) {
+    Settings settings;
+    memset(&settings, 0, sizeof settings);
+    settings.flags = FLAGS;
+    settings.num_flags = sizeof FLAGS / sizeof FLAGS[0];
+    settings.presets = PRESETS;
+    settings.num_presets = sizeof PRESETS / sizeof PRESETS[0];
+    settings.program = program;
+    settings.command_name = command_name;
+    settings.command = command;
+    return settings;
+}
+
+#endif

@@ -1,0 +1,1291 @@
+/*
+test_detr.c: every check of numbers. It includes the trainer with its main left out, so it can call any function.
+
+    make test                  runs it in float and in double; needs no Python
+    ./test_detr NAME ...       runs only the tests whose names begin so
+
+The truth in dev/dumps/ was made by PyTorch (dev/oracle.py). In double everything must agree with PyTorch's float64 to
+1e-10: a wrong formula cannot hide. In float the yardstick is PyTorch's own float32 error, which the dumps carry.
+The last line is "N passed, N failed"; the exit status is 1 when anything failed.
+*/
+#define TRAIN_DETR_NO_MAIN
+#include "train_detr.c"
+
+static int num_passed, num_failed;
+
+// Counts a check; a failed one is printed with its name.
+__attribute__((format(printf, 2, 3))) static void check(int condition, const char *format, ...) {
+    condition ? num_passed++ : num_failed++;
+    if (condition) return;
+    va_list arguments;
+    va_start(arguments, format);
+    printf("  FAILED: ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+#include "data/test_image.h"
+#include "data/test_dataset.h"
+#include "data/test_eval.h"
+
+static const int IS_DOUBLE = sizeof(real) == 8;
+
+static double test_uniform(uint32_t site, uint64_t element) {
+    return random_uniform(7, RANDOM_TEST, site, 0, 0, element);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers
+
+static void test_random(void) {
+    // The known answers of the authors' own library (Random123, kat_vectors, philox4x32-10).
+    static const uint32_t cases[3][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+         0x24126ea1}};
+    for (int i = 0; i < 3; i++) {
+        uint32_t counter[4] = {cases[i][0], cases[i][1], cases[i][2], cases[i][3]};
+        philox(counter, cases[i][4], cases[i][5]);
+        for (int w = 0; w < 4; w++) check(counter[w] == cases[i][6 + w], "philox: known answer %d, word %d", i, w);
+    }
+    double sum = 0, squares = 0;
+    enum { DRAWS = 20000 };
+    for (uint64_t i = 0; i < DRAWS; i++) {
+        double x = random_normal(1, RANDOM_TEST, 0, 0, 0, i);
+        sum += x, squares += x * x;
+    }
+    // five standard errors: 5 / sqrt(20000) = 0.035 for the mean, 5 sqrt(2 / 20000) = 0.05 for the variance
+    check(fabs(sum / DRAWS) < 0.035 && fabs(squares / DRAWS - 1) < 0.05, "normal numbers: mean %g, variance %g",
+          sum / DRAWS, squares / DRAWS);
+    check(random_word(1, RANDOM_TEST, 0, 0, 0, 5) != random_word(2, RANDOM_TEST, 0, 0, 0, 5),
+          "another seed gives another number");
+    check(random_word(1, RANDOM_TEST, 0, 0, 0, 5) != random_word(1, RANDOM_TEST, 1, 0, 0, 5),
+          "another site gives another number");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matching and boxes
+
+// The least cost over all ways to give rows 0..rows-1 columns of their own.
+static double cheapest(const double *cost, int row, int rows, int columns, unsigned taken) {
+    double best = row == rows ? 0 : INFINITY;
+    for (int j = 0; row < rows && j < columns; j++) {
+        if (taken >> j & 1) continue;
+        best = fmin(best, cost[row * columns + j] + cheapest(cost, row + 1, rows, columns, taken | 1u << j));
+    }
+    return best;
+}
+
+static void test_matching(void) {
+    double cost[64], workspace[128];
+    int column_of_row[8];
+    for (int round = 0; round < 300; round++) {
+        int rows = 1 + round % 6, columns = rows + (round / 6) % 3, distinct = 1;
+        for (int i = 0; i < rows * columns; i++) {
+            cost[i] = 10 * test_uniform(1, (uint64_t)(round * 64 + i)) - 5;
+            if (round % 3 == 0) cost[i] = floor(cost[i]);  // many ties
+        }
+        assign(column_of_row, cost, rows, columns, workspace);
+        double sum = 0;
+        unsigned used = 0;
+        for (int i = 0; i < rows; i++) {
+            if (column_of_row[i] < 0 || column_of_row[i] >= columns || (used >> column_of_row[i] & 1)) {
+                distinct = 0;
+                break;
+            }
+            used |= 1u << column_of_row[i];
+            sum += cost[i * columns + column_of_row[i]];
+        }
+        double best = cheapest(cost, 0, rows, columns, 0);
+        check(distinct && fabs(sum - best) < 1e-9, "assignment %d (%d x %d): %g, the best is %g", round, rows, columns,
+              sum, best);
+    }
+    const double bad[4] = {NAN, INFINITY, -INFINITY, 1e300};
+    for (int round = 0; round < 40; round++) {
+        int rows = 4, columns = 5, distinct = 1;
+        for (int i = 0; i < 20; i++)
+            cost[i] = test_uniform(2, (uint64_t)(round * 20 + i)) < 0.5 || round == 0 ? bad[(i + round) % 4] : i;
+        assign(column_of_row, cost, rows, columns, workspace);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j <= i; j++)
+                distinct &= column_of_row[i] >= 0 && column_of_row[i] < columns &&
+                            (j == i || column_of_row[i] != column_of_row[j]);
+        check(distinct, "assignment of costs that are not finite %d: every row has a column of its own", round);
+    }
+}
+
+static void test_boxes(void) {
+    double same[4] = {0.5, 0.5, 0.2, 0.4}, apart[4] = {0.1, 0.5, 0.2, 0.4}, half[4] = {0.6, 0.5, 0.2, 0.4};
+    check(fabs(generalized_iou(same, same, NULL) - 1) < 1e-15, "GIoU of a box with itself is 1");
+    // apart: no overlap; union 0.16, the box around both is 0.6 x 0.4 = 0.24: -(0.24 - 0.16) / 0.24 = -1/3
+    check(fabs(generalized_iou(same, apart, NULL) + 1.0 / 3) < 1e-14, "GIoU of boxes apart");
+    // half: they share 0.1 x 0.4 = 0.04; union 0.12, around both 0.3 x 0.4 = 0.12: 1/3
+    check(fabs(generalized_iou(same, half, NULL) - 1.0 / 3) < 1e-14, "GIoU of boxes that overlap by half");
+    for (int round = 0; round < 200; round++) {
+        double a[4], b[4], d[4], moved[4], worst = 0;
+        for (int i = 0; i < 4; i++) {
+            a[i] = 0.05 + 0.9 * test_uniform(3, (uint64_t)(round * 8 + i)),
+            b[i] = 0.05 + 0.9 * test_uniform(3, (uint64_t)(round * 8 + 4 + i));
+            if (round % 2 && i >= 2) a[i] *= 0.2, b[i] *= 0.2;  // half of them mostly apart
+        }
+        generalized_iou(a, b, d);
+        for (int i = 0; i < 4; i++) {
+            memcpy(moved, a, sizeof a);
+            moved[i] = a[i] + 1e-6;
+            double above = generalized_iou(moved, b, NULL);
+            moved[i] = a[i] - 1e-6;
+            worst = fmax(worst, fabs((above - generalized_iou(moved, b, NULL)) / 2e-6 - d[i]) / (1 + fabs(d[i])));
+        }
+        check(worst < 1e-6, "gradient of GIoU, case %d: off by %g", round, worst);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A small network and made-up pictures, for tests that need no truth from outside
+
+static ModelConfig small_config(int bottleneck) {
+    ModelConfig config;
+    memset(&config, 0, sizeof config);
+    config.bottleneck = bottleneck;
+    config.num_stages = 3;
+    for (int s = 0; s < 3; s++) config.depths[s] = 1 + (s == 1), config.widths[s] = 16 << s;
+    config.stem_width = 12;
+    config.hidden_dim = 32, config.nheads = 4, config.enc_layers = 2, config.dec_layers = 2,
+    config.dim_feedforward = 40;
+    config.num_queries = 9, config.num_labels = 3;
+    return config;
+}
+
+static void small_model(Model *model, int bottleneck, double dropout) {
+    Error error;
+    ModelConfig config = small_config(bottleneck);
+    config.dropout = dropout;
+    if (model_create(model, &config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
+    model_initialise(model, 3);
+    for (int i = 0; i < model->num_params; i++) {  // no value stays where a wrong formula would not show
+        Param *param = model->params[i];
+        for (size_t k = 0; k < param->count; k++) {
+            double u = test_uniform(4, (uint64_t)i << 20 | k);
+            if (param->init == INIT_ONE) param->value[k] = (real)(0.5 + u);
+            if (param->init == INIT_ZERO) param->value[k] = (real)(0.2 * u - 0.1);
+        }
+    }
+    model_pack(model);
+}
+
+enum { SMALL_BATCH = 4 };
+static const LossSettings SMALL_LOSS = {1, 5, 2, 5, 2, 0.1, 1};
+
+// Pictures of noise of four sizes; the third has no boxes.
+static void small_batch(Sample samples[SMALL_BATCH]) {
+    static const int sizes[SMALL_BATCH][2] = {{50, 35}, {33, 70}, {48, 48}, {37, 34}};
+    memset(samples, 0, SMALL_BATCH * sizeof *samples);
+    for (int i = 0; i < SMALL_BATCH; i++) {
+        Sample *sample = &samples[i];
+        sample->image.width = sizes[i][0], sample->image.height = sizes[i][1];
+        size_t count = (size_t)(3 * sizes[i][0] * sizes[i][1]);
+        sample->image.pixels = (unsigned char *)allocate(count);
+        for (size_t k = 0; k < count; k++)
+            sample->image.pixels[k] = (unsigned char)random_word(7, RANDOM_TEST, 5, 0, (uint32_t)i, k);
+        sample->num_boxes = i == 2 ? 0 : i == 3 ? 12 : i + 2;  // the fourth has more boxes than queries
+        sample->boxes = (double *)allocate((size_t)sample->num_boxes * 4 * sizeof(double));
+        sample->classes = (int *)allocate((size_t)sample->num_boxes * sizeof(int));
+        for (int b = 0; b < sample->num_boxes; b++) {
+            for (int c = 0; c < 4; c++)
+                sample->boxes[4 * b + c] =
+                    (c < 2 ? 0.3 : 0.05) + 0.4 * test_uniform(6, (uint64_t)((i * 16 + b) * 4 + c));
+            sample->classes[b] = (i + b) % 3;
+        }
+    }
+}
+
+static void free_batch(Sample *samples, int count) {
+    for (int i = 0; i < count; i++) sample_free(&samples[i]);
+}
+
+// Loss of the batch; with gradients also the gradients.
+static double batch_loss(Model *model, Activations *acts, const Sample *samples, int gradients) {
+    Losses losses;
+    LossDivisors divisors = {0, 0, 0};
+    memset(&losses, 0, sizeof losses);
+    for (int i = 0; i < SMALL_BATCH; i++)
+        divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, SMALL_LOSS.eos_coef);
+    if (gradients) zero_gradients(model);
+    for (int i = 0; i < SMALL_BATCH; i++) {
+        acts->dropout.p = model->config.dropout, acts->dropout.seed = 11, acts->dropout.step = 5,
+        acts->dropout.image = (uint32_t)i;
+        load_image(model, acts, &samples[i].image);
+        network_forward(model, acts);
+        Targets targets = {samples[i].num_boxes, samples[i].boxes, samples[i].classes};
+        set_loss(model, acts, targets, divisors, &SMALL_LOSS, &losses);
+        if (gradients) network_backward(model, acts);
+    }
+    if (gradients) unfold_norms(model);
+    losses_finish(&losses, model->config.dec_layers, &SMALL_LOSS);
+    return losses.loss;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients against central differences
+
+// For every tensor of the network, a random direction d in it: (loss(w + e d) - loss(w - e d)) / 2e against grad . d.
+// Each tensor belongs to one layer, so each layer's backward pass is tested, through all that lies behind it. In double
+// with e = 1e-6 truncation and rounding are both near 1e-9 of the loss; a kink of ReLU within e of zero is rarer still.
+static void test_gradients(void) {
+    if (!IS_DOUBLE) return;
+    for (int bottleneck = 0; bottleneck < 2; bottleneck++) {
+        double dropout = bottleneck ? 0.2 : 0;
+        Model model;
+        Activations acts;
+        Sample samples[SMALL_BATCH];
+        small_model(&model, bottleneck, dropout);
+        activations_create(&acts, &model, 70, 70, 1);
+        small_batch(samples);
+        batch_loss(&model, &acts, samples, 1);
+        double whole = gradient_norm(&model), step = 1e-6, total_slope = 0, total_expected = 0;
+        for (int i = 0; i < model.num_params; i++) {
+            Param *param = model.params[i];
+            if (!param->trained) continue;
+            double expected = 0, norm = 0, loss[2];
+            for (size_t k = 0; k < param->count; k++)
+                norm += pow(random_normal(9, RANDOM_TEST, (uint32_t)i, 0, 0, k), 2);
+            for (int side = 0; side < 2; side++) {
+                for (size_t k = 0; k < param->count; k++) {
+                    double d = random_normal(9, RANDOM_TEST, (uint32_t)i, 0, 0, k) / sqrt(norm);
+                    if (side == 0) expected += d * (double)param->grad[k];
+                    param->value[k] += (real)((side ? -2 : 1) * step * d);
+                }
+                model_pack(&model);
+                loss[side] = batch_loss(&model, &acts, samples, 0);
+            }
+            for (size_t k = 0; k < param->count; k++)
+                param->value[k] += (real)(step * random_normal(9, RANDOM_TEST, (uint32_t)i, 0, 0, k) / sqrt(norm));
+            double slope = (loss[0] - loss[1]) / (2 * step);
+            total_slope += slope, total_expected += expected;
+            check(fabs(slope - expected) <= 1e-6 * fmax(fabs(expected), whole),
+                  "gradient of %s (%s%s): %.12g, differences say %.12g", param->name,
+                  bottleneck ? "bottleneck" : "basic", dropout > 0 ? ", dropout" : "", expected, slope);
+        }
+        check(fabs(total_slope - total_expected) <= 1e-6 * fabs(total_expected),
+              "gradient of the whole loss: %.12g, differences say %.12g", total_expected, total_slope);
+        free_batch(samples, SMALL_BATCH);
+        activations_free(&acts);
+        model_free(&model);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Same bytes
+
+static uint64_t fingerprint(const Model *model, int gradients) {
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < model->num_params; i++) {
+        const Param *param = model->params[i];
+        const unsigned char *bytes = (const unsigned char *)(gradients ? param->grad : param->value);
+        if (!gradients || param->trained)
+            for (size_t k = 0; k < param->count * sizeof(real); k++) hash = (hash ^ bytes[k]) * 1099511628211u;
+    }
+    return hash;
+}
+
+static void test_same_bytes(void) {
+    uint64_t gradient[4], weights[4];
+    int threads_before = omp_get_max_threads();
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    for (int run = 0; run < 4; run++) {  // 1, 2 and 3 threads, and the first again
+        omp_set_num_threads(run == 3 ? 1 : run + 1);
+        Model model;
+        Activations acts;
+        Sample samples[SMALL_BATCH];
+        Losses losses;
+        Error error;
+        small_model(&model, 1, 0.1);
+        activations_create(&acts, &model, 70, 70, 1);
+        small_batch(samples);
+        for (int64_t step = 0; step < 2; step++)
+            training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 42, step, &losses, &error);
+        gradient[run] = fingerprint(&model, 1), weights[run] = fingerprint(&model, 0);
+        free_batch(samples, SMALL_BATCH);
+        activations_free(&acts);
+        model_free(&model);
+    }
+    omp_set_num_threads(threads_before);
+    for (int run = 1; run < 4; run++)
+        check(gradient[run] == gradient[0] && weights[run] == weights[0],
+              "two steps with %d threads give the bytes that 1 thread gives", run == 3 ? 1 : run + 1);
+}
+
+// What one image gives may not depend on what was computed before it.
+static void test_company(void) {
+    Model model;
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    small_model(&model, 0, 0);
+    activations_create(&acts, &model, 70, 70, 0);
+    small_batch(samples);
+    size_t count = (size_t)(model.config.dec_layers * model.config.num_queries) * 4;
+    real *alone = (real *)allocate(count * sizeof(real));
+    predict_image(&model, &acts, &samples[0].image);
+    memcpy(alone, acts.boxes, count * sizeof(real));
+    predict_image(&model, &acts, &samples[1].image);
+    predict_image(&model, &acts, &samples[0].image);
+    check(memcmp(alone, acts.boxes, count * sizeof(real)) == 0, "an image's boxes are the same after another image");
+    check(activations_bytes(&model, 70, 70, 0) == acts.arena.capacity, "the plan is what is allocated");
+    free(alone);
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    model_free(&model);
+}
+
+// A weight that is not finite stops the step, is named, and changes nothing.
+static void test_nonfinite(void) {
+    Model model;
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    Losses losses;
+    Error error;
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    small_model(&model, 0, 0);
+    activations_create(&acts, &model, 70, 70, 1);
+    small_batch(samples);
+    model.input_projection.weight->value[3] = (real)NAN;
+    model_pack(&model);
+    uint64_t before = fingerprint(&model, 0);
+    int status = training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 42, 0, &losses, &error);
+    check(status == -1 && strstr(error.text, "model.input_projection.weight") != NULL, "a NaN in a weight is named: %s",
+          status ? error.text : "no error");
+    check(fingerprint(&model, 0) == before, "a step that fails leaves the weights alone");
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    model_free(&model);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks of the Matmul room: each shape, forward and backward, against plain loops in double.
+
+typedef struct {
+    int height, width;
+    ConvShape shape;  // in_channels, out_channels, kernel, stride, padding, dilation
+} MatmulCase;
+
+static const MatmulCase matmul_cases[] = {
+    // linear layers: one row, tails of rows and columns, pieces of rows, columns and pixels in backward weight
+    {1, 1, {1, 1, 1, 1, 0, 1}},
+    {1, 1, {256, 4, 1, 1, 0, 1}},
+    {5, 1, {7, 92, 1, 1, 0, 1}},
+    {6, 1, {64, 64, 1, 1, 0, 1}},
+    {100, 1, {36, 24, 1, 1, 0, 1}},
+    {61, 1, {32, 130, 1, 1, 0, 1}},
+    {67, 1, {600, 70, 1, 1, 0, 1}},
+    {67, 1, {70, 600, 1, 1, 0, 1}},
+    {131, 1, {128, 128, 1, 1, 0, 1}},
+    {1500, 1, {33, 65, 1, 1, 0, 1}},
+    // 1x1 convolutions with a stride: three of four pixels get no gradient
+    {9, 12, {64, 64, 1, 2, 0, 1}},
+    {8, 7, {5, 24, 1, 2, 0, 1}},
+    {10, 11, {6, 9, 1, 3, 0, 1}},
+    // 3x3: image sides even, odd, smaller than the kernel; strides; dilations (DC5)
+    {17, 14, {64, 64, 3, 1, 1, 1}},
+    {16, 13, {24, 36, 3, 1, 1, 1}},
+    {1, 1, {16, 16, 3, 1, 1, 1}},
+    {1, 40, {10, 20, 3, 1, 1, 1}},
+    {15, 12, {32, 64, 3, 2, 1, 1}},
+    {12, 15, {64, 40, 3, 2, 1, 1}},
+    {2, 2, {8, 8, 3, 2, 1, 1}},
+    {13, 10, {48, 64, 3, 1, 2, 2}},
+    {11, 16, {20, 12, 3, 2, 2, 2}},
+    {9, 9, {5, 7, 3, 3, 1, 1}},
+    {7, 8, {18, 5, 3, 1, 0, 1}},
+    {30, 33, {24, 36, 3, 1, 1, 1}},
+    // few inputs, whole kernel rows at once; the stem
+    {19, 22, {3, 64, 7, 2, 3, 1}},
+    {37, 41, {3, 24, 7, 2, 3, 1}},
+    {2, 3, {3, 16, 7, 2, 3, 1}},
+    {12, 9, {5, 64, 3, 1, 1, 1}},
+    {9, 14, {17, 11, 3, 2, 1, 1}},
+    {10, 10, {3, 8, 7, 1, 6, 2}},
+    {9, 11, {4, 6, 5, 1, 2, 1}},
+};
+
+// Values in (-1, 1), with the case and the tensor's number as the seed.
+static real *matmul_random(long count, int number, int tensor) {
+    real *values = (real *)allocate(sizeof(real) * count);
+    for (long i = 0; i < count; i++) values[i] = (real)(2 * random_uniform(number, RANDOM_TEST, tensor, 0, 0, i) - 1);
+    return values;
+}
+
+// The norm of the difference over the norm of the truth.
+static double matmul_error(const real *values, const double *truth, long count) {
+    double difference = 0, norm = 0;
+    for (long i = 0; i < count; i++) {
+        difference += (values[i] - truth[i]) * (values[i] - truth[i]);
+        norm += truth[i] * truth[i];
+    }
+    return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+}
+
+static void matmul_epilogue(double *truth, long rows, int columns, Epilogue e, const real *add) {
+    for (long i = 0; i < rows * columns; i++) {
+        if (e.bias) truth[i] += e.bias[i % columns];
+        if (e.add) truth[i] += add[i];
+        if (e.relu && truth[i] < 0) truth[i] = 0;
+        if (e.mask && e.mask[i] <= 0) truth[i] = 0;
+    }
+}
+
+static void test_matmul_case(const MatmulCase *c, int number) {
+    const ConvShape s = c->shape;
+    const int out_height = conv_size(c->height, s), out_width = conv_size(c->width, s);
+    const long pixels = (long)c->height * c->width, out_pixels = (long)out_height * out_width;
+    const long x_size = pixels * s.in_channels, y_size = out_pixels * s.out_channels;
+    const long patch = (long)s.kernel * s.kernel * s.in_channels, w_size = patch * s.out_channels;
+    const double tolerance = sizeof(real) == 8 ? 1e-13 : 2e-6;
+    real *x = matmul_random(x_size, number, 0), *w = matmul_random(w_size, number, 1);
+    real *dy = matmul_random(y_size, number, 2), *scale = matmul_random(s.out_channels, number, 3);
+    real *bias = matmul_random(s.out_channels, number, 4), *bias_in = matmul_random(s.in_channels, number, 5);
+    real *add = matmul_random(y_size, number, 6), *add_in = matmul_random(x_size, number, 7);
+    real *mask = matmul_random(y_size, number, 8), *mask_in = matmul_random(x_size, number, 9);
+    real *dw_start = matmul_random(w_size + s.out_channels, number, 10);
+
+    // Which parts of the epilogue are in use changes from case to case.
+    Epilogue forward, backward;
+    forward.bias = number % 2 ? NULL : bias, forward.add = number % 3 == 2 ? NULL : add;
+    forward.relu = number % 4 < 2, forward.mask = number % 5 == 4 ? mask : NULL;
+    backward.bias = number % 5 == 3 ? bias_in : NULL, backward.add = number % 3 == 1 ? NULL : add_in;
+    backward.relu = number % 7 == 6, backward.mask = number % 4 == 3 ? NULL : mask_in;
+    if (number % 6 == 5) free(scale), scale = NULL;
+
+    // The truth: every product once.
+    double *y_truth = (double *)allocate(sizeof(double) * y_size),
+           *dx_truth = (double *)allocate(sizeof(double) * x_size);
+    double *dw_truth = (double *)allocate(sizeof(double) * (w_size + s.out_channels));
+    for (long i = 0; i < w_size + s.out_channels; i++) dw_truth[i] = dw_start[i];
+    for (long at = 0; at < out_pixels * s.kernel * s.kernel; at++) {
+        const int tap = (int)(at % (s.kernel * s.kernel));
+        const long pixel = at / (s.kernel * s.kernel);
+        const long row = pixel / out_width * s.stride - s.padding + tap / s.kernel * s.dilation;
+        const long column = pixel % out_width * s.stride - s.padding + tap % s.kernel * s.dilation;
+        for (int n = 0; n < s.out_channels && tap == 0; n++) dw_truth[w_size + n] += dy[pixel * s.out_channels + n];
+        if (row < 0 || row >= c->height || column < 0 || column >= c->width) continue;
+        const long x_at = (row * c->width + column) * s.in_channels;
+        for (int n = 0; n < s.out_channels; n++) {
+            const long w_at = (n * s.kernel * s.kernel + tap) * (long)s.in_channels, y_at = pixel * s.out_channels + n;
+            for (int k = 0; k < s.in_channels; k++) {
+                // packing rounds weight times scale to a real
+                const double weight = scale ? (real)(w[w_at + k] * scale[n]) : w[w_at + k];
+                y_truth[y_at] += x[x_at + k] * weight;
+                dx_truth[x_at + k] += dy[y_at] * weight;
+                dw_truth[w_at + k] += (double)dy[y_at] * x[x_at + k];
+            }
+        }
+    }
+    matmul_epilogue(y_truth, out_pixels, s.out_channels, forward, add);
+    matmul_epilogue(dx_truth, pixels, s.in_channels, backward, add_in);
+
+    // Ours, with 1, 2 and 3 threads: right with one, and the same bits with more. The results stand in one array, each
+    // followed by a guard that must stay as it is.
+    const long guard = 8, all = y_size + x_size + w_size + s.out_channels + 4 * guard;
+    const int threads_before = omp_get_max_threads();
+    real *results[3];
+    for (int threads = 1; threads <= 3; threads++) {
+        omp_set_num_threads(threads);
+        real *result = results[threads - 1] = (real *)allocate(sizeof(real) * all);
+        for (long i = 0; i < all; i++) result[i] = 7;
+        real *y = result, *dx = y + y_size + guard, *dw = dx + x_size + guard, *dbias = dw + w_size + guard;
+        real *packed = (real *)allocate(sizeof(real) * packed_size(s));
+        real *packed_backward = (real *)allocate(sizeof(real) * packed_backward_size(s));
+        real *workspace = (real *)allocate(sizeof(real) * conv_backward_weight_workspace(s, threads));
+        for (size_t i = 0; i < packed_size(s); i++) packed[i] = NAN;  // all of it must be written
+        for (size_t i = 0; i < packed_backward_size(s); i++) packed_backward[i] = NAN;
+        for (size_t i = 0; i < conv_backward_weight_workspace(s, threads); i++) workspace[i] = NAN;
+        pack_weights(packed, w, scale, s);
+        pack_weights_backward(packed_backward, w, scale, s);
+        if (number % 3 == 0) memcpy(y, add, sizeof(real) * y_size), forward.add = y;  // add may be the result
+        if (number % 3 == 0) memcpy(dx, add_in, sizeof(real) * x_size), backward.add = dx;
+        conv_forward(y, x, c->height, c->width, packed, forward, s);
+        conv_backward_data(dx, dy, c->height, c->width, packed_backward, backward, s);
+        memcpy(dw, dw_start, sizeof(real) * w_size);
+        memcpy(dbias, dw_start + w_size, sizeof(real) * s.out_channels);
+        conv_backward_weight(dw, number % 4 == 1 ? NULL : dbias, x, dy, c->height, c->width, s, workspace);
+        free(packed), free(packed_backward), free(workspace);
+        if (threads > 1) {
+            check(memcmp(result, results[0], sizeof(real) * all) == 0,
+                  "matmul: %d->%d channels, kernel %d: %d threads give the bits of one", s.in_channels, s.out_channels,
+                  s.kernel, threads);
+            continue;
+        }
+        int guards = 0;
+        for (int i = 0; i < guard; i++)
+            guards +=
+                y[y_size + i] == 7 && dx[x_size + i] == 7 && dw[w_size + i] == 7 && dbias[s.out_channels + i] == 7;
+        double error[4];
+        error[0] = matmul_error(y, y_truth, y_size), error[1] = matmul_error(dx, dx_truth, x_size);
+        error[2] = matmul_error(dw, dw_truth, w_size);
+        error[3] = number % 4 == 1 ? 0 : matmul_error(dbias, dw_truth + w_size, s.out_channels);
+        const char *names[] = {"forward", "backward data", "backward weight", "backward bias"};
+        for (int i = 0; i < 4; i++)
+            check(error[i] <= tolerance,
+                  "matmul %s: (%d, %d) pixels, %d->%d channels, kernel %d stride %d padding %d dilation %d: relative "
+                  "error %.3g, at most %.3g",
+                  names[i], c->height, c->width, s.in_channels, s.out_channels, s.kernel, s.stride, s.padding,
+                  s.dilation, error[i], tolerance);
+        check(guards == guard, "matmul: %d->%d channels, kernel %d: nothing is written past a result", s.in_channels,
+              s.out_channels, s.kernel);
+    }
+    omp_set_num_threads(threads_before);
+    for (int i = 0; i < 3; i++) free(results[i]);
+    free(x), free(w), free(dy), free(scale), free(bias), free(bias_in), free(add), free(add_in), free(mask);
+    free(mask_in), free(dw_start), free(y_truth), free(dx_truth), free(dw_truth);
+}
+
+// A sum that is not a number passes ReLU, in full tiles (64 columns) and at the edge, so that it is seen.
+static void test_matmul_nan(void) {
+    const ConvShape s = {2, 70, 1, 1, 0, 1};
+    real x[14], w[140], y[7 * 70];
+    real *packed = (real *)allocate(sizeof(real) * packed_size(s));
+    Epilogue relu = {NULL, NULL, 1, NULL};
+    int seen = 0;
+    for (int i = 0; i < 14; i++) x[i] = i < 2 || i > 11 ? (real)NAN : 1;
+    for (int i = 0; i < 140; i++) w[i] = -1;
+    pack_weights(packed, w, NULL, s);
+    conv_forward(y, x, 7, 1, packed, relu, s);
+    for (int i = 0; i < 7 * 70; i++) seen += i / 70 % 6 == 0 ? isnan(y[i]) : y[i] == 0;
+    check(seen == 7 * 70, "matmul: NaN passes ReLU, negative sums do not (%d of %d right)", seen, 7 * 70);
+    free(packed);
+}
+
+static void test_matmul(void) {
+    for (int i = 0; i < (int)(sizeof matmul_cases / sizeof *matmul_cases); i++) test_matmul_case(&matmul_cases[i], i);
+    test_matmul_nan();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention, dropout, layer norm, max pooling and positions against plain loops in double, and those loops' gradients
+// against central differences.
+
+static const int double_build = sizeof(real) == 8;
+
+static double test_number(uint32_t tensor, uint64_t element) {
+    return (double)(real)random_normal(7, RANDOM_TEST, tensor, 0, 0, element);
+}
+
+// The greatest difference, relative to the greatest magnitude of the truth (or to `floor` if that is more).
+static double worst_difference(const real *ours, const double *truth, size_t n, double floor) {
+    double worst = 0, magnitude = floor;
+    for (size_t i = 0; i < n; i++) {
+        const double difference = fabs((double)ours[i] - truth[i]);
+        if (!(difference <= worst)) worst = difference;  // NaN stays
+        if (fabs(truth[i]) > magnitude) magnitude = fabs(truth[i]);
+    }
+    return worst / magnitude;
+}
+
+static double test_factor(Dropout dropout, uint64_t element) {
+    if (dropout.p == 0) return 1;
+    const uint32_t word = random_word(dropout.seed, RANDOM_DROPOUT, dropout.site, dropout.step, dropout.image, element);
+    return word >= (uint32_t)(dropout.p * 4294967296.0) ? 1 / (1 - dropout.p) : 0;
+}
+
+// One head's dimension at a time, as in the paper: probabilities and their factors in full. Returns sum(out * dout).
+static double plain_attention(double *out, double *lse, double *dq, double *dk, double *dv, const double *dout,
+                              const double *q, const double *k, const double *v, int Tq, int Tk, int C, int heads,
+                              Dropout dropout) {
+    const int D = C / heads;
+    double loss = 0, *P = (double *)allocate(3 * (size_t)Tk * sizeof(double)), *M = P + Tk, *dP = M + Tk;
+    memset(dq, 0, (size_t)Tq * C * sizeof(double));
+    memset(dk, 0, (size_t)Tk * C * sizeof(double));
+    memset(dv, 0, (size_t)Tk * C * sizeof(double));
+    for (int h = 0; h < heads; h++) {
+        for (int i = 0; i < Tq; i++) {
+            const double *qi = q + (size_t)i * C + h * D, *doi = dout + (size_t)i * C + h * D;
+            double top = -1e300, total = 0, mean = 0;
+            for (int j = 0; j < Tk; j++) {
+                P[j] = 0;
+                for (int d = 0; d < D; d++) P[j] += qi[d] * k[(size_t)j * C + h * D + d] / sqrt((double)D);
+                if (P[j] > top) top = P[j];
+                M[j] = test_factor(dropout, ((uint64_t)h * Tq + i) * Tk + j);
+            }
+            for (int j = 0; j < Tk; j++) total += P[j] = exp(P[j] - top);
+            lse[(size_t)h * Tq + i] = top + log(total);
+            for (int d = 0; d < D; d++) {
+                double sum = 0;
+                for (int j = 0; j < Tk; j++) sum += P[j] / total * M[j] * v[(size_t)j * C + h * D + d];
+                out[(size_t)i * C + h * D + d] = sum;
+                loss += sum * doi[d];
+            }
+            for (int j = 0; j < Tk; j++) {
+                P[j] /= total;
+                dP[j] = 0;
+                for (int d = 0; d < D; d++) {
+                    dP[j] += M[j] * doi[d] * v[(size_t)j * C + h * D + d];
+                    dv[(size_t)j * C + h * D + d] += P[j] * M[j] * doi[d];
+                }
+                mean += P[j] * dP[j];
+            }
+            for (int j = 0; j < Tk; j++) {
+                const double dS = P[j] * (dP[j] - mean) / sqrt((double)D);
+                for (int d = 0; d < D; d++) {
+                    dq[(size_t)i * C + h * D + d] += dS * k[(size_t)j * C + h * D + d];
+                    dk[(size_t)j * C + h * D + d] += dS * qi[d];
+                }
+            }
+        }
+    }
+    free(P);
+    return loss;
+}
+
+static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, double spread, int differences) {
+    const size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C, nl = (size_t)heads * Tq, all = 4 * nq + 4 * nk + nl;
+    // in the order out, dq, dk, dv, lse, q, dout, k, v
+    double *truth = (double *)allocate(all * sizeof(double)), *spare = (double *)allocate(all * sizeof(double));
+    double *out = truth, *dq = out + nq, *dk = dq + nq, *dv = dk + nk, *lse = dv + nk, *q = lse + nl, *dout = q + nq;
+    double *k = dout + nq, *v = k + nk;
+    const size_t results = 2 * nq + 2 * nk + nl, needed = attention_workspace(Tq, Tk, C, heads, 3);
+    real *ours = (real *)allocate(2 * all * sizeof(real)), *once = ours + all;
+    real *workspace = (real *)allocate((needed + 1) * sizeof(real));
+    Dropout dropout;
+    memset(&dropout, 0, sizeof dropout);
+    dropout.p = p, dropout.seed = 0x123456789ABCDEFull, dropout.site = 5, dropout.step = 77, dropout.image = 3;
+    for (size_t i = results; i < all; i++) {
+        truth[i] = (double)(real)(test_number(0, i) * (i < results + nq ? spread : 1));
+        ours[i] = (real)truth[i];
+    }
+    real *dq_ours = ours + nq, *dk_ours = dq_ours + nq, *dv_ours = dk_ours + nk, *lse_ours = dv_ours + nk;
+    const real *q_ours = lse_ours + nl, *dout_ours = q_ours + nq, *k_ours = dout_ours + nq, *v_ours = k_ours + nk;
+    plain_attention(out, lse, dq, dk, dv, dout, q, k, v, Tq, Tk, C, heads, dropout);
+    const int threads = omp_get_max_threads();
+    int same = 1;
+    for (int t = 1; t <= 3; t++) {  // stale numbers in the workspace and the results must not matter: NaN
+        memset(workspace, 0xFF, needed * sizeof(real));
+        memset(ours, 0xFF, results * sizeof(real));
+        workspace[needed] = 42;
+        omp_set_num_threads(t);
+        attention_forward(ours, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, workspace);
+        memset(workspace, 0xFF, needed * sizeof(real));
+        attention_backward(dq_ours, dk_ours, dv_ours, dout_ours, q_ours, k_ours, v_ours, ours, lse_ours, Tq, Tk, C,
+                           heads, dropout, workspace);
+        if (t == 1) memcpy(once, ours, results * sizeof(real));
+        same = same && memcmp(once, ours, results * sizeof(real)) == 0 && workspace[needed] == 42;
+    }
+    omp_set_num_threads(threads);
+    const double bound = (double_build ? 1e-13 : 2e-6) * (spread > 1 ? 20 : 1);
+    const char *name[] = {"out", "dq", "dk", "dv", "lse"};
+    const size_t count[] = {nq, nq, nk, nk, nl};
+    size_t at = 0;
+    check(same, "attention %dx%d C %d heads %d p %g: 1, 2, 3 threads: same bits, within the workspace", Tq, Tk, C,
+          heads, p);
+    for (int i = 0; i < 5; at += count[i++]) {
+        // with one key dq and dk are zero, of which rounding leaves something: held against 1
+        const double worst = worst_difference(ours + at, truth + at, count[i], Tk == 1 ? 1 : 1e-30);
+        check(worst < bound, "attention %dx%d C %d heads %d p %g spread %g: %s differs by %.2e, bound %.0e", Tq, Tk, C,
+              heads, p, spread, name[i], worst, bound);
+    }
+    for (int i = 0; i < differences; i++) {  // d sum(out * dout) / dx for x in q, k, v
+        double *where_x = i % 3 == 0 ? q : i % 3 == 1 ? k : v;
+        const double *gradient = i % 3 == 0 ? dq : i % 3 == 1 ? dk : dv;
+        const size_t place = random_below(9, RANDOM_TEST, 0, 0, 0, (uint64_t)i, (uint32_t)(i % 3 == 0 ? nq : nk));
+        const double kept = where_x[place], step = 1e-5;
+        double loss[2];
+        for (int sign = 0; sign < 2; sign++) {
+            where_x[place] = kept + (sign ? step : -step);
+            loss[sign] = plain_attention(spare, spare + nq, spare + nq + nl, spare + 2 * nq + nl,
+                                         spare + 2 * nq + nl + nk, dout, q, k, v, Tq, Tk, C, heads, dropout);
+        }
+        where_x[place] = kept;
+        const double numeric = (loss[1] - loss[0]) / (2 * step);
+        check(fabs(numeric - gradient[place]) < 1e-7 * (1 + fabs(numeric)),
+              "attention: derivative for %s[%zu] is %.10g, central difference %.10g",
+              i % 3 == 0   ? "q"
+              : i % 3 == 1 ? "k"
+                           : "v",
+              place, gradient[place], numeric);
+    }
+    free(truth), free(spare), free(ours), free(workspace);
+}
+
+// One NaN in q, k or v: it reaches every output that depends on it, and no other.
+static void test_attention_nan(void) {
+    enum { T = 130, C = 24, HEADS = 2, N = T * C };
+    real *memory = (real *)allocate(8 * N * sizeof(real)), *lse = (real *)allocate(HEADS * T * sizeof(real));
+    real *workspace = (real *)allocate(attention_workspace(T, T, C, HEADS, omp_get_max_threads()) * sizeof(real));
+    real *out = memory + 3 * N, *dq = out + N, *dk = dq + N, *dv = dk + N, *dout = dv + N;
+    Dropout none;
+    memset(&none, 0, sizeof none);
+    for (int which = 0; which < 3; which++) {
+        const int row = 101, channel = 14;
+        for (int i = 0; i < 3 * N; i++) memory[i] = (real)test_number(1, (uint64_t)i);
+        for (int i = 0; i < N; i++) dout[i] = (real)test_number(2, (uint64_t)i);
+        memory[which * N + row * C + channel] = (real)NAN;
+        attention_forward(out, lse, memory, memory + N, memory + 2 * N, T, T, C, HEADS, none, workspace);
+        attention_backward(dq, dk, dv, dout, memory, memory + N, memory + 2 * N, out, lse, T, T, C, HEADS, none,
+                           workspace);
+        int wrong = 0, backward = 0;
+        for (int i = 0; i < N; i++) {
+            const int head = i % C / (C / HEADS);
+            const int reached = which == 0 ? head == 1 && i / C == row : which == 1 ? head == 1 : i % C == channel;
+            wrong += (isnan(out[i]) != 0) != reached;
+            backward += isnan(dq[i]) || isnan(dk[i]) || isnan(dv[i]);
+        }
+        check(wrong == 0, "attention: a NaN in %c: %d outputs are wrongly NaN or not NaN", "qkv"[which], wrong);
+        check(backward > 0, "attention: a NaN in %c does not reach the gradients", "qkv"[which]);
+    }
+    free(memory), free(lse), free(workspace);
+}
+
+static void test_attention(void) {
+    // Tq, Tk, C, heads: one token; the test models; ends inside a block; 1, 2, 4 chunks; head_dim 4, 9, 12, 16, 32, 64
+    const int shapes[][4] = {{1, 1, 4, 1},     {6, 6, 36, 3},    {6, 6, 36, 4},    {48, 96, 32, 1},
+                             {100, 97, 64, 2}, {49, 515, 48, 3}, {25, 1030, 64, 1}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int *s = shapes[i];
+        test_attention_shape(s[0], s[1], s[2], s[3], 0, 1, s[0] < 10 ? 6 : 0);
+        test_attention_shape(s[0], s[1], s[2], s[3], 0.1, 1, s[0] < 10 ? 6 : 3);
+    }
+    test_attention_shape(50, 300, 64, 2, 0.5, 30, 6);  // scores around 170, whose exponentials leave float's range
+    test_attention_nan();
+
+    vec x = fill(0);
+    double worst = 0;
+    const double lowest = double_build ? -708 : -87;
+    for (double value = lowest; value < -lowest; value += 0.00987) {
+        x += (real)value - x;
+        const double truth = exp((double)(real)value);
+        worst = fmax(worst, fabs((double)exp_lanes(x)[LANES - 1] / truth - 1));
+    }
+    check(worst < (double_build ? 1e-15 : 1.2e-7), "exp: relative error %.2e", worst);
+    check(exp_lanes(fill((real)-INFINITY))[0] == 0 && exp_lanes(fill((real)-2000))[0] == 0, "exp(-inf) is not 0");
+    check(exp_lanes(fill(0))[0] == 1 && isnan(exp_lanes(fill((real)NAN))[0]), "exp(0) is not 1, or exp(NaN) not NaN");
+}
+
+static void test_dropout(void) {
+    const size_t shapes[][2] = {{1, 1}, {3, 7}, {5, 36}, {200, 256}};
+    for (int i = 0; i < 4; i++) {
+        const size_t n = shapes[i][0] * shapes[i][1];
+        real *x = (real *)allocate(2 * n * sizeof(real)), *y = x + n;
+        Dropout dropout;
+        memset(&dropout, 0, sizeof dropout);
+        dropout.p = 0.3, dropout.seed = 0xFEDCBA9876543210ull, dropout.site = 9, dropout.step = 1000, dropout.image = 1;
+        double worst = 0;
+        for (size_t j = 0; j < n; j++) x[j] = (real)test_number(3, j);
+        dropout_forward(y, x, shapes[i][0], shapes[i][1], dropout);
+        for (size_t j = 0; j < n; j++) {
+            worst = fmax(worst, fabs(y[j] - x[j] * test_factor(dropout, j)) / (fabs(x[j]) + 1e-9));
+        }
+        dropout_forward(x, x, shapes[i][0], shapes[i][1], dropout);
+        check(worst < (double_build ? 1e-15 : 2e-7), "dropout of %zu elements: differs by %.2e", n, worst);
+        check(memcmp(x, y, n * sizeof(real)) == 0, "dropout of %zu elements in place differs", n);
+        dropout.p = 0;
+        dropout_forward(y, x, shapes[i][0], shapes[i][1], dropout);
+        check(memcmp(x, y, n * sizeof(real)) == 0, "dropout with p = 0 is not the identity");
+        free(x);
+    }
+}
+
+// Returns sum(y * dy).
+static double plain_layernorm(double *y, const double *x, const double *weight, const double *bias, const double *dy,
+                              int rows, int C) {
+    double loss = 0;
+    for (int row = 0; row < rows; row++) {
+        double mean = 0, variance = 0;
+        for (int c = 0; c < C; c++) mean += x[row * C + c] / C;
+        for (int c = 0; c < C; c++) variance += (x[row * C + c] - mean) * (x[row * C + c] - mean) / C;
+        for (int c = 0; c < C; c++) {
+            y[row * C + c] = (x[row * C + c] - mean) / sqrt(variance + 1e-5) * weight[c] + bias[c];
+            loss += y[row * C + c] * dy[row * C + c];
+        }
+    }
+    return loss;
+}
+
+static void test_layernorm(void) {
+    const int shapes[][2] = {{1, 4}, {7, 36}, {90, 256}};
+    for (int s = 0; s < 3; s++) {
+        const int rows = shapes[s][0], C = shapes[s][1], n = rows * C, all = 2 * n + 2 * C;
+        // in the order x, weight, bias, dy
+        double *truth = (double *)allocate((size_t)(all + n) * sizeof(double)), *y = truth + all;
+        real *ours = (real *)allocate((size_t)(all + 4 * n + 6 * C + 6 * rows) * sizeof(real));
+        for (int i = 0; i < all; i++) {
+            ours[i] = (real)(test_number(4, (uint64_t)i) + (i < n ? 5 : 0));
+            truth[i] = ours[i];
+        }
+        const real *weight = ours + n, *bias = weight + C, *dy = bias + C;
+        real *result[2], *mean = ours + all, *rstd = mean + rows, *next = rstd + rows;
+        plain_layernorm(y, truth, truth + n, truth + n + C, truth + n + 2 * C, rows, C);
+        const int threads = omp_get_max_threads(), results = 2 * n + 2 * C;
+        for (int t = 0; t < 2; t++, next += results) {  // y, dx, dweight, dbias
+            result[t] = next;
+            omp_set_num_threads(t ? 3 : 1);
+            for (int c = 0; c < 2 * C; c++) next[2 * n + c] = 1;  // gradients are added to what is there
+            layernorm_forward(next, mean, rstd, ours, weight, bias, rows, C);
+            layernorm_backward(next + n, next + 2 * n, next + 2 * n + C, dy, ours, mean, rstd, weight, rows, C);
+        }
+        omp_set_num_threads(threads);
+        check(memcmp(result[0], result[1], (size_t)results * sizeof(real)) == 0, "layernorm: 1 and 3 threads differ");
+        const double worst = worst_difference(result[0], y, (size_t)n, 0);
+        check(worst < (double_build ? 1e-14 : 1e-6), "layernorm %dx%d: y differs by %.2e", rows, C, worst);
+        for (int i = 0; i < n + 2 * C; i += n < 100 ? 1 : 211) {  // x, weight, bias
+            const double kept = truth[i], step = 1e-5;
+            double loss[2];
+            for (int sign = 0; sign < 2; sign++) {
+                truth[i] = kept + (sign ? step : -step);
+                loss[sign] = plain_layernorm(y, truth, truth + n, truth + n + C, truth + n + 2 * C, rows, C);
+            }
+            truth[i] = kept;
+            const double numeric = (loss[1] - loss[0]) / (2 * step);
+            const double gradient = (double)result[0][n + i] - (i >= n);
+            const double bound = (double_build ? 1e-7 : 1e-5) * (1 + fabs(numeric)) * (C == 4 ? 10 : 1);
+            check(fabs(numeric - gradient) < bound, "layernorm %dx%d: derivative %d is %.9g, central difference %.9g",
+                  rows, C, i, gradient, numeric);
+        }
+        free(truth), free(ours);
+    }
+}
+
+static void test_maxpool(void) {
+    const int shapes[][3] = {{1, 1, 3}, {7, 10, 19}, {12, 9, 64}};
+    for (int s = 0; s < 3; s++) {
+        const int H = shapes[s][0], W = shapes[s][1], C = shapes[s][2], h = (H + 1) / 2, w = (W + 1) / 2;
+        const int n = H * W * C, m = h * w * C;
+        real *x = (real *)allocate((size_t)(2 * n + 2 * m) * sizeof(real)), *dx = x + n, *y = dx + n, *dy = y + m;
+        double *truth = (double *)allocate((size_t)n * sizeof(double));
+        unsigned char *argmax = (unsigned char *)allocate((size_t)m);
+        for (int i = 0; i < n; i++) x[i] = (real)((int)random_below(1, RANDOM_TEST, 5, 0, 0, (uint64_t)i, 4) - 5);
+        if (s > 0) x[(3 * W + 4) * C + 1] = (real)NAN, x[(3 * W + 5) * C + C - 1] = (real)-INFINITY;
+        for (int i = 0; i < m; i++) dy[i] = (real)test_number(6, (uint64_t)i);
+        maxpool_forward(y, argmax, x, H, W, C);
+        maxpool_backward(dx, dy, argmax, H, W, C);
+        int wrong = 0, nans = 0;
+        for (int i = 0; i < m; i++) {
+            const int c = i % C, ox = i / C % w, oy = i / C / w;
+            int tap = -1, place = -1;
+            for (int t = 0; t < 9; t++) {  // few values: ties everywhere, the first one wins
+                const int iy = 2 * oy - 1 + t / 3, ix = 2 * ox - 1 + t % 3, at = (iy * W + ix) * C + c;
+                if (iy < 0 || ix < 0 || iy >= H || ix >= W) continue;
+                if (tap < 0 || x[at] > x[place] || isnan(x[at])) tap = t, place = at;
+            }
+            truth[place] += dy[i];
+            nans += isnan(y[i]) != 0;
+            wrong += argmax[i] != tap || memcmp(y + i, x + place, sizeof(real)) != 0;
+        }
+        check(wrong == 0, "maxpool %dx%dx%d: %d outputs are wrong", H, W, C, wrong);
+        check(nans == (s > 0 ? 2 : 0), "maxpool %dx%dx%d: the NaN is in %d outputs", H, W, C, nans);
+        const double worst = worst_difference(dx, truth, (size_t)n, 0);
+        check(worst < (double_build ? 1e-15 : 3e-7), "maxpool %dx%dx%d: dx differs by %.2e", H, W, C, worst);
+        free(x), free(truth), free(argmax);
+    }
+}
+
+static void test_positions(void) {
+    // PyTorch's own numbers (DETR's PositionEmbeddingSine in float64): h 2, w 3, 8 channels; cell (1, 0), then (0, 2)
+    const double truth[2][8] = {
+        {-3.1415910835174788e-06, 0.99999999999506517, 0.062790488175394621, 0.9980267304008924, 0.86602575284996186,
+         -0.49999939540029131, 0.02094241290357339, 0.9997806836210511},
+        {1.5707955417606774e-06, -0.99999999999876632, 0.031410743377923794, 0.99950656085913026,
+         -2.0943944048159954e-06, 0.99999999999780675, 0.062790498626697402, 0.99802672974335249}};
+    real pos[6 * 8];
+    sine_positions(pos, 2, 3, 8);
+    const double worst0 = worst_difference(pos + 3 * 8, truth[0], 8, 0);
+    const double worst1 = worst_difference(pos + 2 * 8, truth[1], 8, 0);
+    check(fmax(worst0, worst1) < (double_build ? 1e-14 : 1e-7), "positions differ by %.2e", fmax(worst0, worst1));
+    // C / 2 odd: the last channel of a half is a sine
+    real odd[2 * 3 * 6];
+    sine_positions(odd, 2, 3, 6);
+    const double last = sin(2 * 3.14159265358979323846 * 2 / (3 + 1e-6) / pow(10000, 2. / 3));
+    check(fabs(odd[(1 * 3 + 1) * 6 + 5] - last) < 1e-7, "positions, C 6: last channel %.9g, expected %.9g",
+          (double)odd[(1 * 3 + 1) * 6 + 5], last);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Against PyTorch: dev/dumps/
+
+typedef struct {
+    const char *folder;
+    SafeFile truth;
+    double worst_ratio;  // error over bound, of all that was compared
+} TruthDump;
+
+static double dump_scalar(const TruthDump *dump, const char *name) {
+    const SafeEntry *entry = safetensors_find(&dump->truth, name);
+    check(entry != NULL, "%s: has no \"%s\"", dump->folder, name);
+    return entry ? safetensors_element(entry, 0) : 0;
+}
+
+// Compares `ours` with the truth called `name`: norm of the difference over norm of the truth, or over `scale` where
+// that is larger. In double the bound is `exact`; in float it is four times PyTorch's own float32 error, but never
+// below four roundings of the last bit, 2^-24, without which not even the right answer could be written down.
+static void compare(TruthDump *dump, const char *name, const double *ours, size_t count, double scale, double exact) {
+    const SafeEntry *entry = safetensors_find(&dump->truth, name);
+    if (!entry || (size_t)entry->count != count) {
+        check(0, "%s: %s: the dump has %lld numbers, we have %zu", dump->folder, name,
+              entry ? (long long)entry->count : -1, count);
+        return;
+    }
+    double difference = 0, norm = 0, bound = exact;
+    for (size_t i = 0; i < count; i++) {
+        double truth = safetensors_element(entry, (int64_t)i);
+        difference += (ours[i] - truth) * (ours[i] - truth), norm += truth * truth;
+    }
+    if (!IS_DOUBLE) {
+        char error_name[200];
+        snprintf(error_name, sizeof error_name, "float32_error.%s", name);
+        bound = 4 * fmax(dump_scalar(dump, error_name), 1.0 / (1 << 24));
+    }
+    norm = fmax(sqrt(norm), scale);
+    double error = norm > 0 ? sqrt(difference) / norm : sqrt(difference);
+    dump->worst_ratio = fmax(dump->worst_ratio, error / bound);
+    check(error <= bound, "%s: %s differs by %.3g, %.3g is allowed", dump->folder, name, error, bound);
+}
+
+static void compare_reals(TruthDump *dump, const char *name, const real *ours, size_t count) {
+    double *wide = (double *)allocate(count * sizeof(double));
+    for (size_t i = 0; i < count; i++) wide[i] = (double)ours[i];
+    compare(dump, name, wide, count, 0, 1e-10);
+    free(wide);
+}
+
+// `what` of a parameter ("s0.grad." or "after."), in the checkpoint's order. `whole`: the norm of the whole gradient; a
+// gradient whose truth is zero, like a key's bias, is held to that.
+static void compare_param(TruthDump *dump, const char *what, const Param *param, const real *ours, double whole,
+                          double exact) {
+    char name[200];
+    snprintf(name, sizeof name, "%s%s", what, param->name);
+    double *wide = (double *)allocate(param->count * sizeof(double)), scale = 0;
+    for (size_t i = 0; i < param->count; i++) wide[i] = (double)ours[param_place(param, i)];
+    const SafeEntry *entry = safetensors_find(&dump->truth, name);
+    if (entry && whole > 0) {
+        double norm = 0;
+        for (int64_t i = 0; i < entry->count; i++) norm += pow(safetensors_element(entry, i), 2);
+        if (sqrt(norm) < 1e-10 * whole) scale = whole;
+    }
+    compare(dump, name, wide, param->count, scale, exact);
+    free(wide);
+}
+
+enum { DUMP_IMAGES = 3, DUMP_STEPS = 2 };
+
+typedef struct {
+    int height, width, num_boxes;
+    real *pixels;
+    double *boxes;
+    int *classes;
+} DumpImage;
+
+// Reads one image of the dump; crowds are no targets.
+static void dump_image(const TruthDump *dump, int step, int i, DumpImage *image) {
+    char name[64];
+    const char *parts[4] = {"pixel_values", "boxes", "labels", "iscrowd"};
+    const SafeEntry *entries[4];
+    memset(image, 0, sizeof *image);
+    for (int k = 0; k < 4; k++) {
+        snprintf(name, sizeof name, "s%d.i%d.%s", step, i, parts[k]);
+        entries[k] = safetensors_find(&dump->truth, name);
+        check(entries[k] != NULL, "%s: has no \"%s\"", dump->folder, name);
+        if (!entries[k]) return;
+    }
+    image->height = (int)entries[0]->shape[0], image->width = (int)entries[0]->shape[1];
+    image->pixels = (real *)allocate((size_t)entries[0]->count * sizeof(real));
+    for (int64_t k = 0; k < entries[0]->count; k++) image->pixels[k] = (real)safetensors_element(entries[0], k);
+    image->boxes = (double *)allocate((size_t)entries[1]->count * sizeof(double));
+    image->classes = (int *)allocate((size_t)entries[2]->count * sizeof(int));
+    for (int64_t b = 0; b < entries[2]->count; b++) {
+        if (safetensors_element(entries[3], b) != 0) continue;
+        for (int64_t c = 0; c < 4; c++)
+            image->boxes[4 * image->num_boxes + c] = safetensors_element(entries[1], 4 * b + c);
+        image->classes[image->num_boxes++] = (int)safetensors_element(entries[2], b);
+    }
+}
+
+// Queries matched with other targets than PyTorch matched them.
+static void compare_matches(const TruthDump *dump, const Model *model, const int *match, int step, int i) {
+    char name[64];
+    int Q = model->config.num_queries, L = model->config.dec_layers, wrong = 0;
+    snprintf(name, sizeof name, "s%d.i%d.matches", step, i);
+    const SafeEntry *entry = safetensors_find(&dump->truth, name);
+    check(entry != NULL, "%s: has no \"%s\"", dump->folder, name);
+    if (!entry) return;
+    int64_t pairs = entry->count / 2 / L;
+    for (int l = 0; l < L; l++) {
+        int matched = 0;
+        for (int q = 0; q < Q; q++) matched += match[l * Q + q] >= 0;
+        wrong += matched != (int)pairs;
+        for (int64_t p = 0; p < pairs; p++) {
+            int64_t at = (l * pairs + p) * 2;
+            wrong += match[l * Q + (int)safetensors_element(entry, at)] != (int)safetensors_element(entry, at + 1);
+        }
+    }
+    check(wrong == 0, "%s: step %d, image %d: %d matched pairs differ", dump->folder, step, i, wrong);
+}
+
+static void compare_losses(TruthDump *dump, const Losses *losses, int step, int layers) {
+    const double *values[4] = {losses->loss_ce, losses->loss_bbox, losses->loss_giou, losses->cardinality_error};
+    const char *names[4] = {"loss_ce", "loss_bbox", "loss_giou", "cardinality_error"};
+    char name[64];
+    for (int k = 0; k < 4; k++) {
+        for (int l = 0; l < layers; l++) {
+            if (l == layers - 1)
+                snprintf(name, sizeof name, "s%d.%s", step, names[k]);
+            else
+                snprintf(name, sizeof name, "s%d.%s_%d", step, names[k], l);
+            compare(dump, name, &values[k][l], 1, 0, 1e-10);
+        }
+    }
+    snprintf(name, sizeof name, "s%d.class_error", step);
+    compare(dump, name, &losses->class_error, 1, 0, 1e-10);
+    snprintf(name, sizeof name, "s%d.loss", step);
+    compare(dump, name, &losses->loss, 1, 0, 1e-10);
+    snprintf(name, sizeof name, "s%d.grad_norm", step);
+    compare(dump, name, &losses->grad_norm, 1, 0, 1e-10);
+}
+
+static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_settings,
+                      const OptimizerSettings *optimizer, int step, uint64_t seed) {
+    DumpImage images[DUMP_IMAGES];
+    Targets targets[DUMP_IMAGES];
+    Losses losses;
+    char name[64];
+    int Q = model->config.num_queries, L = model->config.dec_layers, largest = 0;
+    memset(&losses, 0, sizeof losses);
+    for (int i = 0; i < DUMP_IMAGES; i++) {
+        dump_image(dump, step, i, &images[i]);
+        targets[i].num_boxes = images[i].num_boxes, targets[i].boxes = images[i].boxes,
+        targets[i].classes = images[i].classes;
+        if (images[i].height > largest) largest = images[i].height;
+        if (images[i].width > largest) largest = images[i].width;
+    }
+    Activations acts;
+    activations_create(&acts, model, largest, largest, 1);
+    LossDivisors divisors = {0, 0, 0};
+    for (int i = 0; i < DUMP_IMAGES; i++) divisors_add(&divisors, images[i].num_boxes, Q, loss_settings->eos_coef);
+    zero_gradients(model);
+    for (int i = 0; i < DUMP_IMAGES; i++) {
+        acts.dropout.p = model->config.dropout, acts.dropout.seed = seed, acts.dropout.step = (uint32_t)step,
+        acts.dropout.image = (uint32_t)i;
+        activations_plan(&acts, model, images[i].height, images[i].width);
+        memcpy(acts.pixels, images[i].pixels, (size_t)(images[i].height * images[i].width * 3) * sizeof(real));
+        image_gradients(model, &acts, targets[i], divisors, loss_settings, &losses);
+        snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
+        compare_reals(dump, name, acts.logits, (size_t)(L * Q * (model->config.num_labels + 1)));
+        snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
+        compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
+        compare_matches(dump, model, acts.match, step, i);
+        free(images[i].pixels), free(images[i].boxes), free(images[i].classes);
+    }
+    unfold_norms(model);
+    losses.grad_norm = gradient_norm(model);
+    losses_finish(&losses, L, loss_settings);
+    compare_losses(dump, &losses, step, L);
+    snprintf(name, sizeof name, "s%d.grad.", step);
+    for (int i = 0; i < model->num_params; i++)
+        if (model->params[i]->trained)
+            compare_param(dump, name, model->params[i], model->params[i]->grad, losses.grad_norm, 1e-10);
+    optimizer_step(model, optimizer, step, losses.grad_norm);
+    activations_free(&acts);
+}
+
+// The network and the start weights of a dump, which lie there as a checkpoint.
+static int load_dump_model(Model *model, const char *folder, int from_scratch, double dropout, Error *error) {
+    Network network;
+    memset(&network, 0, sizeof network);
+    char *weights = format_string("%s/model.safetensors", folder);
+    int status = config_read(&network, folder, error);
+    network.config.dropout = dropout;
+    if (status == 0) status = model_create(model, &network.config, 1, 1, from_scratch, error);
+    if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
+    if (status == 0) model_pack(model);
+    free(weights);
+    network_free(&network);
+    return status;
+}
+
+static void test_dumps(void) {
+    static const char *const folders[4] = {"dev/dumps/basic", "dev/dumps/bottleneck", "dev/dumps/dc5", "dev/dumps/odd"};
+    for (int f = 0; f < 4; f++) {
+        TruthDump dump;
+        Error error;
+        Model model;
+        memset(&dump, 0, sizeof dump);
+        dump.folder = folders[f];
+        char *path = format_string("%s/truth.safetensors", folders[f]);
+        int opened = safetensors_open(&dump.truth, path, &error);
+        check(opened == 0, "%s", error.text);
+        free(path);
+        if (opened != 0) continue;
+        int scratch = dump_scalar(&dump, "settings.train_all") != 0;
+        int loaded = load_dump_model(&model, folders[f], scratch, dump_scalar(&dump, "settings.dropout"), &error);
+        check(loaded == 0, "%s", error.text);
+        if (loaded != 0) continue;
+        LossSettings loss = {dump_scalar(&dump, "settings.cost_class"),
+                             dump_scalar(&dump, "settings.cost_bbox"),
+                             dump_scalar(&dump, "settings.cost_giou"),
+                             dump_scalar(&dump, "settings.bbox_loss_coef"),
+                             dump_scalar(&dump, "settings.giou_loss_coef"),
+                             dump_scalar(&dump, "settings.eos_coef"),
+                             1};
+        OptimizerSettings optimizer = {dump_scalar(&dump, "settings.lr"), dump_scalar(&dump, "settings.lr_backbone"),
+                                       dump_scalar(&dump, "settings.weight_decay"),
+                                       dump_scalar(&dump, "settings.clip_max_norm")};
+        for (int step = 0; step < DUMP_STEPS; step++)
+            dump_step(&dump, &model, &loss, &optimizer, step, (uint64_t)dump_scalar(&dump, "settings.seed"));
+        for (int i = 0; i < model.num_params; i++)
+            if (model.params[i]->trained)
+                compare_param(&dump, "after.", model.params[i], model.params[i]->value, 0, 1e-9);
+        printf("  %s: the largest error is %.2g of what is allowed\n", folders[f], dump.worst_ratio);
+        model_free(&model);
+        safetensors_close(&dump.truth);
+    }
+}
+
+// ImageNet's mean and deviation, channel by channel.
+static void test_normalise(void) {
+    unsigned char bytes[6] = {0, 128, 255, 200, 7, 60};
+    static const double truth[6] = {-2.1179039301310043, 0.20518207282913165, 2.6399999999999997,
+                                    1.3070468362017296,  -1.9131652661064424, -0.7586928104575165};
+    real pixels[6];
+    Image image = {2, 1, bytes};
+    normalise_pixels(pixels, &image);
+    for (int i = 0; i < 6; i++)
+        check(fabs((double)pixels[i] - truth[i]) < (IS_DOUBLE ? 1e-14 : 1e-6),
+              "normalised pixel %d is %.17g, not %.17g", i, (double)pixels[i], truth[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Learning by heart
+
+// AP50 of the model's predictions on the pictures it is given, boxes in percent of the picture.
+static double average_precision_50(Model *model, Activations *acts, const Sample *samples, int count) {
+    int Q = model->config.num_queries, classes = model->config.num_labels + 1, num_truths = 0, num_detections = 0;
+    EvalTruth truths[64];
+    EvalDetection detections[128];
+    double probabilities[8];
+    size_t last = (size_t)(model->config.dec_layers - 1) * (size_t)Q;
+    memset(truths, 0, sizeof truths);
+    for (int i = 0; i < count; i++) {
+        predict_image(model, acts, &samples[i].image);
+        for (int b = 0; b < samples[i].num_boxes; b++) {
+            const double *box = samples[i].boxes + 4 * b;
+            EvalTruth *truth = &truths[num_truths++];
+            truth->image = i, truth->category = samples[i].classes[b];
+            for (int k = 0; k < 4; k++) truth->box[k] = 100 * (k < 2 ? box[k] - box[k + 2] / 2 : box[k]);
+            truth->area = truth->box[2] * truth->box[3];
+        }
+        for (int q = 0; q < Q; q++) {
+            const real *box = acts->boxes + (last + (size_t)q) * 4;
+            EvalDetection *detection = &detections[num_detections++];
+            softmax_row(probabilities, acts->logits + (last + (size_t)q) * (size_t)classes, classes);
+            detection->image = i, detection->category = 0;
+            for (int c = 1; c < classes - 1; c++)
+                if (probabilities[c] > probabilities[detection->category]) detection->category = c;
+            detection->score = probabilities[detection->category];
+            for (int k = 0; k < 4; k++) detection->box[k] = 100 * (double)(k < 2 ? box[k] - box[k + 2] / 2 : box[k]);
+        }
+    }
+    CocoScores scores;
+    coco_evaluate(&scores, truths, num_truths, detections, num_detections, classes - 1);
+    double ap50 = scores.stats[1];
+    coco_scores_free(&scores);
+    return ap50;
+}
+
+// A batch of four real pictures is learned from random weights. It takes some 400 steps; a sign or a factor that is
+// wrong anywhere on the way back shows here even if no formula was ever compared.
+static void test_learns_by_heart(void) {
+    enum { PICTURES = 4, MAX_BOXES = 8, MAX_STEPS = 1000 };
+    if (IS_DOUBLE) return;  // the float build does it, in half the time
+    Error error;
+    Dataset dataset;
+    int opened = dataset_open(&dataset, "data/bccd", "train", &error);
+    check(opened == 0, "%s", opened ? error.text : "");
+    if (opened != 0) return;
+    LoaderSettings settings;
+    memset(&settings, 0, sizeof settings);
+    settings.seed = 1, settings.short_side = 96, settings.max_size = 192, settings.batch_size = PICTURES;
+    Sample samples[PICTURES];
+    int found = 0;
+    for (int i = 0; i < dataset.num_images && found < PICTURES; i++) {
+        sample_make(&samples[found], &dataset, &settings, 0, i);
+        if (samples[found].num_boxes > 0 && samples[found].num_boxes <= MAX_BOXES)
+            found++;
+        else
+            sample_free(&samples[found]);
+    }
+    ModelConfig config = small_config(0);
+    for (int s = 0; s < 3; s++) config.depths[s] = 1, config.widths[s] = 24 << s;
+    config.stem_width = 16, config.hidden_dim = 64, config.enc_layers = 1, config.dim_feedforward = 128,
+    config.num_queries = 10;
+    Model model;
+    Activations acts;
+    Losses losses;
+    OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    model_create(&model, &config, 1, 1, 1, &error);
+    model_initialise(&model, 1);
+    calibrate_norms(&model, samples, PICTURES);
+    model_pack(&model);
+    activations_create(&acts, &model, 192, 192, 1);
+    double ap50 = 0, first_loss = 0;
+    int step = 0;
+    for (; step < MAX_STEPS && ap50 < 0.95; step++) {
+        if (training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, PICTURES, 1, step, &losses, &error) != 0)
+            break;
+        if (step == 0) first_loss = losses.loss;
+        if (step % 50 == 49) ap50 = average_precision_50(&model, &acts, samples, PICTURES);
+    }
+    printf("  learned by heart: AP50 %.3f after %d steps, loss %.2f from %.2f\n", ap50, step, losses.loss, first_loss);
+    check(ap50 >= 0.95, "four pictures are learned by heart: AP50 is %.3f after %d steps", ap50, step);
+    check(losses.loss < first_loss / 4, "the loss falls: %.3f from %.3f", losses.loss, first_loss);
+    free_batch(samples, PICTURES);
+    activations_free(&acts);
+    model_free(&model);
+    dataset_free(&dataset);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const char *name;
+    void (*run)(void);
+} Test;
+
+static const Test TESTS[] = {
+    {"random", test_random},
+    {"matmul", test_matmul},
+    {"attention", test_attention},
+    {"dropout", test_dropout},
+    {"layernorm", test_layernorm},
+    {"maxpool", test_maxpool},
+    {"positions", test_positions},
+    {"matching", test_matching},
+    {"boxes", test_boxes},
+    {"normalise", test_normalise},
+    {"dumps", test_dumps},
+    {"gradients", test_gradients},
+    {"same_bytes", test_same_bytes},
+    {"company", test_company},
+    {"nonfinite", test_nonfinite},
+    {"heart", test_learns_by_heart},
+    {"image", test_image},
+    {"dataset", test_dataset},
+    {"eval", test_eval},
+};
+
+int main(int argc, char **argv) {
+    int num_tests = (int)(sizeof TESTS / sizeof TESTS[0]);
+    printf("numbers are %s\n", IS_DOUBLE ? "double" : "float");
+    for (int i = 0; i < num_tests; i++) {
+        int wanted = argc < 2;
+        for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;
+        if (!wanted) continue;
+        int passed = num_passed, failed = num_failed;
+        double start = seconds_now();
+        TESTS[i].run();
+        printf("%-12s %5d passed, %d failed, %.1f s\n", TESTS[i].name, num_passed - passed, num_failed - failed,
+               seconds_now() - start);
+        fflush(stdout);
+    }
+    printf("%d passed, %d failed\n", num_passed, num_failed);
+    return num_failed > 0;
+}

@@ -1,0 +1,2963 @@
+/*
+train_detr.c: trains and runs DETR, the detection transformer of Carion et al. 2020 (https://arxiv.org/abs/2005.12872),
+on a CPU. Every forward and backward pass is written out by hand; pictures, JSON and XML are left to libraries behind
+the headers in data/. It is the reference that the CUDA version is held against.
+
+It is not a framework: there is no graph and no autograd, one network, one loss, one optimizer. Backward passes stand
+beside the forward passes they belong to.
+
+Read it downward; the rooms follow an image on its way to a loss and back:
+
+    Numbers        real, the arena that memory is planned with
+    Matmul         the one hot loop: linear layers and convolutions are the same product of rows
+    Layers         attention, layer norm, max pooling, positions, dropout
+    Model          configuration, the table of parameters, forward and backward of one image
+    Set loss       boxes, generalized IoU, matching, cross-entropy
+    Optimizer      AdamW in two groups, clipping, the training step
+    Calibration    statistics for the frozen norms of a network without a pretrained backbone
+    main           and the program around it, in program/: flags, checkpoints, commands
+
+Three decisions carry all of it. An activation is rows of channels: an image is (height * width, channels), a sequence
+(tokens, channels). There is no batch dimension: a batch is a loop over images that adds up gradients, so nothing is
+padded and an image never feels its neighbours. Random numbers are functions of counters (data/common.h), so any number
+of threads, and a resumed run, sees the same ones.
+*/
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <fcntl.h>
+#include <getopt.h>
+#include <omp.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>  // one instruction that GCC's vector extensions do not reach
+#endif
+
+#include "data/common.h"         // Error, memory, files, random numbers
+#include "data/safetensors.h"    // weights on disk
+#include "data/json.h"           // configuration on disk
+#include "data/image.h"          // JPEG, PNG, Pillow's resize, drawing
+#include "data/dataset.h"        // COCO, Pascal VOC, YOLO folders
+#include "data/loader.h"         // augmentation, worker threads
+#include "data/coco_eval.h"      // average precision
+#include "data/report.h"         // report.html
+#include "data/fileset.h"        // a checkpoint's files change as a whole
+#include "data/flags.h"          // a table of flags: parsing, --help, resuming
+#include "data/picture_files.h"  // the pictures that a user names
+#include "data/progress.h"       // the line that updates
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+#ifndef REAL
+#define REAL float  // make REAL=double builds the reference in which a wrong formula cannot hide behind rounding
+#endif
+typedef REAL real;
+
+static inline real square_root(real x) { return sizeof(real) == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
+
+// Memory is planned before it is used: the same walk over a model runs once with base == NULL, which only counts, and
+// once for real. `named` lists what was taken, so that a non-finite value can be traced to the first tensor it is in.
+typedef struct {
+    char name[48];
+    const real *data;
+    size_t count;
+} NamedTensor;
+
+typedef struct {
+    char *base;
+    size_t used, capacity;  // bytes
+    NamedTensor *named;
+    size_t num_named, named_capacity;
+} Arena;
+
+static void *arena_bytes(Arena *arena, size_t bytes) {
+    char *memory = arena->base ? arena->base + arena->used : NULL;
+    arena->used += (bytes + 63) / 64 * 64;  // cache lines
+    if (arena->base && arena->used > arena->capacity) {
+        fprintf(stderr, "error: the memory plan has %zu bytes but %zu are needed\n", arena->capacity, arena->used);
+        exit(1);
+    }
+    return memory;
+}
+
+static real *arena_take(Arena *arena, size_t count) { return (real *)arena_bytes(arena, count * sizeof(real)); }
+
+// Turns the counted bytes of a dry run into memory.
+static void arena_allocate(Arena *arena) {
+    arena->capacity = arena->used;
+    arena->used = 0;
+    arena->base = (char *)aligned_alloc(64, arena->capacity ? arena->capacity : 64);
+    if (!arena->base) {
+        fprintf(stderr, "error: out of memory: the plan needs %.1f MiB\n", (double)arena->capacity / 1048576.0);
+        exit(1);
+    }
+    memset(arena->base, 0, arena->capacity);  // touched once here, so that no step pays for it
+}
+
+static void arena_free(Arena *arena) {
+    free(arena->base);
+    free(arena->named);
+    memset(arena, 0, sizeof *arena);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matmul: convolutions and linear layers, forward and backward
+//
+// Nearly all the time goes here, into one loop: multiply_tile(). A tile is TILE_ROWS rows (pixels or tokens) by
+// TILE_COLUMNS columns (channels) of the result, held in registers while the loop runs over the inner dimension:
+//
+//     for k: load TILE_VECTORS vectors of weights; for each row: broadcast one activation, multiply, add
+//
+// Everything around it decides only where the rows come from and where the tile goes:
+//
+//   forward          y[pixel][n]  = sum over taps t, channels c of x[pixel moved by t][c] * w[n][t][c]
+//   backward data    dx[pixel][c] = sum over taps t, channels n of dy[the pixel that read it by t][n] * w[n][t][c]
+//   backward weight  dw[n][t][c] += sum over pixels of dy[pixel][n] * x[pixel moved by t][c]
+//
+// In the first two the rows are read where they lie: a convolution hands the loop a list of runs, one a tap, each with
+// TILE_ROWS pointers to pixels (a row of zeros stands for pixels outside the image), and the tile stays in registers
+// across all taps. So there is no im2col, the result is written once, and bias, residual and ReLU cost no extra pass.
+// Weights are packed once an optimizer step into panels of TILE_COLUMNS columns, [panel][tap and channel][column].
+// In the third the inner dimension is the pixels; blocks of them are copied side by side, see conv_backward_weight().
+//
+// A linear layer is a convolution with kernel 1 over an "image" of (rows, 1).
+//
+// Every element of a result is summed by one thread in an order that depends on shapes alone: the number of threads
+// never changes a bit. doc/matmul.md tells how the sizes below were found.
+
+#if defined __AVX512F__  // 32 registers of 64 bytes: 24 hold the tile
+enum { VECTOR_BYTES = 64, TILE_VECTORS = 4 };
+#elif defined __AVX__      // 16 registers of 32 bytes: 12 hold the tile
+enum { VECTOR_BYTES = 32, TILE_VECTORS = 2 };
+#elif defined __aarch64__  // 32 registers of 16 bytes
+enum { VECTOR_BYTES = 16, TILE_VECTORS = 4 };
+#else                      // 16 registers of 16 bytes, as SSE2 has; elsewhere the compiler makes do
+enum { VECTOR_BYTES = 16, TILE_VECTORS = 2 };
+#endif
+
+enum {
+    LANES = VECTOR_BYTES / sizeof(real),
+    TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
+    TILE_COLUMNS = TILE_VECTORS * LANES,
+    BLOCK_TILES = 10,      // tiles that use a panel of weights one after another, while it is in the L2 cache
+    MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
+    MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
+    BLOCK_PIXELS = 128,    // backward weight: pixels copied side by side and summed in registers
+    WEIGHT_ROWS = 258,     // backward weight: a piece of dw, out channels
+    WEIGHT_COLUMNS = 256,  // and taps and in channels: it stays in the L2 cache while the pixels go by
+    WEIGHT_PIECES = 16,    // backward weight: pieces there should be for threads to share
+    SLICE_PIXELS = 256,    // backward weight: where dw itself is too small to split, so are the pixels, not below this
+};
+
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vec_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));  // any address
+
+static inline vec vec_load(const real *from) { return *(const vec_memory *)from; }
+static inline void vec_store(real *to, vec value) { *(vec_memory *)to = value; }
+
+// Zero where `value` is negative. NaN is not, so it stays and is seen.
+static inline vec vec_relu(vec value) {
+    __typeof__(value < 0) negative = value < 0;
+    return (vec)(~negative & (__typeof__(negative))value);
+}
+
+// `value` where `mask` is positive, else zero.
+static inline vec vec_where_positive(vec value, vec mask) {
+    __typeof__(mask > 0) positive = mask > 0;
+    return (vec)(positive & (__typeof__(positive))value);
+}
+
+// One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k][column].
+typedef struct {
+    const real *rows[TILE_ROWS];
+    size_t offset;  // of its weights from the panel's start
+} Run;
+
+// tile += the sum of all runs. Inlined, so that the tile is in registers; each loop over the tile must be unrolled for
+// that, or it falls back to memory at half the speed.
+static inline __attribute__((always_inline)) void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs,
+                                                                int num_runs, int length, size_t step,
+                                                                const real *panel) {
+    for (int run = 0; run < num_runs; run++) {
+        const real *rows[TILE_ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) rows[i] = runs[run].rows[i];
+        const real *weights = panel + runs[run].offset;
+        size_t at = 0;
+        for (int k = 0; k < length; k++, at += step, weights += TILE_COLUMNS) {
+            vec w[TILE_VECTORS];
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; j++) w[j] = vec_load(weights + j * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_ROWS; i++) {
+                real value = rows[i][at];
+#pragma GCC unroll 8
+                for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] += value * w[j];
+            }
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void clear_tile(vec tile[TILE_ROWS][TILE_VECTORS]) {
+    const vec zero = {0};
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = zero;
+}
+
+// Writes the tile to memory, rows of TILE_COLUMNS, for the edges of a result where only a part of it is used.
+static inline __attribute__((always_inline)) void spill_tile(real *out, vec tile[TILE_ROWS][TILE_VECTORS]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + i * TILE_COLUMNS + j * LANES, tile[i][j]);
+}
+
+// A square kernel. Activations are (height * width, channels), weights (out_channels, kernel, kernel, in_channels).
+typedef struct {
+    int in_channels, out_channels, kernel, stride, padding, dilation;
+} ConvShape;
+
+// What happens to a sum before it is written: value = sum + bias[n] + add[m][n]; with relu max(value, 0), NaN stays
+// NaN; with a mask, value where mask[m][n] > 0, else 0 (the backward pass of ReLU). Any pointer may be NULL; add and
+// mask have the result's shape; add may be the result itself.
+typedef struct {
+    const real *bias, *add;
+    int relu;
+    const real *mask;
+} Epilogue;
+
+static inline int conv_size(int size, ConvShape s) {
+    return (size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+}
+
+static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+static inline size_t patch_size(ConvShape s) { return (size_t)s.kernel * s.kernel * s.in_channels; }
+
+// Packed weights, in reals: the panels, then the row of zeros that stands for pixels outside the image.
+static size_t packed_size(ConvShape s) {
+    return divide_up(s.out_channels, TILE_COLUMNS) * TILE_COLUMNS * patch_size(s) + (size_t)s.kernel * s.in_channels;
+}
+static size_t packed_backward_size(ConvShape s) {
+    size_t inner = (size_t)s.kernel * s.kernel * s.out_channels;
+    return divide_up(s.in_channels, TILE_COLUMNS) * TILE_COLUMNS * inner + s.out_channels;
+}
+
+// packed[panel][tap, in channel][column] = w[n][tap, in channel] * scale[n], where n = panel * TILE_COLUMNS + column;
+// columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. packed should
+// lie on VECTOR_BYTES (for speed only).
+static void pack_weights(real *packed, const real *w, const real *scale, ConvShape s) {
+    long inner = (long)patch_size(s), panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
+    long parts = (long)divide_up(inner, LANES);  // a part: one cache line of each row of w
+    memset(packed + panels * TILE_COLUMNS * inner, 0, sizeof(real) * s.kernel * s.in_channels);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        for (long part = 0; part < parts; part++) {
+            long first = part * LANES, last = first + LANES < inner ? first + LANES : inner;
+            real *out = packed + panel * TILE_COLUMNS * inner;
+            for (int column = 0; column < TILE_COLUMNS; column++) {
+                long n = panel * TILE_COLUMNS + column;
+                real factor = n < s.out_channels && scale ? scale[n] : 1;
+                __builtin_prefetch(w + n * inner + last);  // the next part
+                for (long k = first; k < last; k++)
+                    out[k * TILE_COLUMNS + column] = n < s.out_channels ? w[n * inner + k] * factor : 0;
+            }
+        }
+    }
+}
+
+// packed[panel][tap, out channel n][column] = w[n][tap][panel * TILE_COLUMNS + column] * scale[n], zero past the end.
+static void pack_weights_backward(real *packed, const real *w, const real *scale, ConvShape s) {
+    long taps = s.kernel * s.kernel, panels = (long)divide_up(s.in_channels, TILE_COLUMNS);
+    memset(packed + panels * TILE_COLUMNS * taps * s.out_channels, 0, sizeof(real) * s.out_channels);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        for (long n = 0; n < s.out_channels; n++) {
+            long first = panel * TILE_COLUMNS;
+            int columns = s.in_channels - first < TILE_COLUMNS ? (int)(s.in_channels - first) : TILE_COLUMNS;
+            real factor = scale ? scale[n] : 1;
+            for (long tap = 0; tap < taps; tap++) {
+                real *out = packed + ((panel * taps + tap) * s.out_channels + n) * TILE_COLUMNS;
+                const real *row = w + (n * taps + tap) * s.in_channels + first;
+                for (int j = 0; j < columns; j++) out[j] = row[j] * factor;
+                for (int j = columns; j < TILE_COLUMNS; j++) out[j] = 0;
+            }
+        }
+    }
+}
+
+// out[0 .. length) = line[first .. first + length), zero where that is outside [0, line_length) or line is NULL.
+static inline __attribute__((always_inline)) void copy_clipped(real *out, const real *line, long first, long length,
+                                                               long line_length) {
+    if (line && first >= 0 && first + length <= line_length) {
+        if (length == TILE_COLUMNS) {
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + j * LANES, vec_load(line + first + j * LANES));
+        } else {
+            memcpy(out, line + first, sizeof(real) * length);
+        }
+        return;
+    }
+    for (long i = 0; i < length; i++) out[i] = line && first + i >= 0 && first + i < line_length ? line[first + i] : 0;
+}
+
+// A product of gathered pixels with packed weights: what forward and backward data have in common. Its rows are the
+// pixels (i, j) of a grid. Pixel (i, j) reads, for each tap, `run` reals of source from pixel (step * i + tap.y,
+// step * j + tap.x) on, and becomes the pixel (spacing * i + first_y, spacing * j + first_x) of out.
+typedef struct {
+    int y, x;
+    long distance;  // the same in reals of source
+    size_t offset;  // of the tap's weights from the panel's start
+} Tap;
+
+typedef struct {
+    const real *source;
+    int height, width, channels;  // of source
+    int grid_height, grid_width, step, run;
+    int num_taps;
+    Tap taps[MAX_KERNEL * MAX_KERNEL];
+    int low_y, high_y, low_x, high_x;  // the taps' reach: pixels this far inside the image need no care
+    const real *packed, *zeros;
+    size_t panel_size;
+    real *out;
+    int out_width, out_channels, spacing, first_y, first_x;
+    Epilogue epilogue;
+} Product;
+
+// The pixels and out rows of the grid's pixels first .. first + TILE_ROWS - 1; past the end the last one is repeated.
+// edges: room for runs that lie partly outside the image.
+static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product *p, long first) {
+    const long line_length = (long)p->width * p->channels;
+    int grid_y = (int)(first / p->grid_width), grid_x = (int)(first % p->grid_width);
+    for (int t = 0; t < p->num_taps; t++) runs[t].offset = p->taps[t].offset;
+    for (int i = 0; i < TILE_ROWS; i++) {
+        const int y = grid_y * p->step, x = grid_x * p->step;
+        const long center = y * line_length + (long)x * p->channels;
+        out_rows[i] = (size_t)(grid_y * p->spacing + p->first_y) * p->out_width + grid_x * p->spacing + p->first_x;
+        if (y >= -p->low_y && y < p->height - p->high_y && x >= -p->low_x && x < p->width - p->high_x) {
+            for (int t = 0; t < p->num_taps; t++) runs[t].rows[i] = p->source + (center + p->taps[t].distance);
+        } else {
+            for (int t = 0; t < p->num_taps; t++) {
+                const int row = y + p->taps[t].y;
+                const long start = ((long)x + p->taps[t].x) * p->channels;
+                const real *line = row >= 0 && row < p->height ? p->source + row * line_length : NULL;
+                if (!line || start + p->run <= 0 || start >= line_length) {
+                    runs[t].rows[i] = p->zeros;
+                } else if (start >= 0 && start + p->run <= line_length) {
+                    runs[t].rows[i] = line + start;
+                } else {
+                    real *copy = edges + (i * p->num_taps + t) * p->run;
+                    copy_clipped(copy, line, start, p->run, line_length);
+                    runs[t].rows[i] = copy;
+                }
+            }
+        }
+        if (grid_x + 1 < p->grid_width)
+            grid_x++;
+        else if (grid_y + 1 < p->grid_height)
+            grid_x = 0, grid_y++;
+    }
+}
+
+// Multiplies one tile and writes it: out rows out_rows[0 .. rows), columns first_column .. first_column + columns.
+static void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel) {
+    vec tile[TILE_ROWS][TILE_VECTORS];
+    int first_column = panel * TILE_COLUMNS;
+    int columns = p->out_channels - first_column < TILE_COLUMNS ? p->out_channels - first_column : TILE_COLUMNS;
+    const Epilogue e = p->epilogue;
+    for (int i = 0; i < TILE_ROWS; i++) {  // what the epilogue will touch comes in while the tile is multiplied
+        size_t at = out_rows[i] * p->out_channels + first_column;
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            if (e.add) __builtin_prefetch(e.add + at + j * LANES);
+            if (e.mask) __builtin_prefetch(e.mask + at + j * LANES);
+            __builtin_prefetch(p->out + at + j * LANES, 1);
+        }
+    }
+    clear_tile(tile);
+    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size);
+    if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) {
+            size_t at = out_rows[i] * p->out_channels + first_column;
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; j++) {
+                vec value = tile[i][j];
+                if (e.bias) value += vec_load(e.bias + first_column + j * LANES);
+                if (e.add) value += vec_load(e.add + at + j * LANES);
+                if (e.relu) value = vec_relu(value);
+                if (e.mask) value = vec_where_positive(value, vec_load(e.mask + at + j * LANES));
+                vec_store(p->out + at + j * LANES, value);
+            }
+        }
+        return;
+    }
+    real edge[TILE_ROWS * TILE_COLUMNS];
+    spill_tile(edge, tile);
+    for (int i = 0; i < rows; i++) {
+        size_t at = out_rows[i] * p->out_channels + first_column;
+        for (int j = 0; j < columns; j++) {
+            real value = edge[i * TILE_COLUMNS + j];
+            if (e.bias) value += e.bias[first_column + j];
+            if (e.add) value += e.add[at + j];
+            if (e.relu && value < 0) value = 0;
+            if (e.mask && !(e.mask[at + j] > 0)) value = 0;
+            p->out[at + j] = value;
+        }
+    }
+}
+
+// A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
+// there are few rows, the panels are shared out as well.
+static void product(Product *p) {
+    long rows = (long)p->grid_height * p->grid_width;
+    if (rows <= 0) return;
+    p->low_y = p->high_y = p->low_x = p->high_x = 0;
+    for (int t = 0; t < p->num_taps; t++) {
+        Tap *tap = &p->taps[t];
+        const int last_x = tap->x + p->run / p->channels - 1;
+        tap->distance = ((long)tap->y * p->width + tap->x) * p->channels;
+        if (tap->y < p->low_y) p->low_y = tap->y;
+        if (tap->y > p->high_y) p->high_y = tap->y;
+        if (tap->x < p->low_x) p->low_x = tap->x;
+        if (last_x > p->high_x) p->high_x = last_x;
+    }
+    long tiles = (long)divide_up(rows, TILE_ROWS), blocks = (long)divide_up(tiles, BLOCK_TILES);
+    int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = (int)divide_up(32, blocks);
+    if (parts > panels) parts = panels;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (long block = 0; block < blocks; block++) {
+        for (int part = 0; part < parts; part++) {
+            Run runs[BLOCK_TILES][MAX_KERNEL * MAX_KERNEL];
+            size_t out_rows[BLOCK_TILES][TILE_ROWS];
+            real edges[BLOCK_TILES][TILE_ROWS * MAX_PATCH];
+            long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
+            for (long tile = first_tile; tile < last_tile; tile++) {
+                long at = tile - first_tile;
+                gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
+            }
+            for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+                for (long tile = first_tile; tile < last_tile; tile++) {
+                    long left = rows - tile * TILE_ROWS, at = tile - first_tile;
+                    product_tile(p, runs[at], out_rows[at], left < TILE_ROWS ? (int)left : TILE_ROWS, panel);
+                }
+            }
+        }
+    }
+}
+
+// y: (out height * out width, out_channels), by the epilogue, whose add and mask have y's shape.
+// x: (height * width, in_channels). packed: by pack_weights().
+static void conv_forward(real *y, const real *x, int height, int width, const real *packed, Epilogue epilogue,
+                         ConvShape s) {
+    Product p;
+    size_t inner = patch_size(s);
+    // A kernel with few inputs (the stem: 3 channels) reads the pixels of a whole kernel row, which lie side by side.
+    int merged = s.dilation == 1 && inner <= MAX_PATCH ? s.kernel : 1;
+    p.source = x, p.height = height, p.width = width, p.channels = s.in_channels;
+    p.grid_height = conv_size(height, s), p.grid_width = conv_size(width, s), p.step = s.stride;
+    p.run = merged * s.in_channels;
+    p.num_taps = 0;
+    for (int ky = 0; ky < s.kernel; ky++) {
+        for (int kx = 0; kx < s.kernel; kx += merged) {
+            Tap *tap = &p.taps[p.num_taps++];
+            tap->y = ky * s.dilation - s.padding, tap->x = kx * s.dilation - s.padding;
+            tap->offset = (size_t)(ky * s.kernel + kx) * s.in_channels * TILE_COLUMNS;
+        }
+    }
+    p.packed = packed, p.panel_size = inner * TILE_COLUMNS;
+    p.zeros = packed + divide_up(s.out_channels, TILE_COLUMNS) * p.panel_size;
+    p.out = y, p.out_width = p.grid_width, p.out_channels = s.out_channels;
+    p.spacing = 1, p.first_y = 0, p.first_x = 0;
+    p.epilogue = epilogue;
+    product(&p);
+}
+
+// dx: (height * width, in_channels), by the epilogue, whose add and mask have dx's shape. dy: (out height * out width,
+// out_channels). packed: by pack_weights_backward().
+//
+// Pixel (iy, ix) was read by tap (ky, kx) of output (oy, ox) where oy * stride = iy + padding - ky * dilation, and the
+// same in x. With stride 2 a tap fits only every second row: the pixels fall into stride * stride classes by their
+// remainders, each with its own taps and no wasted products.
+static void conv_backward_data(real *dx, const real *dy, int height, int width, const real *packed, Epilogue epilogue,
+                               ConvShape s) {
+    Product p;
+    size_t inner = (size_t)s.kernel * s.kernel * s.out_channels;
+    p.source = dy, p.height = conv_size(height, s), p.width = conv_size(width, s), p.channels = s.out_channels;
+    p.step = 1, p.run = s.out_channels;
+    p.packed = packed, p.panel_size = inner * TILE_COLUMNS;
+    p.zeros = packed + divide_up(s.in_channels, TILE_COLUMNS) * p.panel_size;
+    p.out = dx, p.out_width = width, p.out_channels = s.in_channels, p.spacing = s.stride;
+    p.epilogue = epilogue;
+    for (p.first_y = 0; p.first_y < s.stride; p.first_y++) {
+        for (p.first_x = 0; p.first_x < s.stride; p.first_x++) {
+            p.grid_height = (height - p.first_y + s.stride - 1) / s.stride;
+            p.grid_width = (width - p.first_x + s.stride - 1) / s.stride;
+            p.num_taps = 0;
+            for (int ky = 0; ky < s.kernel; ky++) {
+                for (int kx = 0; kx < s.kernel; kx++) {
+                    int y = p.first_y + s.padding - ky * s.dilation, x = p.first_x + s.padding - kx * s.dilation;
+                    if (y % s.stride != 0 || x % s.stride != 0) continue;
+                    Tap *tap = &p.taps[p.num_taps++];
+                    tap->y = y / s.stride, tap->x = x / s.stride;
+                    tap->offset = (size_t)(ky * s.kernel + kx) * s.out_channels * TILE_COLUMNS;
+                }
+            }
+            product(&p);
+        }
+    }
+}
+
+// How backward weight is shared out: dw (out_channels, patch) in pieces of rows by columns, and where these are few,
+// the pixels in slices, each with a dw of its own, added up at the end. By shapes alone, never by threads.
+typedef struct {
+    int rows, columns, row_pieces, column_pieces, slices;
+} WeightPlan;
+
+static WeightPlan plan_backward_weight(ConvShape s, long pixels) {
+    WeightPlan plan;
+    size_t row_tiles = divide_up(s.out_channels, TILE_ROWS), panels = divide_up(patch_size(s), TILE_COLUMNS);
+    plan.row_pieces = (int)divide_up(s.out_channels, WEIGHT_ROWS);
+    plan.column_pieces = (int)divide_up(patch_size(s), WEIGHT_COLUMNS);
+    plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
+    if (plan.slices > (long)divide_up(pixels, SLICE_PIXELS)) plan.slices = (int)divide_up(pixels, SLICE_PIXELS);
+    while (plan.row_pieces * plan.column_pieces * plan.slices < WEIGHT_PIECES / 4 &&
+           s.out_channels / plan.row_pieces > 10 * TILE_ROWS)
+        plan.row_pieces *= 2;  // few rows and a small dw: smaller pieces are slower, but let two threads work
+    plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * TILE_ROWS;
+    plan.columns = (int)divide_up(panels, plan.column_pieces) * TILE_COLUMNS;
+    plan.row_pieces = (int)divide_up(s.out_channels, plan.rows);
+    plan.column_pieces = (int)divide_up(patch_size(s), plan.columns);
+    return plan;
+}
+
+// Reals from one pixel to the next in a copied block of dy: an odd number of cache lines, because a power of two would
+// put all pixels into the same few lines of the L1 cache.
+static inline size_t block_stride(int rows) { return (divide_up(rows, LANES) | 1) * LANES; }
+
+// Reals of workspace for conv_backward_weight() on up to `threads` threads.
+static size_t conv_backward_weight_workspace(ConvShape s, int threads) {
+    size_t block = BLOCK_PIXELS * (block_stride(WEIGHT_ROWS) + TILE_COLUMNS);
+    size_t slices = plan_backward_weight(s, (long)WEIGHT_PIECES * SLICE_PIXELS).slices;
+    return threads * block + (slices - 1) * s.out_channels * (patch_size(s) + 1);
+}
+
+// panel[m][j] = column first_column + j of the patch (taps and channels) that output pixel first_pixel + m read from x,
+// for m < pixels and j < TILE_COLUMNS; zero outside the image and past the patch's end.
+static void copy_patches(real *panel, const real *x, int height, int width, ConvShape s, long first_pixel, int pixels,
+                         long first_column) {
+    const int merged = s.dilation == 1 ? s.kernel : 1, out_width = conv_size(width, s);
+    const long run = (long)merged * s.in_channels, line_length = (long)width * s.in_channels;
+    long length;  // of a stretch of columns that lie side by side in x
+    for (long column = 0; column < TILE_COLUMNS; column += length) {
+        const long tap = (first_column + column) / run * merged, from = (first_column + column) % run;
+        length = run - from < TILE_COLUMNS - column ? run - from : TILE_COLUMNS - column;
+        const int inside = tap < s.kernel * s.kernel;
+        int y = (int)(first_pixel / out_width) * s.stride - s.padding + (int)(tap / s.kernel) * s.dilation;
+        int out_x = (int)(first_pixel % out_width);
+        for (long m = 0; m < pixels; m++) {
+            const real *line = inside && y >= 0 && y < height ? x + y * line_length : NULL;
+            const long pixel = (long)out_x * s.stride - s.padding + tap % s.kernel * s.dilation;
+            copy_clipped(panel + m * TILE_COLUMNS + column, line, pixel * s.in_channels + from, length, line_length);
+            if (++out_x == out_width) out_x = 0, y += s.stride;
+        }
+    }
+}
+
+// dw[first_row + i][first_column + j] += (or =) sum over pixels of dy_block[pixel][i] * panel[pixel][j].
+static void weight_tile(real *dw, size_t inner, const real *dy_block, size_t stride, const real *panel, int pixels,
+                        int rows, int columns, int add) {
+    vec tile[TILE_ROWS][TILE_VECTORS];
+    Run run;
+    for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = dy_block + i;
+    run.offset = 0;
+    clear_tile(tile);
+    multiply_tile(tile, &run, 1, pixels, stride, panel);
+    if (rows >= TILE_ROWS && columns >= TILE_COLUMNS) {
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) {
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; j++) {
+                real *out = dw + i * inner + j * LANES;
+                vec_store(out, add ? vec_load(out) + tile[i][j] : tile[i][j]);
+            }
+        }
+        return;
+    }
+    real edge[TILE_ROWS * TILE_COLUMNS];
+    spill_tile(edge, tile);
+    for (int i = 0; i < rows && i < TILE_ROWS; i++)
+        for (int j = 0; j < columns && j < TILE_COLUMNS; j++)
+            dw[i * inner + j] = (add ? dw[i * inner + j] : 0) + edge[i * TILE_COLUMNS + j];
+}
+
+// One piece of dw, rows first_row .. first_row + rows of dy's channels by `columns` of the patch, over the pixels
+// first_pixel .. last_pixel. dw: += if `add`, else =. dbias (rows) likewise, or NULL. block: room for the copies.
+static void weight_piece(real *dw, real *dbias, int add, const real *x, const real *dy, int height, int width,
+                         ConvShape s, long first_pixel, long last_pixel, int first_row, int rows, long first_column,
+                         int columns, real *block) {
+    size_t inner = patch_size(s), stride = block_stride(rows);
+    real *panel = block + BLOCK_PIXELS * stride;
+    long blocks = (long)divide_up(last_pixel - first_pixel, BLOCK_PIXELS), total = last_pixel - first_pixel;
+    for (long b = 0; b < blocks; b++) {
+        long start = first_pixel + total * b / blocks;
+        int pixels = (int)(first_pixel + total * (b + 1) / blocks - start), adds = add || b > 0;
+        for (int m = 0; m < pixels; m++) {
+            memcpy(block + m * stride, dy + (start + m) * s.out_channels + first_row, sizeof(real) * rows);
+            for (size_t i = rows; i < stride; i++) block[m * stride + i] = 0;
+        }
+        for (int i = 0; dbias && i < rows; i++) {
+            real sum = 0;
+            for (int m = 0; m < pixels; m++) sum += block[m * stride + i];
+            dbias[i] = (adds ? dbias[i] : 0) + sum;
+        }
+        for (int column = 0; column < columns; column += TILE_COLUMNS) {
+            copy_patches(panel, x, height, width, s, start, pixels, first_column + column);
+            for (int row = 0; row < rows; row += TILE_ROWS)
+                weight_tile(dw + (first_row + row) * inner + first_column + column, inner, block + row, stride, panel,
+                            pixels, rows - row, columns - column, adds);
+        }
+    }
+}
+
+// dw += the weight's gradient, in w's layout (of the weight as it was packed: a folded scale is the caller's to apply);
+// dbias (out_channels) += the sum of dy over pixels, or NULL. x: (height * width, in_channels), dy: (out height * out
+// width, out_channels). workspace: conv_backward_weight_workspace() reals.
+//
+// dw is shared out in pieces. For each block of BLOCK_PIXELS pixels a piece copies its channels of dy side by side,
+// and, panel by panel, the patches of x; the tile loop then runs over the pixels of the block.
+static void conv_backward_weight(real *dw, real *dbias, const real *x, const real *dy, int height, int width,
+                                 ConvShape s, real *workspace) {
+    long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
+    if (pixels <= 0) return;
+    const WeightPlan plan = plan_backward_weight(s, pixels);
+    long size = s.out_channels * (inner + 1);  // a slice's own dw and dbias
+    real *slices = workspace;                  // slice 0 adds to dw itself
+    real *blocks = workspace + (plan.slices - 1) * size;
+#pragma omp parallel
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int slice = 0; slice < plan.slices; slice++) {
+            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
+                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
+                    int first_row = row_piece * plan.rows;
+                    int rows = s.out_channels - first_row < plan.rows ? s.out_channels - first_row : plan.rows;
+                    long first_column = (long)column_piece * plan.columns, left = inner - first_column;
+                    real *own = slice ? slices + (slice - 1) * size : dw;
+                    real *own_bias = slice ? own + s.out_channels * inner : dbias;
+                    weight_piece(
+                        own, dbias && column_piece == 0 ? own_bias + first_row : NULL, slice == 0, x, dy, height, width,
+                        s, pixels * slice / plan.slices, pixels * (slice + 1) / plan.slices, first_row, rows,
+                        first_column, left < plan.columns ? (int)left : plan.columns,
+                        blocks + omp_get_thread_num() * BLOCK_PIXELS * (block_stride(WEIGHT_ROWS) + TILE_COLUMNS));
+                }
+            }
+        }
+        if (plan.slices > 1) {
+#pragma omp for schedule(static)
+            for (long i = 0; i < (dbias ? size : s.out_channels * inner); i++) {
+                real sum = 0;
+                for (int slice = 1; slice < plan.slices; slice++) sum += slices[(slice - 1) * size + i];
+                if (i < s.out_channels * inner)
+                    dw[i] += sum;
+                else
+                    dbias[i - s.out_channels * inner] += sum;
+            }
+        }
+    }
+}
+
+// The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers.
+// By each thread's own CPU time, best of five, so that other programs on the machine do not lower it.
+static double measure_peak_gflops(void) {
+    const real half = (real)0.5, one = 1;
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    {
+        double best = 0;
+        for (int attempt = 0; attempt < 5; attempt++) {
+            struct timespec start, end;
+            const long count = 400000;
+            real memory[TILE_ROWS * TILE_COLUMNS];
+            vec tile[TILE_ROWS][TILE_VECTORS];
+            for (int i = 0; i < TILE_ROWS * TILE_COLUMNS; i++) memory[i] = (real)i;
+            __asm__ volatile("" : : "r"(memory) : "memory");  // the compiler may not know that sums could be shared
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+                for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = vec_load(memory + i * TILE_COLUMNS + j * LANES);
+            clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
+            for (long k = 0; k < count; k++) {
+#pragma GCC unroll 8
+                for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+                    for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = tile[i][j] * half + one;
+            }
+            clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+            spill_tile(memory, tile);
+            __asm__ volatile("" : : "r"(memory) : "memory");
+            double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+            double rate = 2e-9 * count * TILE_ROWS * TILE_COLUMNS / seconds;
+            if (rate > best) best = rate;
+        }
+        total += best;
+    }
+    return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors of the layers: exp and random numbers, beside what the Matmul room has
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef __typeof__(*(vec *)0 < *(vec *)0) ivec;  // integers as wide as real; all ones is true, 0 is false
+typedef uint64_t u64vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t i64vec __attribute__((vector_size(VECTOR_BYTES)));
+enum { U64_LANES = VECTOR_BYTES / 8 };
+
+INLINE vec fill(real x) {
+    const vec zero = {0};
+    return zero + x;
+}
+
+INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+// The lanes' sum, always in the same order.
+INLINE real lane_sum(vec x) {
+    real sum = x[0];
+    for (int i = 1; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// exp(x) for x <= 88 (709 in double), 0 below -87.3 (-708.3), NaN for NaN; the relative error is below 1e-7 (1e-15).
+// With n = round(x / ln 2) and r = x - n ln 2 it is 2^n exp(r), exp(r) by a polynomial: |r| <= 0.347. Adding
+// 1.5 * 2^23 (2^52) leaves n in the lowest bits; the exponent's bias is added with it, so that a shift makes 2^n.
+INLINE vec exp_lanes(vec x) {
+    const int is_float = sizeof(real) == 4, degree = is_float ? 6 : 13, mantissa_bits = is_float ? 23 : 52;
+    // For double Taylor's series; for float the smallest greatest error among those of degree 6 that begin with 1 + r.
+    static const double taylor[] = {
+        1,         1,          1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+        1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+    static const double minimax[] = {1, 1, 0.49999993, 0.16666515, 0.041668457, 0.0083694188, 0.0013813145};
+    const double *series = is_float ? minimax : taylor;
+    const real lowest = (real)(is_float ? -87.3 : -708.3);
+    const real magic = (real)(is_float ? 12582912.0 + 127 : 6755399441055744.0 + 1023);
+    const real ln2_high = (real)(is_float ? 0.693359375 : 0.693147180369123816490);  // few bits: n ln2_high is exact
+    const real ln2_low = (real)(is_float ? -2.12194440e-4 : 1.90821492927058770002e-10);
+    const vec shifted = x * (real)1.4426950408889634 + magic, n = shifted - magic;
+    const vec r = x - n * ln2_high - n * ln2_low;
+    vec sum = fill((real)series[degree]);
+#pragma GCC unroll 16
+    for (int k = degree - 1; k >= 0; k--) sum = sum * r + (real)series[k];
+    const vec power = (vec)((ivec)shifted << mantissa_bits);
+    return (vec)((ivec)(sum * power) & ~(x < lowest));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dropout: element e of a layer is kept if its random word (data/common.h) is at least p * 2^32, and is then multiplied
+// by 1 / (1 - p). A mask is never stored: the backward pass asks for the same words again.
+
+typedef struct {
+    double p;  // probability of dropping, 0 <= p < 1; 0: none
+    uint64_t seed;
+    uint32_t site, step, image;
+} Dropout;
+
+// (low half of a) * b in every lane, b < 2^32: vpmuludq, which compilers do not find by themselves.
+INLINE u64vec multiply_low_halves(u64vec a, uint64_t b) {
+#if defined(__AVX512F__)
+    return (u64vec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64((long long)b));
+#elif defined(__AVX2__)
+    return (u64vec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x((long long)b));
+#else
+    return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+// random_words() of data/common.h for the groups in `group`, one a lane. The upper halves of the words are meaningless.
+INLINE void dropout_words(u64vec word[4], Dropout dropout, u64vec group) {
+    u64vec zero = {0};
+    u64vec word0 = group, word1 = zero + (uint64_t)(RANDOM_DROPOUT | dropout.site << 8);
+    u64vec word2 = zero + (uint64_t)dropout.step, word3 = zero + (uint64_t)dropout.image;
+    uint32_t key0 = (uint32_t)dropout.seed, key1 = (uint32_t)(dropout.seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; round++) {
+        u64vec product0 = multiply_low_halves(word0, 0xD2511F53u);
+        u64vec product1 = multiply_low_halves(word2, 0xCD9E8D57u);
+        word0 = (product1 >> 32) ^ word1 ^ (uint64_t)key0;
+        word2 = (product0 >> 32) ^ word3 ^ (uint64_t)key1;
+        word1 = product1;
+        word3 = product0;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    word[0] = word0, word[1] = word1, word[2] = word2, word[3] = word3;
+}
+
+static inline uint64_t dropout_threshold(Dropout dropout) { return (uint32_t)(dropout.p * 4294967296.0); }
+
+// y = dropout(x), both (rows, channels); may be in place. The map is linear, so its backward pass is the same function
+// with x = dy.
+static void dropout_forward(real *y, const real *x, size_t rows, size_t channels, Dropout dropout) {
+    enum { STRIDE = 4 * U64_LANES };
+    const int64_t count = (int64_t)(rows * channels);
+    if (dropout.p == 0) {
+        if (y != x) memcpy(y, x, (size_t)count * sizeof(real));
+        return;
+    }
+    const uint64_t threshold = dropout_threshold(dropout);
+    const real scale = (real)(1 / (1 - dropout.p));
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (int64_t start = 0; start < count; start += STRIDE) {
+        u64vec group, word[4];
+        for (int lane = 0; lane < U64_LANES; lane++) group[lane] = (uint64_t)start / 4 + (uint64_t)lane;
+        dropout_words(word, dropout, group);
+        uint32_t words[STRIDE];
+        for (int lane = 0; lane < U64_LANES; lane++) {
+            for (int j = 0; j < 4; j++) words[4 * lane + j] = (uint32_t)word[j][lane];
+        }
+        const int n = count - start < STRIDE ? (int)(count - start) : STRIDE;
+        if (n == STRIDE) {
+            for (int i = 0; i < STRIDE; i++) y[start + i] = words[i] >= threshold ? x[start + i] * scale : 0;
+        } else {
+            for (int i = 0; i < n; i++) y[start + i] = words[i] >= threshold ? x[start + i] * scale : 0;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: out = dropout(softmax(q k^T / sqrt(head_dim))) v for each head, Vaswani et al. 2017.
+//
+// The (queries, keys) matrix is never in memory (Dao et al. 2022, FlashAttention): a block of K_BLOCK keys by Q_BLOCK
+// queries is made, used and forgotten inside the first-level cache. It is kept transposed, S^T: a row is a key and the
+// lanes are queries. Then the softmax's maximum and sum run down the rows, lane by lane, with no sum across a vector,
+// and the operand of the products that is not a vector is read in place, one number at a time.
+//
+// Blocks and their order depend on the shapes alone and each output has one owner, so any number of threads gives the
+// same bits. Inside, head_dim is padded with zeros to `padded_dim`, Tk to whole K_BLOCKs, Tq to whole Q_BLOCKs.
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { WIDE_ROWS = 8, TALL_ROWS = 12 };  // tiles of 8 x 3 and 12 x 2 vectors: 24 sums in 32 registers
+#else
+enum { WIDE_ROWS = 4, TALL_ROWS = 6 };  // 12 sums in 16 registers
+#endif
+enum { WIDE = 3, TALL = 2, Q_BLOCK = WIDE * VECTOR_BYTES / (int)sizeof(real), K_BLOCK = 96, K_UNIT = 24 };
+
+// c[i][j] = c[i][j] * keep[j] + sum over t < depth of a[i * a_row + t * a_step] * b[t * b_step + j], for i < rows and
+// j < vectors * LANES; keep NULL stands for zeros. rows and vectors are constants where this is called.
+INLINE void attention_tile(int rows, int vectors, real *c, size_t c_row, const real *a, size_t a_row, size_t a_step,
+                           const real *b, size_t b_step, int depth, const real *keep) {
+    vec sum[12][3];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) sum[i][j] = fill(0);
+    }
+#pragma GCC unroll 1
+    for (int t = 0; t < depth; t++, a += a_step, b += b_step) {
+        vec x[3];
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) x[j] = vec_load(b + j * LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            const real factor = a[(size_t)i * a_row];
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++) sum[i][j] += factor * x[j];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) {
+            real *to = c + (size_t)i * c_row + j * LANES;
+            vec_store(to, keep ? vec_load(to) * vec_load(keep + j * LANES) + sum[i][j] : sum[i][j]);
+        }
+    }
+}
+
+// scores (keys, Q_BLOCK) = rows (keys, padded_dim) times columns (head_dim, Q_BLOCK); keys a multiple of WIDE_ROWS.
+static void attention_scores(real *scores, const real *rows, const real *columns, int keys, int head_dim,
+                             int padded_dim) {
+    for (int k = 0; k < keys; k += WIDE_ROWS) {
+        attention_tile(WIDE_ROWS, WIDE, scores + k * Q_BLOCK, Q_BLOCK, rows + (size_t)k * padded_dim, padded_dim, 1,
+                       columns, Q_BLOCK, head_dim, NULL);
+    }
+}
+
+// sums (padded_dim, Q_BLOCK) = sums * keep (Q_BLOCK) + transposed rows (keys, padded_dim) times weights (keys, Q_BLOCK)
+static void attention_sum_keys(real *sums, const real *rows, const real *weights, int keys, int padded_dim,
+                               const real *keep) {
+    for (int d = 0; d < padded_dim; d += WIDE_ROWS) {
+        attention_tile(WIDE_ROWS, WIDE, sums + d * Q_BLOCK, Q_BLOCK, rows + d, 1, padded_dim, weights, Q_BLOCK, keys,
+                       keep);
+    }
+}
+
+// sums (keys, padded_dim) += weights (keys, Q_BLOCK) times rows (Q_BLOCK, padded_dim); keys a multiple of TALL_ROWS
+static void attention_sum_queries(real *sums, const real *weights, const real *rows, int keys, int padded_dim,
+                                  const real *ones) {
+    for (int k = 0; k < keys; k += TALL_ROWS) {
+        real *to = sums + (size_t)k * padded_dim;
+        int d = 0;
+        for (; d + TALL * LANES <= padded_dim; d += TALL * LANES) {
+            attention_tile(TALL_ROWS, TALL, to + d, padded_dim, weights + k * Q_BLOCK, Q_BLOCK, 1, rows + d, padded_dim,
+                           Q_BLOCK, ones);
+        }
+        for (; d < padded_dim; d += LANES) {
+            attention_tile(TALL_ROWS, 1, to + d, padded_dim, weights + k * Q_BLOCK, Q_BLOCK, 1, rows + d, padded_dim,
+                           Q_BLOCK, ones);
+        }
+    }
+}
+
+// Rows `first` .. of one head, x (rows, C), into `to` (count, padded_dim), times `scale`; zeros beside and below.
+static void attention_pack(real *to, const real *x, int first, int count, int rows, int head, int head_dim,
+                           int padded_dim, int C, real scale) {
+    memset(to, 0, (size_t)count * padded_dim * sizeof(real));
+    for (int i = 0; i < count && first + i < rows; i++) {
+        const real *from = x + (size_t)(first + i) * C + (size_t)head * head_dim;
+        for (int d = 0; d < head_dim; d++) to[(size_t)i * padded_dim + d] = from[d] * scale;
+    }
+}
+
+// The same, transposed: `to` is (padded_dim, Q_BLOCK).
+static void attention_pack_transposed(real *to, const real *x, int first, int rows, int head, int head_dim,
+                                      int padded_dim, int C, real scale) {
+    memset(to, 0, (size_t)padded_dim * Q_BLOCK * sizeof(real));
+    for (int i = 0; i < Q_BLOCK && first + i < rows; i++) {
+        const real *from = x + (size_t)(first + i) * C + (size_t)head * head_dim;
+        for (int d = 0; d < head_dim; d++) to[d * Q_BLOCK + i] = from[d] * scale;
+    }
+}
+
+// Bit r of lane i in keep[w][j]: is key 32 w + r of the block kept for query LANES * j + i? `element` is the number of
+// the first query's first key here, a query has `Tk` elements. A query's 4-word groups need not start at the block's
+// first key: its bits pass through a window that is shifted by what is left of the first group.
+static void attention_keep_bits(ivec keep[K_BLOCK / 32][WIDE], Dropout dropout, uint64_t element, int Tk, int keys) {
+    enum { PARTS = 8 / sizeof(real) };  // a float lane is half of a 64-bit lane: even queries, then odd ones
+    const uint64_t low_half = 0xFFFFFFFFu;
+    const i64vec zero = {0}, threshold = zero + (int64_t)dropout_threshold(dropout);
+    memset(keep, 0, sizeof(ivec) * WIDE * (K_BLOCK / 32));
+    for (int j = 0; j < WIDE; j++) {
+        for (int part = 0; part < PARTS; part++) {
+            u64vec first, window = {0};
+            for (int i = 0; i < U64_LANES; i++) {
+                first[i] = element + (uint64_t)(j * LANES + i * PARTS + part) * (uint64_t)Tk;
+            }
+            const u64vec shift = first & 3, group = first >> 2;
+            for (int w = 0; 32 * w < keys; w++) {
+                for (int g = w == 0 ? 0 : 1; g <= 8; g++) {
+                    u64vec word[4], bits = {0};
+                    dropout_words(word, dropout, group + (uint64_t)(8 * w + g));
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) {
+                        bits |= (u64vec)((i64vec)(word[i] & low_half) >= threshold) & ((uint64_t)1 << i);
+                    }
+                    window |= bits << (4 * g);
+                }
+                keep[w][j] |= (ivec)(((window >> shift) & low_half) << (32 * part));
+                window >>= 32;
+            }
+        }
+    }
+}
+
+typedef struct {
+    int Tq, Tk, C, heads;
+    int head_dim, padded_dim;  // padded_dim: a multiple of LANES and of WIDE_ROWS
+    int padded_queries, padded_keys;
+    int chunks, chunk;  // the backward pass deals keys out in so many chunks of so many keys
+    real scale;
+    size_t head_queries, head_keys, thread_scratch;  // reals: one head's packed q, one head's packed k
+} AttentionPlan;
+
+static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads) {
+    AttentionPlan plan;
+    plan.Tq = Tq, plan.Tk = Tk, plan.C = C, plan.heads = heads;
+    plan.head_dim = C / heads;
+    plan.padded_dim = (int)round_up(round_up((size_t)plan.head_dim, LANES), WIDE_ROWS);  // both powers of two
+    plan.padded_queries = (int)round_up((size_t)Tq, Q_BLOCK);
+    plan.padded_keys = (int)round_up((size_t)Tk, K_BLOCK);
+    plan.chunks = Tk < 512 ? 1 : Tk < 1024 ? 2 : 4;
+    plan.chunk = (int)round_up((size_t)(Tk + plan.chunks - 1) / plan.chunks, K_BLOCK);
+    plan.scale = (real)(1 / sqrt((double)plan.head_dim));
+    plan.head_queries = (size_t)plan.padded_queries * plan.padded_dim;
+    plan.head_keys = (size_t)plan.padded_keys * plan.padded_dim;
+    // forward: scores, queries, sums; backward: scores, their gradient, dk, dv
+    size_t forward = K_BLOCK * Q_BLOCK + 2 * Q_BLOCK * (size_t)plan.padded_dim;
+    size_t backward = 2 * K_BLOCK * Q_BLOCK + 2 * (size_t)plan.chunk * plan.padded_dim;
+    plan.thread_scratch = round_up(forward > backward ? forward : backward, 128 / sizeof(real));
+    return plan;
+}
+
+// Reals of workspace that attention_forward and attention_backward need with at most `threads` OpenMP threads.
+static size_t attention_workspace(int Tq, int Tk, int C, int heads, int threads) {
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
+    return (size_t)heads *
+               (2 * plan.head_keys + (4 + (size_t)plan.chunks) * plan.head_queries + 2 * (size_t)plan.padded_queries) +
+           (size_t)threads * plan.thread_scratch;
+}
+
+// A block of keys and values, packed.
+static void attention_pack_keys(real *keys, real *values, const real *k, const real *v, int head, int first,
+                                const AttentionPlan *plan) {
+    const size_t at = head * plan->head_keys + (size_t)first * plan->padded_dim;
+    attention_pack(keys + at, k, first, K_BLOCK, plan->Tk, head, plan->head_dim, plan->padded_dim, plan->C, 1);
+    attention_pack(values + at, v, first, K_BLOCK, plan->Tk, head, plan->head_dim, plan->padded_dim, plan->C, 1);
+}
+
+// One block of queries of one head. As keys pass by, `top` is the greatest score so far, `total` the sum of
+// exp(score - top) and `sums` that of exp(score - top) v; where the maximum grows, what was summed shrinks by
+// exp(old maximum - its successor). scratch: scores (K_BLOCK, Q_BLOCK), queries and sums (padded_dim, Q_BLOCK).
+static void attention_forward_block(real *out, real *lse, const real *q, const real *keys, const real *values, int head,
+                                    int first, const AttentionPlan *plan, Dropout dropout, real *scratch) {
+    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tq = plan->Tq, Tk = plan->Tk, C = plan->C;
+    real *scores = scratch, *queries = scores + K_BLOCK * Q_BLOCK, *sums = queries + (size_t)Q_BLOCK * padded_dim;
+    vec top[WIDE], total[WIDE];
+    for (int j = 0; j < WIDE; j++) {  // not -inf: -inf - -inf would be NaN
+        top[j] = fill(sizeof(real) == 4 ? (real)-3.4e38 : (real)-1.7e308);
+        total[j] = fill(0);
+    }
+    attention_pack_transposed(queries, q, first, Tq, head, head_dim, padded_dim, C, plan->scale);
+    memset(sums, 0, (size_t)padded_dim * Q_BLOCK * sizeof(real));
+    for (int key = 0; key < Tk; key += K_BLOCK) {
+        const int count = Tk - key < K_BLOCK ? Tk - key : K_BLOCK;
+        const size_t key_at = head * plan->head_keys + (size_t)key * padded_dim;
+        ivec keep[K_BLOCK / 32][WIDE];
+        vec old_top[WIDE], block_total[WIDE];
+        real shrink[Q_BLOCK];
+        attention_scores(scores, keys + key_at, queries, (int)round_up((size_t)count, WIDE_ROWS), head_dim, padded_dim);
+        if (dropout.p > 0) attention_keep_bits(keep, dropout, ((uint64_t)head * Tq + first) * Tk + key, Tk, count);
+        for (int j = 0; j < WIDE; j++) old_top[j] = top[j], block_total[j] = fill(0);
+        for (int i = 0; i < count; i++) {
+            for (int j = 0; j < WIDE; j++) {
+                const vec score = vec_load(scores + i * Q_BLOCK + j * LANES);
+                top[j] = where(score > top[j], score, top[j]);
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            for (int j = 0; j < WIDE; j++) {
+                real *at = scores + i * Q_BLOCK + j * LANES;
+                vec weight = exp_lanes(vec_load(at) - top[j]);
+                block_total[j] += weight;
+                if (dropout.p > 0) weight = (vec)((ivec)weight & -((keep[i / 32][j] >> (i & 31)) & 1));
+                vec_store(at, weight);
+            }
+        }
+        for (int j = 0; j < WIDE; j++) {
+            const vec factor = exp_lanes(old_top[j] - top[j]);
+            vec_store(shrink + j * LANES, factor);
+            total[j] = total[j] * factor + block_total[j];
+        }
+        attention_sum_keys(sums, values + key_at, scores, count, padded_dim, shrink);
+    }
+    for (int i = 0; i < Q_BLOCK && first + i < Tq; i++) {
+        const real sum = total[i / LANES][i % LANES];
+        const real factor = (real)(1 / (sum * (1 - dropout.p)));
+        real *to = out + (size_t)(first + i) * C + (size_t)head * head_dim;
+        for (int d = 0; d < head_dim; d++) to[d] = sums[d * Q_BLOCK + i] * factor;
+        lse[(size_t)head * Tq + first + i] = top[i / LANES][i % LANES] + (real)log((double)sum);
+    }
+}
+
+// out (Tq, C) from q (Tq, C), k (Tk, C), v (Tk, C); C = heads * head_dim, a head has head_dim adjacent channels.
+// lse (heads, Tq): logarithm of the softmax's denominator, sum over keys of exp(score). All of out and lse is written.
+// dropout: on the probabilities, element (head * Tq + query) * Tk + key. A NaN in q, k or v comes out as NaN.
+// workspace: attention_workspace() reals.
+static void attention_forward(real *out, real *lse, const real *q, const real *k, const real *v, int Tq, int Tk, int C,
+                              int heads, Dropout dropout, real *workspace) {
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
+    real *keys = workspace, *values = keys + heads * plan.head_keys, *scratch = values + heads * plan.head_keys;
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (int head = 0; head < heads; head++) {
+            for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
+                attention_pack_keys(keys, values, k, v, head, first, &plan);
+            }
+        }
+        real *mine = scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int head = 0; head < heads; head++) {
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
+                attention_forward_block(out, lse, q, keys, values, head, first, &plan, dropout, mine);
+            }
+        }
+    }
+}
+
+// What attention_backward keeps in its workspace: q and dout of a head as rows (padded_queries, padded_dim), and block
+// by block transposed (padded_dim, Q_BLOCK); q is scaled, dout divided by 1 - p. dots: D of attention_backward.
+typedef struct {
+    real *keys, *values, *queries, *queries_transposed, *douts, *douts_transposed;
+    real *dq_parts;    // (chunks, heads, query blocks, padded_dim, Q_BLOCK)
+    real *dots, *lse;  // (heads, padded_queries)
+    real *scratch;
+} AttentionWork;
+
+// Packs one block of queries of one head.
+static void attention_backward_pack(const AttentionWork *work, const real *dout, const real *q, const real *out,
+                                    const real *lse, int head, int first, const AttentionPlan *plan,
+                                    real inverse_keep) {
+    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tq = plan->Tq, C = plan->C;
+    const size_t at = head * plan->head_queries + (size_t)first * padded_dim;
+    attention_pack(work->queries + at, q, first, Q_BLOCK, Tq, head, head_dim, padded_dim, C, plan->scale);
+    attention_pack(work->douts + at, dout, first, Q_BLOCK, Tq, head, head_dim, padded_dim, C, inverse_keep);
+    attention_pack_transposed(work->queries_transposed + at, q, first, Tq, head, head_dim, padded_dim, C, plan->scale);
+    attention_pack_transposed(work->douts_transposed + at, dout, first, Tq, head, head_dim, padded_dim, C,
+                              inverse_keep);
+    for (int i = first; i < first + Q_BLOCK; i++) {
+        const size_t row = (size_t)i * C + (size_t)head * head_dim;
+        double dot = 0;
+        for (int d = 0; d < head_dim && i < Tq; d++) dot += (double)dout[row + d] * out[row + d];
+        work->dots[(size_t)head * plan->padded_queries + i] = (real)dot;
+        work->lse[(size_t)head * plan->padded_queries + i] = i < Tq ? lse[(size_t)head * Tq + i] : 0;
+    }
+}
+
+// From a block's scores S^T and dA^T = v dout^T (both (keys, Q_BLOCK)) to the weights A^T that v met and to dS^T, in
+// place. lse and dots (Q_BLOCK); element as in attention_keep_bits.
+static void attention_backward_scores(real *scores, real *dscores, const real *lse, const real *dots, int keys,
+                                      Dropout dropout, uint64_t element, int Tk) {
+    ivec keep[K_BLOCK / 32][WIDE];
+    if (dropout.p > 0) attention_keep_bits(keep, dropout, element, Tk, keys);
+    for (int i = 0; i < keys; i++) {
+        for (int j = 0; j < WIDE; j++) {
+            real *score = scores + i * Q_BLOCK + j * LANES, *dscore = dscores + i * Q_BLOCK + j * LANES;
+            const vec weight = exp_lanes(vec_load(score) - vec_load(lse + j * LANES));
+            vec kept = weight, dweight = vec_load(dscore);
+            if (dropout.p > 0) {
+                const ivec mask = -((keep[i / 32][j] >> (i & 31)) & 1);
+                kept = (vec)((ivec)weight & mask);
+                dweight = (vec)((ivec)dweight & mask);
+            }
+            vec_store(score, kept);
+            vec_store(dscore, weight * (dweight - vec_load(dots + j * LANES)));
+        }
+    }
+}
+
+// One head and one chunk of keys with all queries: five products for a block, none of them done twice. Rows past the
+// last key are zeros that are multiplied with zeros and left out at the end. scratch: scores and dscores
+// (K_BLOCK, Q_BLOCK), dkeys and dvalues (chunk, padded_dim).
+static void attention_backward_chunk(real *dk, real *dv, const AttentionWork *work, int head, int chunk,
+                                     const AttentionPlan *plan, Dropout dropout, real *scratch) {
+    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tk = plan->Tk;
+    const int start = chunk * plan->chunk, end = start + plan->chunk < Tk ? start + plan->chunk : Tk;
+    real *scores = scratch, *dscores = scores + K_BLOCK * Q_BLOCK, *dkeys = dscores + K_BLOCK * Q_BLOCK;
+    real *dvalues = dkeys + (size_t)plan->chunk * padded_dim, ones[Q_BLOCK];
+    for (int i = 0; i < Q_BLOCK; i++) ones[i] = 1;
+    memset(dkeys, 0, 2 * (size_t)plan->chunk * padded_dim * sizeof(real));
+    for (int first = 0; first < plan->padded_queries; first += Q_BLOCK) {
+        const size_t at = head * plan->head_queries + (size_t)first * padded_dim;
+        const size_t lanes = (size_t)head * plan->padded_queries + first;
+        real *dq_part = work->dq_parts + chunk * plan->heads * plan->head_queries + at;
+        memset(dq_part, 0, (size_t)Q_BLOCK * padded_dim * sizeof(real));
+        for (int key = start; key < end; key += K_BLOCK) {
+            const int count = end - key < K_BLOCK ? end - key : K_BLOCK, rows = (int)round_up((size_t)count, K_UNIT);
+            const size_t key_at = head * plan->head_keys + (size_t)key * padded_dim;
+            const size_t chunk_at = (size_t)(key - start) * padded_dim;
+            attention_scores(scores, work->keys + key_at, work->queries_transposed + at, rows, head_dim, padded_dim);
+            attention_scores(dscores, work->values + key_at, work->douts_transposed + at, rows, head_dim, padded_dim);
+            attention_backward_scores(scores, dscores, work->lse + lanes, work->dots + lanes, count, dropout,
+                                      ((uint64_t)head * plan->Tq + first) * Tk + key, Tk);
+            attention_sum_queries(dvalues + chunk_at, scores, work->douts + at, rows, padded_dim, ones);
+            attention_sum_queries(dkeys + chunk_at, dscores, work->queries + at, rows, padded_dim, ones);
+            attention_sum_keys(dq_part, work->keys + key_at, dscores, count, padded_dim, ones);
+        }
+    }
+    for (int key = start; key < end; key++) {
+        const size_t to = (size_t)key * plan->C + (size_t)head * head_dim, from = (size_t)(key - start) * padded_dim;
+        memcpy(dk + to, dkeys + from, (size_t)head_dim * sizeof(real));
+        memcpy(dv + to, dvalues + from, (size_t)head_dim * sizeof(real));
+    }
+}
+
+// One block of dq: the chunks' parts, added up in their order.
+static void attention_backward_sum(real *dq, const AttentionWork *work, int head, int first,
+                                   const AttentionPlan *plan) {
+    real *sum = work->dq_parts + head * plan->head_queries + (size_t)first * plan->padded_dim;
+    for (int chunk = 1; chunk < plan->chunks; chunk++) {
+        const real *part = sum + chunk * plan->heads * plan->head_queries;
+        for (int i = 0; i < Q_BLOCK * plan->padded_dim; i++) sum[i] += part[i];
+    }
+    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
+        real *to = dq + (size_t)(first + i) * plan->C + (size_t)head * plan->head_dim;
+        for (int d = 0; d < plan->head_dim; d++) to[d] = sum[d * Q_BLOCK + i] * plan->scale;
+    }
+}
+
+// dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout is what it was there.
+//
+// With scores S = q k^T scale, P = softmax(S), A = M P (M: 1 / (1 - p) where kept, else 0) and out = A v:
+//   dv = A^T dout,  dA = dout v^T,  dP = M dA,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q
+// where D_i = sum_j P_ij dP_ij = sum_j P_ij M_ij (dout_i . v_j) = dout_i . sum_j A_ij v_j = dout_i . out_i, dropout or
+// not: no pass over the keys is needed to get it. P = exp(S - lse) is made again block by block.
+//
+// A task is one head and one chunk of keys: it owns its rows of dk and dv, and its part of dq.
+static void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k,
+                               const real *v, const real *out, const real *lse, int Tq, int Tk, int C, int heads,
+                               Dropout dropout, real *workspace) {
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
+    const size_t all_keys = heads * plan.head_keys, all_queries = heads * plan.head_queries;
+    const real inverse_keep = (real)(1 / (1 - dropout.p));
+    AttentionWork work;
+    work.keys = workspace;
+    work.values = work.keys + all_keys;
+    work.queries = work.values + all_keys;
+    work.queries_transposed = work.queries + all_queries;
+    work.douts = work.queries_transposed + all_queries;
+    work.douts_transposed = work.douts + all_queries;
+    work.dq_parts = work.douts_transposed + all_queries;
+    work.dots = work.dq_parts + plan.chunks * all_queries;
+    work.lse = work.dots + (size_t)heads * plan.padded_queries;
+    work.scratch = work.lse + (size_t)heads * plan.padded_queries;
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static) nowait
+        for (int head = 0; head < heads; head++) {
+            for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
+                attention_pack_keys(work.keys, work.values, k, v, head, first, &plan);
+            }
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int head = 0; head < heads; head++) {
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
+                attention_backward_pack(&work, dout, q, out, lse, head, first, &plan, inverse_keep);
+            }
+        }
+        real *mine = work.scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int head = 0; head < heads; head++) {
+            for (int chunk = 0; chunk < plan.chunks; chunk++) {
+                attention_backward_chunk(dk, dv, &work, head, chunk, &plan, dropout, mine);
+            }
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int head = 0; head < heads; head++) {
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
+                attention_backward_sum(dq, &work, head, first, &plan);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layer norm (Ba et al. 2016)
+
+// y = (x - mean) * rstd * weight + bias for each of `rows` rows of C channels; mean and rstd (rows) are kept for the
+// backward pass: mean of the row and 1 / sqrt(variance + 1e-5), the variance biased (divided by C).
+static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
+                              int rows, int C) {
+    const int whole = C / LANES * LANES;
+#pragma omp parallel for schedule(static) if ((int64_t)rows * C > 16384)
+    for (int row = 0; row < rows; row++) {
+        const real *from = x + (size_t)row * C;
+        real *to = y + (size_t)row * C;
+        vec lanes = {0};
+        for (int c = 0; c < whole; c += LANES) lanes += vec_load(from + c);
+        double sum = lane_sum(lanes);
+        for (int c = whole; c < C; c++) sum += from[c];
+        const real center = (real)(sum / C);
+        lanes = fill(0);
+        for (int c = 0; c < whole; c += LANES) {
+            vec offset = vec_load(from + c) - center;
+            lanes += offset * offset;
+        }
+        sum = lane_sum(lanes);
+        for (int c = whole; c < C; c++) sum += (from[c] - center) * (from[c] - center);
+        const real scale = (real)(1 / sqrt(sum / C + 1e-5));
+        for (int c = 0; c < C; c++) to[c] = (from[c] - center) * scale * weight[c] + bias[c];
+        mean[row] = center;
+        rstd[row] = scale;
+    }
+}
+
+// dx is written; dweight and dbias (C) are added to, rows in order, one owner for a channel.
+// With n = (x - mean) rstd and g = dy weight:
+//   dbias = sum over rows of dy,  dweight = sum over rows of dy n,
+//   dx = rstd (g - mean_C(g) - n mean_C(g n)): the part of g that moves neither the row's mean nor its variance.
+static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *x, const real *mean,
+                               const real *rstd, const real *weight, int rows, int C) {
+    enum { COLUMNS = 32 };
+    const int whole = C / LANES * LANES;
+#pragma omp parallel if ((int64_t)rows * C > 16384)
+    {
+#pragma omp for schedule(static)
+        for (int first = 0; first < C; first += COLUMNS) {
+            const int count = C - first < COLUMNS ? C - first : COLUMNS;
+            double sum[COLUMNS] = {0}, sum_normed[COLUMNS] = {0};
+            for (int row = 0; row < rows; row++) {
+                const real *dy_row = dy + (size_t)row * C + first, *x_row = x + (size_t)row * C + first;
+                for (int c = 0; c < count; c++) {
+                    sum[c] += dy_row[c];
+                    sum_normed[c] += (double)(dy_row[c] * ((x_row[c] - mean[row]) * rstd[row]));
+                }
+            }
+            for (int c = 0; c < count; c++) {
+                dbias[first + c] += (real)sum[c];
+                dweight[first + c] += (real)sum_normed[c];
+            }
+        }
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; row++) {
+            const real *dy_row = dy + (size_t)row * C, *x_row = x + (size_t)row * C;
+            vec lanes = {0}, lanes_normed = {0};
+            for (int c = 0; c < whole; c += LANES) {
+                const vec g = vec_load(dy_row + c) * vec_load(weight + c);
+                lanes += g;
+                lanes_normed += g * ((vec_load(x_row + c) - mean[row]) * rstd[row]);
+            }
+            double sum = lane_sum(lanes), sum_normed = lane_sum(lanes_normed);
+            for (int c = whole; c < C; c++) {
+                const real g = dy_row[c] * weight[c];
+                sum += g;
+                sum_normed += g * ((x_row[c] - mean[row]) * rstd[row]);
+            }
+            const real mean_g = (real)(sum / C), mean_gn = (real)(sum_normed / C);
+            for (int c = 0; c < C; c++) {
+                const real n = (x_row[c] - mean[row]) * rstd[row];
+                dx[(size_t)row * C + c] = rstd[row] * (dy_row[c] * weight[c] - mean_g - n * mean_gn);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Max pooling, 3 x 3, stride 2, padding 1
+
+// x (H, W, C) to y ((H + 1) / 2, (W + 1) / 2, C). argmax: 3 * ky + kx of the greatest pixel of the window, the first
+// one among equals, in rows, as PyTorch chooses; a NaN counts as greater than all.
+static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H, int W, int C) {
+    const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
+#pragma omp parallel for schedule(static)
+    for (int oy = 0; oy < out_H; oy++) {
+        for (int ox = 0; ox < out_W; ox++) {
+            const int ky0 = oy == 0, kx0 = ox == 0;  // the first and one past the last tap inside the picture
+            const int ky1 = 2 * oy + 1 < H ? 3 : 2, kx1 = 2 * ox + 1 < W ? 3 : 2;
+            real *best = y + ((size_t)oy * out_W + ox) * C;
+            unsigned char *which = argmax + ((size_t)oy * out_W + ox) * C;
+            for (int ky = ky0; ky < ky1; ky++) {
+                for (int kx = kx0; kx < kx1; kx++) {
+                    const real *pixel = x + ((size_t)(2 * oy - 1 + ky) * W + 2 * ox - 1 + kx) * C;
+                    const int is_first = ky == ky0 && kx == kx0;
+#pragma omp simd
+                    for (int c = 0; c < C; c++) {
+                        const int better = is_first | (pixel[c] > best[c]) | (pixel[c] != pixel[c]);
+                        best[c] = better ? pixel[c] : best[c];
+                        which[c] = better ? (unsigned char)(3 * ky + kx) : which[c];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// dx (H, W, C), written: a pixel gathers dy from the up to four windows that hold it and chose it, in their order.
+static void maxpool_backward(real *dx, const real *dy, const unsigned char *argmax, int H, int W, int C) {
+    const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
+#pragma omp parallel for schedule(static)
+    for (int iy = 0; iy < H; iy++) {
+        for (int ix = 0; ix < W; ix++) {
+            real *to = dx + ((size_t)iy * W + ix) * C;
+            memset(to, 0, (size_t)C * sizeof(real));
+            for (int oy = iy / 2; oy <= (iy + 1) / 2 && oy < out_H; oy++) {
+                for (int ox = ix / 2; ox <= (ix + 1) / 2 && ox < out_W; ox++) {
+                    const int tap = 3 * (iy + 1 - 2 * oy) + (ix + 1 - 2 * ox);
+                    const size_t at = ((size_t)oy * out_W + ox) * C;
+                    for (int c = 0; c < C; c++) to[c] += argmax[at + c] == tap ? dy[at + c] : 0;
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Positions
+
+// pos (h * w, C): DETR's PositionEmbeddingSine over an unpadded h x w grid, normalize=True, temperature 10000. The
+// first C / 2 channels tell y, the others x; with angle = 2 pi (place + 1) / (places + 1e-6), channel i of a half is
+// sin(angle / 10000^(2 (i / 2) / (C / 2))) for even i, the cosine of the same for odd i (i / 2 is rounded down).
+static void sine_positions(real *pos, int h, int w, int C) {
+    const int half = C / 2;
+    for (int along_x = 0; along_x < 2; along_x++) {
+        const int places = along_x ? w : h;
+        for (int place = 0; place < places; place++) {
+            // computed at the first cell of this row or column, then copied along it
+            real *first = pos + (size_t)(along_x ? place : place * w) * C + (along_x ? half : 0);
+            const double angle = 2 * 3.14159265358979323846 * (place + 1) / (places + 1e-6);
+            for (int i = 0; i < half; i++) {
+                const double slow = angle / pow(10000, 2.0 * (i / 2) / half);
+                first[i] = (real)(i % 2 ? cos(slow) : sin(slow));
+            }
+            const size_t step = (size_t)(along_x ? w : 1) * C;
+            for (int i = 1; i < (along_x ? h : w); i++) memcpy(first + i * step, first, (size_t)half * sizeof(real));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model: configuration and parameters
+
+enum { MAX_STAGES = 8, MAX_DEC_LAYERS = 64 };
+
+typedef struct {
+    // ResNet (v1.5: the stride sits in the 3x3 convolution)
+    int bottleneck;                              // 1: 1x1, 3x3, 1x1 blocks; 0: basic blocks of two 3x3
+    int num_stages;                              // 4 in every published ResNet
+    int depths[MAX_STAGES], widths[MAX_STAGES];  // blocks and output channels of each stage
+    int stem_width;                              // 64
+    int dilation;                                // DC5: the last stage dilates by 2 instead of halving the size
+    int timm_names;  // the checkpoint calls the backbone's tensors what timm calls them (always so with dilation)
+    // transformer
+    int hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, num_queries;
+    int num_labels;  // classes without "no object": logits have num_labels + 1 channels, the last is "no object"
+    double dropout;
+} ModelConfig;
+
+enum ParamGroup { GROUP_BACKBONE, GROUP_TRANSFORMER, GROUP_STATISTICS };  // statistics: a norm's mean and variance
+enum ParamInit { INIT_ZERO, INIT_ONE, INIT_UNIFORM, INIT_NORMAL };
+
+// One tensor of the network. The table of these is what initialising, loading, saving, the optimizer, the memory plan
+// and the tests walk.
+typedef struct {
+    char name[120];  // as in the checkpoint
+    int ndim;
+    int64_t shape[4];  // as in the checkpoint: a convolution is (out, in, kernel, kernel); in memory it is
+    size_t count;      //   (out, kernel, kernel, in), rows of channels like everything else
+    enum ParamGroup group;
+    int trained;  // the optimizer changes it
+    enum ParamInit init;
+    double init_scale;  // uniform: the bound; normal: the deviation
+    real *value;
+    real *grad, *exp_avg, *exp_avg_sq;  // NULL unless trained
+} Param;
+
+// A linear layer or a convolution, with the frozen batch norm that may follow it folded in.
+typedef struct {
+    ConvShape shape;
+    Param *weight, *bias;                                        // bias: NULL where a norm follows
+    Param *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // or NULL
+    real *scale;                                                 // (out): norm_weight / sqrt(variance + 1e-5)
+    real *folded_bias;                                           // (out): norm_bias - mean * scale
+    real *packed, *packed_backward;
+    int needs_input_gradient;
+} Layer;
+
+typedef struct {
+    Param *weight, *bias;
+} Norm;
+
+typedef struct {
+    Layer query, key, value, output;
+    Norm norm;
+} AttentionBlock;
+
+typedef struct {
+    Layer fc1, fc2;
+    Norm norm;
+} FeedForward;
+
+typedef struct {
+    Layer conv[3], shortcut;  // conv[2] in bottleneck blocks, shortcut where the shape changes
+    int num_convs, has_shortcut, trained;
+} Block;
+
+typedef struct {
+    ModelConfig config;
+    Param **params;
+    int num_params;
+    size_t num_trained;  // numbers the optimizer changes
+    int training;        // packed_backward, gradients and optimizer state exist
+    int train_backbone;  // --lr_backbone is not 0
+    int from_scratch;    // no pretrained weights: stem, first stage and the norms' scale and bias are trained too
+    Layer **layers;      // every layer that has weights to pack
+    int num_layers;
+    Layer stem;
+    Block *blocks;  // all stages, one after another
+    int num_blocks;
+    Layer input_projection;
+    Param *query_embeddings;  // (num_queries, hidden_dim)
+    AttentionBlock *encoder_attention, *decoder_self, *decoder_cross;
+    FeedForward *encoder_ffn, *decoder_ffn;
+    Norm decoder_norm;
+    Layer class_head, box_head[3];
+    Arena weights, packed, optimizer;  // values; packed panels; gradients and Adam's moments
+} Model;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model: building the table of parameters
+
+// Adds one tensor to the table. Dimensions that do not exist are 0. `scale`: see ParamInit.
+__attribute__((format(printf, 10, 11))) static Param *add_param(Model *model, enum ParamGroup group, int trained,
+                                                                enum ParamInit init, double scale, int dim0, int dim1,
+                                                                int dim2, int dim3, const char *format, ...) {
+    Param *param = (Param *)allocate(sizeof(Param));
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(param->name, sizeof param->name, format, arguments);
+    va_end(arguments);
+    int dims[4] = {dim0, dim1, dim2, dim3};
+    param->count = 1;
+    for (int i = 0; i < 4 && dims[i]; i++) {
+        param->shape[param->ndim++] = dims[i];
+        param->count *= (size_t)dims[i];
+    }
+    param->group = group;
+    param->trained = trained && model->training;
+    param->init = init;
+    param->init_scale = scale;
+    model->params = (Param **)grow(model->params, (size_t)model->num_params, sizeof(Param *));
+    model->params[model->num_params++] = param;
+    return param;
+}
+
+static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_input_gradient) {
+    layer->shape = shape;
+    layer->needs_input_gradient = needs_input_gradient && model->training;
+    model->layers = (Layer **)grow(model->layers, (size_t)model->num_layers, sizeof(Layer *));
+    model->layers[model->num_layers++] = layer;
+}
+
+// A convolution and its frozen batch norm. `convolution` and `norm` are the names of the two in the checkpoint.
+static void add_convolution(Model *model, Layer *layer, int in, int out, int kernel, int stride, int dilation,
+                            int trained, int needs_input_gradient, const char *convolution, const char *norm) {
+    const char *prefix = "model.backbone.conv_encoder.model";
+    ConvShape shape = {in, out, kernel, stride, kernel / 2 * dilation, dilation};
+    int train_norm = trained && model->from_scratch;
+    // He et al. 2015, fan out, as torchvision initialises its ResNets
+    layer->weight = add_param(model, GROUP_BACKBONE, trained, INIT_NORMAL, sqrt(2.0 / ((double)out * kernel * kernel)),
+                              out, in, kernel, kernel, "%s.%s.weight", prefix, convolution);
+    layer->norm_weight =
+        add_param(model, GROUP_BACKBONE, train_norm, INIT_ONE, 0, out, 0, 0, 0, "%s.%s.weight", prefix, norm);
+    layer->norm_bias =
+        add_param(model, GROUP_BACKBONE, train_norm, INIT_ZERO, 0, out, 0, 0, 0, "%s.%s.bias", prefix, norm);
+    layer->norm_mean =
+        add_param(model, GROUP_STATISTICS, 0, INIT_ZERO, 0, out, 0, 0, 0, "%s.%s.running_mean", prefix, norm);
+    layer->norm_variance =
+        add_param(model, GROUP_STATISTICS, 0, INIT_ONE, 0, out, 0, 0, 0, "%s.%s.running_var", prefix, norm);
+    add_layer(model, layer, shape, needs_input_gradient);
+}
+
+// A linear layer. bound < 0: PyTorch's default, 1 / sqrt(in), for weight and bias; else the weight's, with bias zero.
+static void add_linear(Model *model, Layer *layer, int in, int out, double bound, const char *name) {
+    double standard = 1 / sqrt((double)in);
+    ConvShape shape = {in, out, 1, 1, 0, 1};
+    int is_projection =
+        layer == &model->input_projection;  // the one linear layer that the checkpoint calls a 1x1 convolution
+    layer->weight = add_param(model, GROUP_TRANSFORMER, 1, INIT_UNIFORM, bound < 0 ? standard : bound, out, in,
+                              is_projection, is_projection, "%s.weight", name);
+    layer->bias = add_param(model, GROUP_TRANSFORMER, 1, bound < 0 ? INIT_UNIFORM : INIT_ZERO, standard, out, 0, 0, 0,
+                            "%s.bias", name);
+    add_layer(model, layer, shape, is_projection ? model->train_backbone : 1);
+}
+
+static void add_norm(Model *model, Norm *norm, const char *name) {
+    norm->weight =
+        add_param(model, GROUP_TRANSFORMER, 1, INIT_ONE, 0, model->config.hidden_dim, 0, 0, 0, "%s.weight", name);
+    norm->bias =
+        add_param(model, GROUP_TRANSFORMER, 1, INIT_ZERO, 0, model->config.hidden_dim, 0, 0, 0, "%s.bias", name);
+}
+
+// Glorot and Bengio 2010: what DETR gives every matrix of the transformer.
+static double xavier_bound(int in, int out) { return sqrt(6.0 / ((double)in + out)); }
+
+static void add_attention(Model *model, AttentionBlock *block, const char *prefix, const char *name) {
+    int C = model->config.hidden_dim;
+    const char *projections[4] = {"q_proj", "k_proj", "v_proj", "out_proj"};
+    Layer *layers[4] = {&block->query, &block->key, &block->value, &block->output};
+    char full[120];
+    for (int i = 0; i < 4; i++) {  // DETR initialises query, key and value as one (3C, C) matrix
+        snprintf(full, sizeof full, "%s.%s.%s", prefix, name, projections[i]);
+        add_linear(model, layers[i], C, C, xavier_bound(C, i < 3 ? 3 * C : C), full);
+    }
+    snprintf(full, sizeof full, "%s.%s_layer_norm", prefix, name);
+    add_norm(model, &block->norm, full);
+}
+
+static void add_feed_forward(Model *model, FeedForward *ffn, const char *prefix) {
+    int C = model->config.hidden_dim, F = model->config.dim_feedforward;
+    char full[120];
+    // as xavier with PyTorch's default bias: DETR resets matrices only
+    snprintf(full, sizeof full, "%s.fc1", prefix);
+    add_linear(model, &ffn->fc1, C, F, -1, full);
+    ffn->fc1.weight->init_scale = xavier_bound(C, F);
+    snprintf(full, sizeof full, "%s.fc2", prefix);
+    add_linear(model, &ffn->fc2, F, C, -1, full);
+    ffn->fc2.weight->init_scale = xavier_bound(C, F);
+    snprintf(full, sizeof full, "%s.final_layer_norm", prefix);
+    add_norm(model, &ffn->norm, full);
+}
+
+// One residual block. DC5 dilates the last stage: as in torchvision and timm, its first block still has dilation 1 in
+// the convolution that would have had the stride.
+static void add_block(Model *model, Block *block, int stage, int index, int in, int *trained_before) {
+    const ModelConfig *config = &model->config;
+    int out = config->widths[stage], dilated = config->dilation && stage == config->num_stages - 1;
+    int stride = stage > 0 && index == 0 && !dilated ? 2 : 1;
+    int first_dilation = dilated && index > 0 ? 2 : 1, dilation = dilated ? 2 : 1;
+    int inner = config->bottleneck ? out / 4 : out;
+    int trained = model->train_backbone && (stage > 0 || model->from_scratch);
+    char convolution[64], norm[64];
+    block->num_convs = config->bottleneck ? 3 : 2;
+    block->trained = trained && model->training;
+    block->has_shortcut = in != out || stride != 1;
+    if (block->has_shortcut) {
+        snprintf(convolution, sizeof convolution,
+                 config->timm_names ? "layer%d.%d.downsample.0" : "encoder.stages.%d.layers.%d.shortcut.convolution",
+                 stage + config->timm_names, index);
+        snprintf(norm, sizeof norm,
+                 config->timm_names ? "layer%d.%d.downsample.1" : "encoder.stages.%d.layers.%d.shortcut.normalization",
+                 stage + config->timm_names, index);
+        add_convolution(model, &block->shortcut, in, out, 1, stride, 1, trained, *trained_before, convolution, norm);
+    }
+    for (int j = 0; j < block->num_convs; j++) {
+        int strided = config->bottleneck ? j == 1 : j == 0;  // the convolution that carries stride and first dilation
+        int kernel = config->bottleneck && j != 1 ? 1 : 3;
+        int conv_in = j == 0 ? in : inner, conv_out = j == block->num_convs - 1 ? out : inner;
+        int conv_dilation = kernel == 1 ? 1 : strided ? first_dilation : dilation;
+        snprintf(convolution, sizeof convolution,
+                 config->timm_names ? "layer%d.%d.conv%d" : "encoder.stages.%d.layers.%d.layer.%d.convolution",
+                 stage + config->timm_names, index, j + config->timm_names);
+        snprintf(norm, sizeof norm,
+                 config->timm_names ? "layer%d.%d.bn%d" : "encoder.stages.%d.layers.%d.layer.%d.normalization",
+                 stage + config->timm_names, index, j + config->timm_names);
+        add_convolution(model, &block->conv[j], conv_in, conv_out, kernel, strided ? stride : 1, conv_dilation, trained,
+                        j > 0 ? trained : *trained_before, convolution, norm);
+    }
+    *trained_before |= trained;
+}
+
+// Walks the network once and lists its tensors. The order is that of the checkpoint.
+static void model_walk(Model *model) {
+    const ModelConfig *config = &model->config;
+    int C = config->hidden_dim, trained_before = model->train_backbone && model->from_scratch;
+    char name[96];
+    add_convolution(model, &model->stem, 3, config->stem_width, 7, 2, 1, trained_before, 0,
+                    config->timm_names ? "conv1" : "embedder.embedder.convolution",
+                    config->timm_names ? "bn1" : "embedder.embedder.normalization");
+    int block = 0, in = config->stem_width;
+    for (int stage = 0; stage < config->num_stages; stage++) {
+        for (int i = 0; i < config->depths[stage]; i++) {
+            add_block(model, &model->blocks[block++], stage, i, in, &trained_before);
+            in = config->widths[stage];
+        }
+    }
+    add_linear(model, &model->input_projection, in, C, -1, "model.input_projection");
+    model->query_embeddings = add_param(model, GROUP_TRANSFORMER, 1, INIT_NORMAL, 1, config->num_queries, C, 0, 0,
+                                        "model.query_position_embeddings.weight");
+    for (int l = 0; l < config->enc_layers; l++) {
+        snprintf(name, sizeof name, "model.encoder.layers.%d", l);
+        add_attention(model, &model->encoder_attention[l], name, "self_attn");
+        add_feed_forward(model, &model->encoder_ffn[l], name);
+    }
+    for (int l = 0; l < config->dec_layers; l++) {
+        snprintf(name, sizeof name, "model.decoder.layers.%d", l);
+        add_attention(model, &model->decoder_self[l], name, "self_attn");
+        add_attention(model, &model->decoder_cross[l], name, "encoder_attn");
+        add_feed_forward(model, &model->decoder_ffn[l], name);
+    }
+    add_norm(model, &model->decoder_norm, "model.decoder.layernorm");
+    add_linear(model, &model->class_head, C, config->num_labels + 1, -1, "class_labels_classifier");
+    for (int i = 0; i < 3; i++) {
+        snprintf(name, sizeof name, "bbox_predictor.layers.%d", i);
+        add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, name);
+    }
+}
+
+// The memory of a model that has been walked, in two arenas: what a checkpoint needs, and what only training needs.
+static void model_take_memory(Model *model) {
+    for (int i = 0; i < model->num_params; i++)
+        model->params[i]->value = arena_take(&model->weights, model->params[i]->count);
+    for (int i = 0; i < model->num_layers; i++) {
+        Layer *layer = model->layers[i];
+        if (layer->norm_weight) {
+            layer->scale = arena_take(&model->packed, (size_t)layer->shape.out_channels);
+            layer->folded_bias = arena_take(&model->packed, (size_t)layer->shape.out_channels);
+        }
+        layer->packed = arena_take(&model->packed, packed_size(layer->shape));
+        if (layer->needs_input_gradient)
+            layer->packed_backward = arena_take(&model->packed, packed_backward_size(layer->shape));
+    }
+    real **slots[3];
+    for (int slot = 0; slot < 3; slot++) {  // gradients of all tensors lie together, then the moments
+        for (int i = 0; i < model->num_params; i++) {
+            Param *param = model->params[i];
+            slots[0] = &param->grad, slots[1] = &param->exp_avg, slots[2] = &param->exp_avg_sq;
+            if (param->trained) *slots[slot] = arena_take(&model->optimizer, param->count);
+        }
+    }
+}
+
+// Builds the network of `config`. training: gradients and Adam's moments exist. train_backbone: --lr_backbone is not 0.
+// from_scratch: there are no pretrained weights, so stem, first stage and the frozen norms' scale and bias are trained
+// too; DETR freezes them. Values are zero until they are initialised or loaded. 0, or -1 with the reason.
+static int model_create(Model *model, const ModelConfig *config, int training, int train_backbone, int from_scratch,
+                        Error *error) {
+    memset(model, 0, sizeof *model);
+    model->config = *config;
+    model->training = training;
+    model->train_backbone = train_backbone;
+    model->from_scratch = from_scratch;
+    if (config->num_stages < 1 || config->num_stages > MAX_STAGES)
+        return fail(error, "the backbone has %d stages: 1 to %d are possible", config->num_stages, MAX_STAGES);
+    if (config->dec_layers < 1 || config->dec_layers > MAX_DEC_LAYERS)
+        return fail(error, "dec_layers is %d: 1 to %d are possible", config->dec_layers, MAX_DEC_LAYERS);
+    if (config->nheads < 1 || config->hidden_dim % config->nheads)
+        return fail(error, "hidden_dim %d is not a multiple of nheads %d", config->hidden_dim, config->nheads);
+    if (config->hidden_dim % 2)
+        return fail(error, "hidden_dim %d is odd: half of it encodes y, half x", config->hidden_dim);
+    for (int s = 0; s < config->num_stages; s++) {
+        if (config->depths[s] < 1 || config->widths[s] < 1)
+            return fail(error, "stage %d of the backbone has depth %d and width %d", s + 1, config->depths[s],
+                        config->widths[s]);
+        if (config->bottleneck && config->widths[s] < 4)
+            return fail(error, "stage %d of the backbone has width %d: bottleneck blocks need at least 4", s + 1,
+                        config->widths[s]);
+        model->num_blocks += config->depths[s];
+    }
+    model->blocks = (Block *)allocate((size_t)model->num_blocks * sizeof(Block));
+    model->encoder_attention = (AttentionBlock *)allocate((size_t)config->enc_layers * sizeof(AttentionBlock));
+    model->encoder_ffn = (FeedForward *)allocate((size_t)config->enc_layers * sizeof(FeedForward));
+    model->decoder_self = (AttentionBlock *)allocate((size_t)config->dec_layers * sizeof(AttentionBlock));
+    model->decoder_cross = (AttentionBlock *)allocate((size_t)config->dec_layers * sizeof(AttentionBlock));
+    model->decoder_ffn = (FeedForward *)allocate((size_t)config->dec_layers * sizeof(FeedForward));
+    model_walk(model);
+    Arena *arenas[3] = {&model->weights, &model->packed, &model->optimizer};
+    model_take_memory(model);
+    for (int i = 0; i < 3; i++) arena_allocate(arenas[i]);
+    model_take_memory(model);
+    for (int i = 0; i < model->num_params; i++)
+        if (model->params[i]->trained) model->num_trained += model->params[i]->count;
+    return 0;
+}
+
+static void model_free(Model *model) {
+    for (int i = 0; i < model->num_params; i++) free(model->params[i]);
+    free(model->params);
+    free(model->layers);
+    free(model->blocks);
+    free(model->encoder_attention);
+    free(model->encoder_ffn);
+    free(model->decoder_self);
+    free(model->decoder_cross);
+    free(model->decoder_ffn);
+    arena_free(&model->weights);
+    arena_free(&model->packed);
+    arena_free(&model->optimizer);
+    memset(model, 0, sizeof *model);
+}
+
+static void param_initialise(Param *param, int index, uint64_t seed) {
+    for (size_t i = 0; i < param->count; i++) {
+        double value = param->init == INIT_ONE ? 1 : 0;
+        if (param->init == INIT_UNIFORM)
+            value = param->init_scale * (2 * random_uniform(seed, RANDOM_INIT, (uint32_t)index, 0, 0, i) - 1);
+        if (param->init == INIT_NORMAL)
+            value = param->init_scale * random_normal(seed, RANDOM_INIT, (uint32_t)index, 0, 0, i);
+        param->value[i] = (real)(float)value;  // float32, so that every build starts from the same network
+    }
+}
+
+// DETR's initialisation: He for the backbone, Xavier for the transformer, N(0, 1) for the queries.
+static void model_initialise(Model *model, uint64_t seed) {
+    for (int i = 0; i < model->num_params; i++) param_initialise(model->params[i], i, seed);
+}
+
+// Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
+// the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
+static void layer_pack(Layer *layer) {
+    if (layer->norm_weight) {
+        for (int n = 0; n < layer->shape.out_channels; n++) {
+            layer->scale[n] = layer->norm_weight->value[n] / (real)sqrt((double)layer->norm_variance->value[n] + 1e-5);
+            layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
+        }
+    }
+    pack_weights(layer->packed, layer->weight->value, layer->scale, layer->shape);
+    if (layer->packed_backward)
+        pack_weights_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape);
+}
+
+// Where element i of a tensor as the checkpoint orders it lies in memory: (out, in, k, k) against (out, k, k, in).
+static size_t param_place(const Param *param, size_t i) {
+    if (param->ndim != 4) return i;
+    size_t in = (size_t)param->shape[1], taps = (size_t)(param->shape[2] * param->shape[3]);
+    return (i / (in * taps) * taps + i % taps) * in + i / taps % in;
+}
+
+// Packs every layer's weights for the matmul: after values were initialised, loaded or changed.
+static void model_pack(Model *model) {
+    for (int i = 0; i < model->num_layers; i++) layer_pack(model->layers[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model: forward and backward of one image
+
+// y = relu?(x W + b (+ add)). x: (height * width, in), y: (output height * width, out).
+static void layer_forward(real *y, const real *x, int height, int width, const Layer *layer, int relu,
+                          const real *add) {
+    Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL};
+    conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape);
+}
+
+// dW += x^T dy, db += sum of dy, and, where an earlier layer is trained, dx = mask(dy W^T (+ add)).
+// Under a frozen norm dW and db are those of the folded weights until unfold_norms.
+static void layer_backward(real *dx, const real *x, const real *dy, int height, int width, const Layer *layer,
+                           const real *add, const real *mask, real *workspace) {
+    if (layer->weight->trained) {
+        const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
+        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, workspace);
+    }
+    if (layer->needs_input_gradient) {
+        Epilogue epilogue = {NULL, add, 0, mask};
+        conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape);
+    }
+}
+
+static int conv_output_size(int size, ConvShape shape) {
+    return (size + 2 * shape.padding - shape.dilation * (shape.kernel - 1) - 1) / shape.stride + 1;
+}
+
+typedef struct {
+    int height, width, out_height, out_width;
+    real *in, *inner[2], *shortcut, *out;  // all after their ReLU, shortcut before it
+} BlockActivations;
+
+typedef struct {
+    const real *query_in, *key_in, *value_in, *residual;  // what the projections read, what is added to the result
+    real *query, *key, *value, *attended, *lse;
+    real *sum, *mean, *rstd, *out;  // residual + attention, its statistics, after the norm
+    int num_queries, num_keys;
+} AttentionActivations;
+
+typedef struct {
+    const real *in;
+    real *hidden, *sum, *mean, *rstd, *out;
+    int rows;
+} FeedForwardActivations;
+
+// Everything one image leaves behind on its way forward, and the scratch of its way back.
+// T = tokens = height * width of the last feature map, Q = num_queries, C = hidden_dim, L = dec_layers.
+typedef struct {
+    Arena arena;
+    int training, height, width, map_height, map_width;
+    Dropout dropout;  // p = 0 in inference
+    real *pixels;     // (height, width, 3), normalised
+    real *stem, *pooled;
+    unsigned char *argmax;
+    BlockActivations *blocks;
+    real *tokens, *positions;  // (T, C)
+    real **encoder_query;      // a layer: (T, C), its input plus positions
+    AttentionActivations *encoder_attention, *decoder_self, *decoder_cross;
+    FeedForwardActivations *encoder_ffn, *decoder_ffn;
+    real *memory_query;                      // (T, C) encoder output plus positions
+    real *target;                            // (Q, C) zeros, the decoder's first input
+    real **self_query, **cross_query;        // a layer: (Q, C), input plus query embeddings
+    real *states, *state_mean, *state_rstd;  // (L, Q, C): decoder outputs after the shared norm
+    real *logits, *box_hidden[2], *boxes;    // (L, Q, num_labels + 1); (L, Q, C); (L, Q, 4) as cx cy w h in 0..1
+    real *dlogits, *dboxes;
+    // scratch of the way back
+    real *dmap[2], *dinner[2], *dstem;  // backbone
+    real *dstates, *dbox_hidden[2];
+    real *dx, *dsum, *dquery, *dmemory, *dmemory_query, *dquery_embeddings;  // (max(T, Q), C)
+    real *dprojected, *dattended, *dq, *dk, *dv, *dhidden;
+    real *workspace;  // for attention and for the weights' gradients
+    // the matcher's
+    double *costs;
+    size_t costs_capacity;
+    double *probabilities;  // (num_labels + 1)
+    int *match;             // (L, Q): the target that a query is matched with, or -1
+} Activations;
+
+__attribute__((format(printf, 3, 4))) static real *take_named(Arena *arena, size_t count, const char *format, ...) {
+    real *data = arena_take(arena, count);
+    if (!data) return data;
+    if (arena->num_named == arena->named_capacity) {
+        arena->named_capacity = arena->named_capacity ? 2 * arena->named_capacity : 256;
+        arena->named = (NamedTensor *)reallocate(arena->named, arena->named_capacity * sizeof(NamedTensor));
+    }
+    NamedTensor *named = &arena->named[arena->num_named++];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(named->name, sizeof named->name, format, arguments);
+    va_end(arguments);
+    named->data = data;
+    named->count = count;
+    return data;
+}
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+// Lays out the backbone. Blocks that are not trained, all of them in inference, keep nothing: they share three scratch
+// maps and write their outputs to two maps in turn.
+static void plan_backbone(Activations *acts, const Model *model) {
+    Arena *arena = &acts->arena;
+    int stem_height = conv_output_size(acts->height, model->stem.shape),
+        stem_width = conv_output_size(acts->width, model->stem.shape);
+    int stem_kept = acts->training && model->stem.weight->trained;
+    size_t stem_count = (size_t)stem_height * (size_t)stem_width * (size_t)model->config.stem_width;
+    int pooled_height = (stem_height + 1) / 2, pooled_width = (stem_width + 1) / 2;
+    size_t pooled_count = (size_t)pooled_height * (size_t)pooled_width * (size_t)model->config.stem_width;
+    size_t scratch_count = stem_kept ? 0 : stem_count, map_count = stem_kept ? 0 : pooled_count;
+    size_t dmap_count = pooled_count, dinner_count = 0;
+    int in_height = pooled_height, in_width = pooled_width;
+    for (int i = 0; i < model->num_blocks; i++) {  // sizes
+        const Block *block = &model->blocks[i];
+        BlockActivations *b = &acts->blocks[i];
+        const ConvShape *strided = &block->conv[block->num_convs == 3].shape;
+        b->height = in_height, b->width = in_width;
+        b->out_height = in_height = conv_output_size(in_height, *strided);
+        b->out_width = in_width = conv_output_size(in_width, *strided);
+        size_t inner = (size_t)b->height * (size_t)b->width * (size_t)block->conv[0].shape.out_channels;
+        size_t out =
+            (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[block->num_convs - 1].shape.out_channels;
+        if (block->trained && acts->training) {
+            dmap_count = larger(dmap_count, larger(out, (size_t)b->height * (size_t)b->width *
+                                                            (size_t)block->conv[0].shape.in_channels));
+            dinner_count = larger(dinner_count, inner);
+        } else {
+            scratch_count = larger(scratch_count, larger(inner, block->has_shortcut ? out : 0));
+            map_count = larger(map_count, out);
+        }
+    }
+    real *scratch[3], *map[2];
+    for (int i = 0; i < 3; i++) scratch[i] = arena_take(arena, scratch_count);
+    for (int i = 0; i < 2; i++) map[i] = arena_take(arena, map_count);
+    acts->stem = stem_kept ? take_named(arena, stem_count, "stem") : scratch[0];
+    acts->pooled = stem_kept ? take_named(arena, pooled_count, "stem, pooled") : map[0];
+    acts->argmax = (unsigned char *)arena_bytes(arena, pooled_count);
+    real *in = acts->pooled;
+    for (int i = 0; i < model->num_blocks; i++) {  // places
+        const Block *block = &model->blocks[i];
+        BlockActivations *b = &acts->blocks[i];
+        int kept = block->trained && acts->training;
+        int h = b->height, w = b->width;
+        b->in = in;
+        for (int j = 0; j < block->num_convs - 1; j++) {
+            h = conv_output_size(h, block->conv[j].shape), w = conv_output_size(w, block->conv[j].shape);
+            size_t count = (size_t)h * (size_t)w * (size_t)block->conv[j].shape.out_channels;
+            b->inner[j] = kept ? take_named(arena, count, "backbone block %d, convolution %d", i, j) : scratch[j];
+        }
+        size_t count =
+            (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[block->num_convs - 1].shape.out_channels;
+        if (kept)
+            b->out = take_named(arena, count, "backbone block %d", i);
+        else
+            b->out = in == map[0] ? map[1] : map[0];
+        b->shortcut = block->has_shortcut ? scratch[2] : b->in;
+        if (kept && block->has_shortcut) b->shortcut = b->out;  // written first, then added to in place
+        in = b->out;
+    }
+    acts->map_height = in_height, acts->map_width = in_width;
+    if (acts->training) {
+        for (int i = 0; i < 2; i++) acts->dmap[i] = arena_take(arena, dmap_count);
+        for (int i = 0; i < 2; i++) acts->dinner[i] = arena_take(arena, dinner_count);
+        if (stem_kept) acts->dstem = arena_take(arena, stem_count);
+    }
+}
+
+static void plan_attention(Activations *acts, const Model *model, AttentionActivations *a, int num_queries,
+                           int num_keys, const char *name, int layer) {
+    Arena *arena = &acts->arena;
+    size_t C = (size_t)model->config.hidden_dim, rows = (size_t)num_queries, keys = (size_t)num_keys;
+    a->num_queries = num_queries, a->num_keys = num_keys;
+    a->query = take_named(arena, rows * C, "%s %d: query", name, layer);
+    a->key = take_named(arena, keys * C, "%s %d: key", name, layer);
+    a->value = take_named(arena, keys * C, "%s %d: value", name, layer);
+    a->attended = take_named(arena, rows * C, "%s %d: attended", name, layer);
+    a->lse = arena_take(arena, rows * (size_t)model->config.nheads);
+    a->sum = take_named(arena, rows * C, "%s %d: sum", name, layer);
+    a->mean = arena_take(arena, rows), a->rstd = arena_take(arena, rows);
+    a->out = take_named(arena, rows * C, "%s %d: norm", name, layer);
+}
+
+static void plan_feed_forward(Activations *acts, const Model *model, FeedForwardActivations *f, int rows,
+                              const char *name, int layer) {
+    Arena *arena = &acts->arena;
+    size_t C = (size_t)model->config.hidden_dim, R = (size_t)rows;
+    f->rows = rows;
+    f->hidden = take_named(arena, R * (size_t)model->config.dim_feedforward, "%s %d: hidden", name, layer);
+    f->sum = take_named(arena, R * C, "%s %d: sum", name, layer);
+    f->mean = arena_take(arena, R), f->rstd = arena_take(arena, R);
+    f->out = take_named(arena, R * C, "%s %d: norm", name, layer);
+}
+
+static void plan_scratch(Activations *acts, const Model *model, int T) {
+    const ModelConfig *config = &model->config;
+    Arena *arena = &acts->arena;
+    int Q = config->num_queries, rows = T > Q ? T : Q, threads = omp_get_max_threads();
+    size_t C = (size_t)config->hidden_dim, R = (size_t)rows, LQ = (size_t)config->dec_layers * (size_t)Q;
+    size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, threads);
+    acts->dlogits = take_named(arena, LQ * ((size_t)config->num_labels + 1), "gradient of the logits");
+    acts->dboxes = take_named(arena, LQ * 4, "gradient of the boxes");
+    if (acts->training) {
+        for (int i = 0; i < model->num_layers; i++)
+            workspace = larger(workspace, conv_backward_weight_workspace(model->layers[i]->shape, threads));
+        acts->dstates = arena_take(arena, LQ * C);
+        for (int i = 0; i < 2; i++) acts->dbox_hidden[i] = arena_take(arena, LQ * C);
+        real **slots[11] = {&acts->dx,
+                            &acts->dsum,
+                            &acts->dquery,
+                            &acts->dmemory,
+                            &acts->dmemory_query,
+                            &acts->dquery_embeddings,
+                            &acts->dprojected,
+                            &acts->dattended,
+                            &acts->dq,
+                            &acts->dk,
+                            &acts->dv};
+        for (int i = 0; i < 11; i++) *slots[i] = arena_take(arena, R * C);
+        acts->dhidden = arena_take(arena, R * (size_t)config->dim_feedforward);
+    }
+    acts->workspace = arena_take(arena, workspace);
+}
+
+// Gives every activation of an image of (height, width) its place in the arena. With arena.base == NULL: only counts.
+static void activations_plan(Activations *acts, const Model *model, int height, int width) {
+    const ModelConfig *config = &model->config;
+    Arena *arena = &acts->arena;
+    size_t C = (size_t)config->hidden_dim, Q = (size_t)config->num_queries, L = (size_t)config->dec_layers;
+    arena->used = arena->num_named = 0;
+    acts->height = height, acts->width = width;
+    acts->pixels = take_named(arena, (size_t)height * (size_t)width * 3, "pixels");
+    plan_backbone(acts, model);
+    int T = acts->map_height * acts->map_width;
+    size_t tokens = (size_t)T;
+    acts->positions = arena_take(arena, tokens * C);
+    acts->tokens = take_named(arena, tokens * C, "projected feature map");
+    const real *x = acts->tokens;
+    for (int l = 0; l < config->enc_layers; l++) {
+        AttentionActivations *a = &acts->encoder_attention[l];
+        acts->encoder_query[l] = arena_take(arena, tokens * C);
+        plan_attention(acts, model, a, T, T, "encoder layer", l);
+        plan_feed_forward(acts, model, &acts->encoder_ffn[l], T, "encoder feed forward", l);
+        a->query_in = a->key_in = acts->encoder_query[l];
+        a->value_in = a->residual = x;
+        acts->encoder_ffn[l].in = a->out;
+        x = acts->encoder_ffn[l].out;
+    }
+    const real *memory = x;
+    acts->memory_query = arena_take(arena, tokens * C);
+    x = acts->target = arena_take(arena, Q * C);
+    for (int l = 0; l < config->dec_layers; l++) {
+        AttentionActivations *self = &acts->decoder_self[l], *cross = &acts->decoder_cross[l];
+        acts->self_query[l] = arena_take(arena, Q * C);
+        acts->cross_query[l] = arena_take(arena, Q * C);
+        plan_attention(acts, model, self, config->num_queries, config->num_queries, "decoder self-attention", l);
+        plan_attention(acts, model, cross, config->num_queries, T, "decoder cross-attention", l);
+        plan_feed_forward(acts, model, &acts->decoder_ffn[l], config->num_queries, "decoder feed forward", l);
+        self->query_in = self->key_in = acts->self_query[l];
+        self->value_in = self->residual = x;
+        cross->query_in = acts->cross_query[l];
+        cross->key_in = acts->memory_query;
+        cross->value_in = memory;
+        cross->residual = self->out;
+        acts->decoder_ffn[l].in = cross->out;
+        x = acts->decoder_ffn[l].out;
+    }
+    acts->states = take_named(arena, L * Q * C, "decoder states");
+    acts->state_mean = arena_take(arena, L * Q), acts->state_rstd = arena_take(arena, L * Q);
+    acts->logits = take_named(arena, L * Q * ((size_t)config->num_labels + 1), "logits");
+    for (int i = 0; i < 2; i++) acts->box_hidden[i] = take_named(arena, L * Q * C, "box head, layer %d", i);
+    acts->boxes = take_named(arena, L * Q * 4, "pred_boxes");
+    acts->match = (int *)arena_bytes(arena, L * Q * sizeof(int));
+    acts->probabilities = (double *)arena_bytes(arena, ((size_t)config->num_labels + 1) * sizeof(double));
+    plan_scratch(acts, model, T);
+}
+
+static void activations_lists(Activations *acts, const Model *model, int training) {
+    size_t enc = (size_t)model->config.enc_layers, dec = (size_t)model->config.dec_layers;
+    memset(acts, 0, sizeof *acts);
+    acts->training = training;
+    acts->blocks = (BlockActivations *)allocate((size_t)model->num_blocks * sizeof(BlockActivations));
+    acts->encoder_query = (real **)allocate(enc * sizeof(real *));
+    acts->encoder_attention = (AttentionActivations *)allocate(enc * sizeof(AttentionActivations));
+    acts->encoder_ffn = (FeedForwardActivations *)allocate(enc * sizeof(FeedForwardActivations));
+    acts->self_query = (real **)allocate(dec * sizeof(real *));
+    acts->cross_query = (real **)allocate(dec * sizeof(real *));
+    acts->decoder_self = (AttentionActivations *)allocate(dec * sizeof(AttentionActivations));
+    acts->decoder_cross = (AttentionActivations *)allocate(dec * sizeof(AttentionActivations));
+    acts->decoder_ffn = (FeedForwardActivations *)allocate(dec * sizeof(FeedForwardActivations));
+}
+
+static void activations_free(Activations *acts) {
+    free(acts->blocks);
+    free(acts->encoder_query);
+    free(acts->encoder_attention);
+    free(acts->encoder_ffn);
+    free(acts->self_query);
+    free(acts->cross_query);
+    free(acts->decoder_self);
+    free(acts->decoder_cross);
+    free(acts->decoder_ffn);
+    free(acts->costs);
+    arena_free(&acts->arena);
+    memset(acts, 0, sizeof *acts);
+}
+
+// Bytes that one image of (height, width) needs; the same for (width, height).
+static size_t activations_bytes(const Model *model, int height, int width, int training) {
+    Activations acts;
+    activations_lists(&acts, model, training);
+    activations_plan(&acts, model, height, width);
+    size_t bytes = acts.arena.used;
+    activations_free(&acts);
+    return bytes;
+}
+
+// Plans and allocates for the largest image; every image no larger than it, either way round, fits.
+static void activations_create(Activations *acts, const Model *model, int max_height, int max_width, int training) {
+    activations_lists(acts, model, training);
+    activations_plan(acts, model, max_height, max_width);
+    arena_allocate(&acts->arena);
+    activations_plan(acts, model, max_height, max_width);
+}
+
+static void add_rows(real *y, const real *a, const real *b, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) y[i] = a[i] + b[i];
+}
+
+static Dropout dropout_at(const Activations *acts, int site) {
+    Dropout dropout = acts->dropout;
+    dropout.site = (uint32_t)site;
+    return dropout;
+}
+
+// sum = residual + dropout(x W + b)
+static void add_residual(real *sum, const real *residual, const real *x, const Layer *layer, int rows,
+                         Dropout dropout) {
+    size_t C = (size_t)layer->shape.out_channels;
+    layer_forward(sum, x, rows, 1, layer, 0, dropout.p > 0 ? NULL : residual);
+    if (dropout.p > 0) {
+        dropout_forward(sum, sum, (size_t)rows, C, dropout);
+        add_rows(sum, sum, residual, (size_t)rows * C);
+    }
+}
+
+// out = norm(residual + dropout(output projection of attention)). `site`: the first of this block's two dropouts.
+static void attention_block_forward(Activations *acts, const Model *model, const AttentionBlock *block,
+                                    AttentionActivations *a, int site) {
+    int C = model->config.hidden_dim;
+    layer_forward(a->query, a->query_in, a->num_queries, 1, &block->query, 0, NULL);
+    layer_forward(a->key, a->key_in, a->num_keys, 1, &block->key, 0, NULL);
+    layer_forward(a->value, a->value_in, a->num_keys, 1, &block->value, 0, NULL);
+    attention_forward(a->attended, a->lse, a->query, a->key, a->value, a->num_queries, a->num_keys, C,
+                      model->config.nheads, dropout_at(acts, site), acts->workspace);
+    add_residual(a->sum, a->residual, a->attended, &block->output, a->num_queries, dropout_at(acts, site + 1));
+    layernorm_forward(a->out, a->mean, a->rstd, a->sum, block->norm.weight->value, block->norm.bias->value,
+                      a->num_queries, C);
+}
+
+// The way back of the block above. dout: gradient of `out`, (queries, C). Written: dresidual, the gradient of
+// `residual`, and dquery, that of query_in. Accumulated: dkey and dvalue, those of key_in and value_in; they may be the
+// same memory as dquery and dresidual, as in self-attention, where one tensor plays several parts.
+static void attention_block_backward(Activations *acts, const Model *model, const AttentionBlock *block,
+                                     const AttentionActivations *a, int site, real *dresidual, real *dquery, real *dkey,
+                                     real *dvalue, const real *dout) {
+    int C = model->config.hidden_dim, rows = a->num_queries;
+    const Norm *norm = &block->norm;
+    Dropout dropout = dropout_at(acts, site + 1);
+    layernorm_backward(dresidual, norm->weight->grad, norm->bias->grad, dout, a->sum, a->mean, a->rstd,
+                       norm->weight->value, rows, C);
+    const real *dprojected = dresidual;
+    if (dropout.p > 0) {
+        dropout_forward(acts->dprojected, dresidual, (size_t)rows, (size_t)C, dropout);
+        dprojected = acts->dprojected;
+    }
+    layer_backward(acts->dattended, a->attended, dprojected, rows, 1, &block->output, NULL, NULL, acts->workspace);
+    attention_backward(acts->dq, acts->dk, acts->dv, acts->dattended, a->query, a->key, a->value, a->attended, a->lse,
+                       rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), acts->workspace);
+    layer_backward(dquery, a->query_in, acts->dq, rows, 1, &block->query, NULL, NULL, acts->workspace);
+    layer_backward(dkey, a->key_in, acts->dk, a->num_keys, 1, &block->key, dkey, NULL, acts->workspace);
+    layer_backward(dvalue, a->value_in, acts->dv, a->num_keys, 1, &block->value, dvalue, NULL, acts->workspace);
+}
+
+// hidden = dropout(relu(in W1 + b1)); out = norm(in + dropout(hidden W2 + b2))
+static void feed_forward_forward(Activations *acts, const Model *model, const FeedForward *ffn,
+                                 FeedForwardActivations *f, int site) {
+    Dropout dropout = dropout_at(acts, site);
+    layer_forward(f->hidden, f->in, f->rows, 1, &ffn->fc1, 1, NULL);
+    if (dropout.p > 0)
+        dropout_forward(f->hidden, f->hidden, (size_t)f->rows, (size_t)model->config.dim_feedforward, dropout);
+    add_residual(f->sum, f->in, f->hidden, &ffn->fc2, f->rows, dropout_at(acts, site + 1));
+    layernorm_forward(f->out, f->mean, f->rstd, f->sum, ffn->norm.weight->value, ffn->norm.bias->value, f->rows,
+                      model->config.hidden_dim);
+}
+
+// din: written, the gradient of `in`. The hidden units that ReLU or dropout silenced are those with hidden == 0, so one
+// mask serves both; what is left of dropout is its factor 1 / (1 - p).
+static void feed_forward_backward(Activations *acts, const Model *model, const FeedForward *ffn,
+                                  const FeedForwardActivations *f, int site, real *din, const real *dout) {
+    int C = model->config.hidden_dim, F = model->config.dim_feedforward, rows = f->rows;
+    Dropout dropout = dropout_at(acts, site + 1);
+    layernorm_backward(acts->dsum, ffn->norm.weight->grad, ffn->norm.bias->grad, dout, f->sum, f->mean, f->rstd,
+                       ffn->norm.weight->value, rows, C);
+    const real *dprojected = acts->dsum;
+    if (dropout.p > 0) {
+        dropout_forward(acts->dprojected, acts->dsum, (size_t)rows, (size_t)C, dropout);
+        dprojected = acts->dprojected;
+    }
+    layer_backward(acts->dhidden, f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden, acts->workspace);
+    if (dropout.p > 0) {
+        real factor = (real)(1 / (1 - dropout.p));
+#pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < (size_t)rows * (size_t)F; i++) acts->dhidden[i] *= factor;
+    }
+    layer_backward(din, f->in, acts->dhidden, rows, 1, &ffn->fc1, acts->dsum, NULL, acts->workspace);
+}
+
+static void block_forward(const Block *block, BlockActivations *b) {
+    int h = b->height, w = b->width, last = block->num_convs - 1;
+    const real *x = b->in;
+    if (block->has_shortcut) layer_forward(b->shortcut, b->in, h, w, &block->shortcut, 0, NULL);
+    for (int j = 0; j < last; j++) {
+        layer_forward(b->inner[j], x, h, w, &block->conv[j], 1, NULL);
+        h = conv_output_size(h, block->conv[j].shape), w = conv_output_size(w, block->conv[j].shape);
+        x = b->inner[j];
+    }
+    layer_forward(b->out, x, h, w, &block->conv[last], 1, b->shortcut);
+}
+
+// dout: gradient before the block's last ReLU, that is, masked by out > 0. din: the same for the block before, so it is
+// masked by in > 0; `in` of the first block is a maximum over ReLUs, for which the same holds.
+static void block_backward(Activations *acts, const Block *block, const BlockActivations *b, real *din,
+                           const real *dout) {
+    int last = block->num_convs - 1;
+    int heights[3] = {b->height, conv_output_size(b->height, block->conv[0].shape), b->out_height};
+    int widths[3] = {b->width, conv_output_size(b->width, block->conv[0].shape), b->out_width};
+    const real *dy = dout;
+    for (int j = last; j > 0; j--) {
+        real *dx = acts->dinner[j & 1];
+        layer_backward(dx, b->inner[j - 1], dy, heights[j], widths[j], &block->conv[j], NULL, b->inner[j - 1],
+                       acts->workspace);
+        dy = dx;
+    }
+    if (block->has_shortcut)
+        layer_backward(din, b->in, dout, b->height, b->width, &block->shortcut, NULL, NULL, acts->workspace);
+    layer_backward(din, b->in, dy, b->height, b->width, &block->conv[0], block->has_shortcut ? din : dout, b->in,
+                   acts->workspace);
+}
+
+// The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
+static void network_forward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers;
+    layer_forward(acts->stem, acts->pixels, acts->height, acts->width, &model->stem, 1, NULL);
+    maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_output_size(acts->height, model->stem.shape),
+                    conv_output_size(acts->width, model->stem.shape), config->stem_width);
+    for (int i = 0; i < model->num_blocks; i++) block_forward(&model->blocks[i], &acts->blocks[i]);
+    size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
+    layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
+                  &model->input_projection, 0, NULL);
+    sine_positions(acts->positions, acts->map_height, acts->map_width, C);
+
+    const real *x = acts->tokens;
+    for (int l = 0; l < config->enc_layers; l++) {
+        add_rows(acts->encoder_query[l], x, acts->positions, map_count);
+        attention_block_forward(acts, model, &model->encoder_attention[l], &acts->encoder_attention[l], 4 * l);
+        feed_forward_forward(acts, model, &model->encoder_ffn[l], &acts->encoder_ffn[l], 4 * l + 2);
+        x = acts->encoder_ffn[l].out;
+    }
+    add_rows(acts->memory_query, x, acts->positions, map_count);
+
+    const real *queries = model->query_embeddings->value;
+    memset(acts->target, 0, query_count * sizeof(real));
+    x = acts->target;
+    for (int l = 0; l < L; l++) {
+        int site = 4 * config->enc_layers + 6 * l;
+        add_rows(acts->self_query[l], x, queries, query_count);
+        attention_block_forward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site);
+        add_rows(acts->cross_query[l], acts->decoder_self[l].out, queries, query_count);
+        attention_block_forward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2);
+        feed_forward_forward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4);
+        x = acts->decoder_ffn[l].out;
+        layernorm_forward(acts->states + (size_t)l * query_count, acts->state_mean + l * Q, acts->state_rstd + l * Q, x,
+                          model->decoder_norm.weight->value, model->decoder_norm.bias->value, Q, C);
+    }
+    layer_forward(acts->logits, acts->states, L * Q, 1, &model->class_head, 0, NULL);
+    layer_forward(acts->box_hidden[0], acts->states, L * Q, 1, &model->box_head[0], 1, NULL);
+    layer_forward(acts->box_hidden[1], acts->box_hidden[0], L * Q, 1, &model->box_head[1], 1, NULL);
+    layer_forward(acts->boxes, acts->box_hidden[1], L * Q, 1, &model->box_head[2], 0, NULL);
+    for (int i = 0; i < L * Q * 4; i++) acts->boxes[i] = (real)(1 / (1 + exp(-(double)acts->boxes[i])));
+}
+
+static void heads_backward(const Model *model, Activations *acts) {
+    int rows = model->config.dec_layers * model->config.num_queries;
+    for (int i = 0; i < rows * 4; i++) acts->dboxes[i] *= acts->boxes[i] * (1 - acts->boxes[i]);  // through the sigmoid
+    layer_backward(acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL,
+                   acts->workspace);
+    layer_backward(acts->dbox_hidden[1], acts->box_hidden[1], acts->dboxes, rows, 1, &model->box_head[2], NULL,
+                   acts->box_hidden[1], acts->workspace);
+    layer_backward(acts->dbox_hidden[0], acts->box_hidden[0], acts->dbox_hidden[1], rows, 1, &model->box_head[1], NULL,
+                   acts->box_hidden[0], acts->workspace);
+    layer_backward(acts->dstates, acts->states, acts->dbox_hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL,
+                   acts->workspace);
+}
+
+// Leaves the gradient of the encoder's output in acts->dmemory.
+static void decoder_backward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    int C = config->hidden_dim, Q = config->num_queries;
+    size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
+    real *dx = acts->dx, *dquery = acts->dquery, *dresidual = acts->dsum;
+    memset(acts->dmemory, 0, map_count * sizeof(real));
+    memset(acts->dmemory_query, 0, map_count * sizeof(real));
+    memset(acts->dquery_embeddings, 0, query_count * sizeof(real));
+    for (int l = config->dec_layers - 1; l >= 0; l--) {
+        int site = 4 * config->enc_layers + 6 * l;
+        layernorm_backward(dquery, model->decoder_norm.weight->grad, model->decoder_norm.bias->grad,
+                           acts->dstates + (size_t)l * query_count, acts->decoder_ffn[l].out, acts->state_mean + l * Q,
+                           acts->state_rstd + l * Q, model->decoder_norm.weight->value, Q, C);
+        if (l == config->dec_layers - 1)
+            memcpy(dx, dquery, query_count * sizeof(real));
+        else
+            add_rows(dx, dx, dquery, query_count);
+        feed_forward_backward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4, dx, dx);
+        attention_block_backward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2, dresidual,
+                                 dquery, acts->dmemory_query, acts->dmemory, dx);
+        add_rows(acts->dquery_embeddings, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dx, dresidual, dquery, query_count);
+        attention_block_backward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site, dresidual, dquery,
+                                 dquery, dresidual, dx);
+        add_rows(acts->dquery_embeddings, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dx, dresidual, dquery, query_count);
+    }
+    add_rows(model->query_embeddings->grad, model->query_embeddings->grad, acts->dquery_embeddings, query_count);
+    add_rows(acts->dmemory, acts->dmemory, acts->dmemory_query, map_count);
+}
+
+static void encoder_backward(const Model *model, Activations *acts) {
+    size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim;
+    real *dx = acts->dmemory;
+    for (int l = model->config.enc_layers - 1; l >= 0; l--) {
+        feed_forward_backward(acts, model, &model->encoder_ffn[l], &acts->encoder_ffn[l], 4 * l + 2, dx, dx);
+        attention_block_backward(acts, model, &model->encoder_attention[l], &acts->encoder_attention[l], 4 * l,
+                                 acts->dsum, acts->dquery, acts->dquery, acts->dsum, dx);
+        add_rows(dx, acts->dsum, acts->dquery, map_count);
+    }
+}
+
+static void backbone_backward(const Model *model, Activations *acts) {
+    real *dout = acts->dmap[0], *din = acts->dmap[1];
+    const real *map = acts->blocks[model->num_blocks - 1].out;
+    layer_backward(dout, map, acts->dmemory, acts->map_height, acts->map_width, &model->input_projection, NULL, map,
+                   acts->workspace);
+    for (int i = model->num_blocks - 1; i >= 0 && model->blocks[i].trained; i--) {
+        block_backward(acts, &model->blocks[i], &acts->blocks[i], din, dout);
+        real *swap = dout;
+        dout = din;
+        din = swap;
+    }
+    if (model->stem.weight->trained) {
+        int h = conv_output_size(acts->height, model->stem.shape), w = conv_output_size(acts->width, model->stem.shape);
+        maxpool_backward(acts->dstem, dout, acts->argmax, h, w, model->config.stem_width);
+        layer_backward(NULL, acts->pixels, acts->dstem, acts->height, acts->width, &model->stem, NULL, NULL,
+                       acts->workspace);
+    }
+}
+
+// Adds one image's gradients to those of the parameters, from acts->dlogits and acts->dboxes.
+static void network_backward(const Model *model, Activations *acts) {
+    heads_backward(model, acts);
+    decoder_backward(model, acts);
+    encoder_backward(model, acts);
+    backbone_backward(model, acts);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set loss: DETR's criterion (models/detr.py, models/matcher.py of the reference), one image at a time
+
+typedef struct {
+    double cost_class, cost_bbox, cost_giou;          // the matcher's weights
+    double bbox_loss_coef, giou_loss_coef, eos_coef;  // the loss's; eos: weight of the class "no object"
+    int aux_loss;                                     // every decoder layer is trained, not only the last
+} LossSettings;
+
+// What one optimizer step measured, as DETR logs it: unweighted, entry dec_layers - 1 is the final layer.
+typedef struct {
+    double loss;  // the weighted sum that is minimised
+    double loss_ce[MAX_DEC_LAYERS], loss_bbox[MAX_DEC_LAYERS], loss_giou[MAX_DEC_LAYERS];
+    double cardinality_error[MAX_DEC_LAYERS];  // mean of |queries that say "object" - objects|
+    double class_error;                        // percent of matched queries that name another class
+    double grad_norm;                          // of all gradients, before clipping
+    int matched, matched_right;                // of the final layer
+} Losses;
+
+// The targets of one image: boxes (num_boxes, 4) as cx cy w h in 0..1, classes (num_boxes).
+typedef struct {
+    int num_boxes;
+    const double *boxes;
+    const int *classes;
+} Targets;
+
+// What the sums of a step are divided by, added up over its images. All of it follows from the targets alone: every
+// layer of every image matches min(boxes, queries) queries. So it is known before the first forward pass, and the
+// gradients of any number of images can be added up without rescaling anything later.
+typedef struct {
+    double boxes;    // all target boxes; the losses divide by at least 1
+    double weights;  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
+    double images;
+} LossDivisors;
+
+static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, double eos_coef) {
+    int matched = num_boxes < num_queries ? num_boxes : num_queries;
+    divisors->boxes += num_boxes;
+    divisors->weights += matched + eos_coef * (num_queries - matched);
+    divisors->images++;
+}
+
+// Generalized intersection over union (Rezatofighi et al. 2019) of two boxes cx cy w h:
+//   I / U - (E - U) / E,  I: intersection, U: union, E: the smallest box around both.
+// d, or NULL: (4), receives its gradient with respect to a. With U = A + B - I,
+//   dGIoU = (1/U + I/U^2 - 1/E) dI + (1/E - I/U^2) dA - U/E^2 dE.
+static double generalized_iou(const double a[4], const double b[4], double d[4]) {
+    double intersection = 1, enclosing = 1, side[2], enclosing_side[2];
+    int inner_low[2], inner_high[2];  // a's edge bounds the intersection on that side; otherwise it bounds E
+    for (int axis = 0; axis < 2; axis++) {
+        double a0 = a[axis] - a[axis + 2] / 2, a1 = a[axis] + a[axis + 2] / 2;
+        double b0 = b[axis] - b[axis + 2] / 2, b1 = b[axis] + b[axis + 2] / 2;
+        inner_low[axis] = a0 > b0;
+        inner_high[axis] = a1 < b1;
+        side[axis] = fmax((inner_high[axis] ? a1 : b1) - (inner_low[axis] ? a0 : b0), 0);
+        enclosing_side[axis] = (inner_high[axis] ? b1 : a1) - (inner_low[axis] ? b0 : a0);
+        intersection *= side[axis];
+        enclosing *= enclosing_side[axis];
+    }
+    double area_union = a[2] * a[3] + b[2] * b[3] - intersection;
+    if (d) {
+        double u = 1 / area_union, e = 1 / enclosing;
+        double of_intersection = u + intersection * u * u - e, of_area = e - intersection * u * u,
+               of_enclosing = -area_union * e * e;
+        for (int axis = 0; axis < 2; axis++) {
+            int other = 1 - axis;
+            double of_side = intersection > 0 ? of_intersection * side[other] : 0;
+            double of_enclosing_side = of_enclosing * enclosing_side[other];
+            double low = -(inner_low[axis] ? of_side : of_enclosing_side);
+            double high = inner_high[axis] ? of_side : of_enclosing_side;
+            d[axis] = low + high;
+            d[axis + 2] = (high - low) / 2 + of_area * a[other + 2];
+        }
+    }
+    return intersection / area_union - (enclosing - area_union) / enclosing;
+}
+
+// The assignment of every row to a column of its own with the least sum of costs, rows <= columns, cost (rows,
+// columns): shortest augmenting paths (Jonker and Volgenant 1987; in this form Crouse 2016). Rows are entered one by
+// one; each looks for the cheapest way to a free column through columns already taken, whose rows move on. u, v: dual
+// prices, under which every reduced cost is >= 0. A cost that is not finite counts as a very high one, so it ends on
+// any input. column_of_row: (rows), written. workspace: (rows + 2 * columns) doubles with (3 * columns) ints behind
+// them.
+static void assign(int *column_of_row, const double *cost, int rows, int columns, double *workspace) {
+    double *u = workspace, *v = u + rows, *shortest = v + columns;
+    int *row_of_column = (int *)(shortest + columns), *before = row_of_column + columns, *done = before + columns;
+    for (int i = 0; i < rows; i++) u[i] = 0;
+    for (int j = 0; j < columns; j++) v[j] = 0, row_of_column[j] = -1;
+    for (int start = 0; start < rows; start++) {
+        for (int j = 0; j < columns; j++) shortest[j] = INFINITY, done[j] = 0, before[j] = start;
+        int row = start, sink = -1;
+        double length = 0;  // of the path to `row`
+        while (sink < 0) {
+            int nearest = -1;
+            for (int j = 0; j < columns; j++) {
+                if (done[j]) continue;
+                double c = cost[(size_t)row * (size_t)columns + (size_t)j];
+                double path = length + (isfinite(c) && fabs(c) < 1e12 ? c : 1e12) - u[row] - v[j];
+                if (path < shortest[j]) shortest[j] = path, before[j] = row;
+                if (nearest < 0 || shortest[j] < shortest[nearest]) nearest = j;
+            }
+            length = shortest[nearest];
+            done[nearest] = 1;
+            if (row_of_column[nearest] < 0)
+                sink = nearest;
+            else
+                row = row_of_column[nearest];
+        }
+        u[start] += length;
+        for (int j = 0; j < columns; j++) {
+            if (!done[j] || j == sink) continue;
+            u[row_of_column[j]] += length - shortest[j];
+            v[j] -= length - shortest[j];
+        }
+        column_of_row[start] = -1;
+        for (int j = sink; j >= 0;) {  // every row on the path moves to the column that it reached
+            row = before[j];
+            int left = column_of_row[row];
+            row_of_column[j] = row;
+            column_of_row[row] = j;
+            j = left;
+        }
+    }
+}
+
+// Softmax of one row of logits in double; returns the log of its denominator.
+static double softmax_row(double *probabilities, const real *logits, int classes) {
+    double highest = (double)logits[0], sum = 0;
+    for (int c = 1; c < classes; c++) highest = (double)logits[c] > highest ? (double)logits[c] : highest;
+    for (int c = 0; c < classes; c++) sum += probabilities[c] = exp((double)logits[c] - highest);
+    for (int c = 0; c < classes; c++) probabilities[c] /= sum;
+    return highest + log(sum);
+}
+
+// Matches the queries of one decoder layer with the targets at the least total cost
+//   cost_bbox * |b - t|_1 - cost_class * p(class of t) - cost_giou * GIoU(b, t).
+// match: (num_queries), the target of each query or -1. Every target finds a query, or every query a target if there
+// are more targets. logits: (num_queries, classes) with the last class "no object"; boxes: (num_queries, 4).
+static void match_queries(Activations *acts, int *match, const real *logits, const real *boxes, int num_queries,
+                          int classes, Targets targets, const LossSettings *settings) {
+    int T = targets.num_boxes, Q = num_queries, transposed = T > Q;
+    int rows = transposed ? Q : T, columns = transposed ? T : Q;
+    size_t costs = (size_t)T * (size_t)Q;
+    size_t needed = costs + (size_t)(rows + 2 * columns) + (size_t)(3 * columns + rows + 1) / 2;
+    for (int q = 0; q < Q; q++) match[q] = -1;
+    if (T == 0) return;
+    if (needed > acts->costs_capacity) {
+        acts->costs = (double *)reallocate(acts->costs, needed * sizeof(double));
+        acts->costs_capacity = needed;
+    }
+    double *cost = acts->costs, *workspace = cost + costs, *probabilities = acts->probabilities;
+    int *column_of_row = (int *)(workspace + rows + 2 * columns) + 3 * columns;
+    for (int q = 0; q < Q; q++) {
+        softmax_row(probabilities, logits + (size_t)q * (size_t)classes, classes);
+        double box[4] = {(double)boxes[4 * q], (double)boxes[4 * q + 1], (double)boxes[4 * q + 2],
+                         (double)boxes[4 * q + 3]};
+        for (int t = 0; t < T; t++) {
+            const double *target = targets.boxes + 4 * t;
+            double distance = 0;
+            for (int i = 0; i < 4; i++) distance += fabs(box[i] - target[i]);
+            cost[transposed ? (size_t)q * (size_t)T + (size_t)t : (size_t)t * (size_t)Q + (size_t)q] =
+                settings->cost_bbox * distance - settings->cost_class * probabilities[targets.classes[t]] -
+                settings->cost_giou * generalized_iou(box, target, NULL);
+        }
+    }
+    assign(column_of_row, cost, rows, columns, workspace);
+    for (int i = 0; i < rows; i++) {
+        if (transposed)
+            match[i] = column_of_row[i];
+        else
+            match[column_of_row[i]] = i;
+    }
+}
+
+// Loss of one decoder layer l of one image: adds its share to `losses`, writes its gradient to dlogits and dboxes,
+// scaled by `weight` (0 for an auxiliary layer that is not trained).
+//   cross-entropy: sum of w (log sum exp z - z_class) / divisors.weights, w = eos_coef for "no object", else 1;
+//                  d/dz = w (softmax - onehot) / divisors.weights
+//   boxes:         bbox_loss_coef |b - t|_1 / divisors.boxes + giou_loss_coef (1 - GIoU) / divisors.boxes
+static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *logits, const real *boxes,
+                       const int *match, int l, int num_queries, int classes, int is_final, Targets targets,
+                       LossDivisors divisors, const LossSettings *settings, double weight, double *probabilities) {
+    int objects = 0, no_object = classes - 1;
+    double num_boxes = fmax(divisors.boxes, 1);
+    for (int q = 0; q < num_queries; q++) {
+        const real *z = logits + (size_t)q * (size_t)classes;
+        int target = match[q], label = target >= 0 ? targets.classes[target] : no_object, best = 0;
+        double log_sum = softmax_row(probabilities, z, classes),
+               w = (target >= 0 ? 1 : settings->eos_coef) / divisors.weights;
+        losses->loss_ce[l] += w * (log_sum - (double)z[label]);
+        for (int c = 0; c < classes; c++) {
+            if (z[c] > z[best]) best = c;
+            dlogits[(size_t)q * (size_t)classes + (size_t)c] = (real)(weight * w * (probabilities[c] - (c == label)));
+        }
+        objects += best != no_object;
+        for (int i = 0; i < 4; i++) dboxes[4 * q + i] = 0;
+        if (target < 0) continue;
+        if (is_final) losses->matched++, losses->matched_right += best == label;
+        double box[4] = {(double)boxes[4 * q], (double)boxes[4 * q + 1], (double)boxes[4 * q + 2],
+                         (double)boxes[4 * q + 3]};
+        const double *t = targets.boxes + 4 * target;
+        double dgiou[4], giou = generalized_iou(box, t, dgiou);
+        losses->loss_giou[l] += (1 - giou) / num_boxes;
+        for (int i = 0; i < 4; i++) {
+            double difference = box[i] - t[i], sign = (difference > 0) - (difference < 0);
+            losses->loss_bbox[l] += fabs(difference) / num_boxes;
+            dboxes[4 * q + i] =
+                (real)(weight * (settings->bbox_loss_coef * sign - settings->giou_loss_coef * dgiou[i]) / num_boxes);
+        }
+    }
+    losses->cardinality_error[l] += abs(objects - targets.num_boxes) / divisors.images;
+}
+
+// The loss of one image over all decoder layers, from acts->logits and acts->boxes; writes acts->match, dlogits,
+// dboxes.
+static void set_loss(const Model *model, Activations *acts, Targets targets, LossDivisors divisors,
+                     const LossSettings *settings, Losses *losses) {
+    int Q = model->config.num_queries, classes = model->config.num_labels + 1, L = model->config.dec_layers;
+    for (int l = 0; l < L; l++) {
+        size_t row = (size_t)l * (size_t)Q;
+        const real *logits = acts->logits + row * (size_t)classes, *boxes = acts->boxes + row * 4;
+        int is_final = l == L - 1;
+        match_queries(acts, acts->match + row, logits, boxes, Q, classes, targets, settings);
+        layer_loss(losses, acts->dlogits + row * (size_t)classes, acts->dboxes + row * 4, logits, boxes,
+                   acts->match + row, l, Q, classes, is_final, targets, divisors, settings,
+                   is_final || settings->aux_loss, acts->probabilities);
+    }
+}
+
+// Closes the sums of a step: class_error and the weighted total.
+static void losses_finish(Losses *losses, int dec_layers, const LossSettings *settings) {
+    losses->class_error = 100 - (losses->matched ? 100.0 * losses->matched_right / losses->matched : 0);
+    losses->loss = 0;
+    for (int l = settings->aux_loss ? 0 : dec_layers - 1; l < dec_layers; l++)
+        losses->loss += losses->loss_ce[l] + settings->bbox_loss_coef * losses->loss_bbox[l] +
+                        settings->giou_loss_coef * losses->loss_giou[l];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimizer: AdamW in DETR's two groups, and the training step
+
+typedef struct {
+    double lr, lr_backbone, weight_decay, clip_max_norm;  // as they are at this step; clip_max_norm 0: no clipping
+} OptimizerSettings;
+
+static void zero_gradients(Model *model) {
+    for (int i = 0; i < model->num_params; i++)
+        if (model->params[i]->trained) memset(model->params[i]->grad, 0, model->params[i]->count * sizeof(real));
+}
+
+// From the gradients of folded weights W' = scale W, b' = norm_bias - mean scale to those of what is stored. A row n of
+// the weights shares one scale[n] = norm_weight[n] r[n], r = 1 / sqrt(variance + 1e-5):
+//   dnorm_weight = r (sum over k of dW'[n, k] W[n, k] - mean db'),  dnorm_bias = db',  dW = scale dW'
+static void unfold_norms(Model *model) {
+    for (int i = 0; i < model->num_layers; i++) {
+        Layer *layer = model->layers[i];
+        if (!layer->norm_weight || !layer->weight->trained) continue;
+        size_t row = layer->weight->count / (size_t)layer->shape.out_channels;
+#pragma omp parallel for schedule(static)
+        for (int n = 0; n < layer->shape.out_channels; n++) {
+            real *dw = layer->weight->grad + (size_t)n * row;
+            const real *w = layer->weight->value + (size_t)n * row;
+            double product = 0;
+            for (size_t k = 0; k < row; k++) product += (double)dw[k] * (double)w[k];
+            if (layer->norm_weight->trained) {
+                double r = 1 / sqrt((double)layer->norm_variance->value[n] + 1e-5);
+                layer->norm_weight->grad[n] =
+                    (real)(r * (product - (double)layer->norm_mean->value[n] * (double)layer->norm_bias->grad[n]));
+            }
+            for (size_t k = 0; k < row; k++) dw[k] *= layer->scale[n];
+        }
+    }
+}
+
+// The norm of all gradients together. Chunks of fixed size are summed on any thread and added up in order, so the
+// result does not depend on the number of threads.
+static double gradient_norm(const Model *model) {
+    enum { CHUNK = 16384, MAX_CHUNKS = 4096 };
+    static double partial[MAX_CHUNKS];
+    double total = 0;
+    for (int i = 0; i < model->num_params; i++) {
+        const Param *param = model->params[i];
+        if (!param->trained) continue;
+        for (size_t first = 0; first < param->count; first += (size_t)CHUNK * MAX_CHUNKS) {
+            size_t left = param->count - first;
+            int chunks = left > (size_t)CHUNK * MAX_CHUNKS ? MAX_CHUNKS : (int)((left + CHUNK - 1) / CHUNK);
+#pragma omp parallel for schedule(static)
+            for (int c = 0; c < chunks; c++) {
+                size_t begin = first + (size_t)c * CHUNK,
+                       end = begin + CHUNK < param->count ? begin + CHUNK : param->count;
+                double lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+                for (size_t k = begin; k < end; k++) lanes[k & 7] += (double)param->grad[k] * (double)param->grad[k];
+                partial[c] =
+                    ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+            }
+            for (int c = 0; c < chunks; c++) total += partial[c];
+        }
+    }
+    return sqrt(total);
+}
+
+// One AdamW step (Loshchilov and Hutter 2019; betas 0.9 and 0.999, eps 1e-8) with gradients clipped to clip_max_norm,
+// then every changed layer is packed again. step: number of steps taken before this one. grad_norm: gradient_norm().
+static void optimizer_step(Model *model, const OptimizerSettings *settings, int64_t step, double grad_norm) {
+    double clip = settings->clip_max_norm > 0 ? fmin(1, settings->clip_max_norm / (grad_norm + 1e-6)) : 1;
+    double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
+    for (int i = 0; i < model->num_params; i++) {
+        Param *param = model->params[i];
+        if (!param->trained) continue;
+        double lr = param->group == GROUP_BACKBONE ? settings->lr_backbone : settings->lr;
+        real decay = (real)(1 - lr * settings->weight_decay), rate = (real)(lr / correction1);
+        real root = (real)(1 / sqrt(correction2)), factor = (real)clip;
+        real *value = param->value, *m = param->exp_avg, *v = param->exp_avg_sq;
+        const real *grad = param->grad;
+        const real beta1 = (real)0.9, beta2 = (real)0.999, rest1 = (real)(1 - 0.9), rest2 = (real)(1 - 0.999),
+                   eps = (real)1e-8;
+#pragma omp parallel for simd schedule(static)
+        for (size_t k = 0; k < param->count; k++) {
+            real g = grad[k] * factor;
+            m[k] = beta1 * m[k] + rest1 * g;
+            v[k] = beta2 * v[k] + rest2 * g * g;
+            value[k] = value[k] * decay - rate * m[k] / (square_root(v[k]) * root + eps);
+        }
+    }
+    for (int i = 0; i < model->num_layers; i++)
+        if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
+}
+
+static int is_finite_tensor(const real *data, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite((double)data[i])) return 0;
+    return 1;
+}
+
+// Names the first tensor, in the order of computation, that holds a NaN or an infinity: weights, activations,
+// gradients.
+static const char *first_nonfinite(const Model *model, const Activations *acts) {
+    for (int i = 0; i < model->num_params; i++)
+        if (!is_finite_tensor(model->params[i]->value, model->params[i]->count)) return model->params[i]->name;
+    for (size_t i = 0; i < acts->arena.num_named; i++)
+        if (!is_finite_tensor(acts->arena.named[i].data, acts->arena.named[i].count)) return acts->arena.named[i].name;
+    for (int i = model->num_params - 1; i >= 0; i--)
+        if (model->params[i]->trained && !is_finite_tensor(model->params[i]->grad, model->params[i]->count))
+            return model->params[i]->name;
+    return NULL;
+}
+
+// ImageNet's mean and deviation, as every published backbone expects: (height * width, 3) bytes to reals.
+static const double PIXEL_MEAN[3] = {0.485, 0.456, 0.406}, PIXEL_STD[3] = {0.229, 0.224, 0.225};
+
+static void normalise_pixels(real *pixels, const Image *image) {
+    real table[3][256];
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+    for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
+        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][image->pixels[3 * i + c]];
+}
+
+// Lays out the activations for an image and writes its normalised pixels.
+static void load_image(const Model *model, Activations *acts, const Image *image) {
+    activations_plan(acts, model, image->height, image->width);
+    normalise_pixels(acts->pixels, image);
+}
+
+// Forward, loss and backward of the image in acts->pixels: adds to `losses` and to the gradients.
+static void image_gradients(Model *model, Activations *acts, Targets targets, LossDivisors divisors,
+                            const LossSettings *settings, Losses *losses) {
+    network_forward(model, acts);
+    set_loss(model, acts, targets, divisors, settings, losses);
+    network_backward(model, acts);
+}
+
+// One optimizer step over a batch: the gradients of its images are added up one after another, in order, with divisors
+// that hold for the whole batch. Samples without pixels (unreadable) are left out. On a loss or gradient that is not
+// finite the weights stay as they are, and -1 comes back with the name of the first bad tensor.
+static int training_step(Model *model, Activations *acts, const LossSettings *loss_settings,
+                         const OptimizerSettings *optimizer_settings, const Sample *samples, int batch, uint64_t seed,
+                         int64_t step, Losses *losses, Error *error) {
+    LossDivisors divisors = {0, 0, 0};
+    for (int i = 0; i < batch; i++)
+        if (samples[i].image.pixels)
+            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings->eos_coef);
+    memset(losses, 0, sizeof *losses);
+    zero_gradients(model);
+    for (int i = 0; i < batch; i++) {
+        if (!samples[i].image.pixels) continue;
+        acts->dropout.p = model->config.dropout, acts->dropout.seed = seed;
+        acts->dropout.step = (uint32_t)step, acts->dropout.image = (uint32_t)i;
+        Targets targets = {samples[i].num_boxes, samples[i].boxes, samples[i].classes};
+        load_image(model, acts, &samples[i].image);
+        image_gradients(model, acts, targets, divisors, loss_settings, losses);
+        losses_finish(losses, model->config.dec_layers, loss_settings);
+        if (!isfinite(losses->loss)) {
+            const char *name = first_nonfinite(model, acts);
+            return fail(
+                error,
+                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
+                (long long)step, i, losses->loss, name ? name : "none: the sum overflowed");
+        }
+    }
+    unfold_norms(model);
+    losses->grad_norm = gradient_norm(model);
+    if (!isfinite(losses->grad_norm)) {
+        const char *name = first_nonfinite(model, acts);
+        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"", (long long)step,
+                    name ? name : "none: the sum overflowed");
+    }
+    optimizer_step(model, optimizer_settings, step, losses->grad_norm);
+    return 0;
+}
+
+// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
+static void predict_image(const Model *model, Activations *acts, const Image *image) {
+    acts->dropout.p = 0;
+    load_image(model, acts, image);
+    network_forward(model, acts);
+}
+
+// The loss of predictions that predict_image has made, without gradients.
+static void evaluation_losses(const Model *model, Activations *acts, const LossSettings *settings, const Sample *sample,
+                              Losses *losses) {
+    Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
+    LossDivisors divisors = {0, 0, 0};
+    divisors_add(&divisors, targets.num_boxes, model->config.num_queries, settings->eos_coef);
+    memset(losses, 0, sizeof *losses);
+    set_loss(model, acts, targets, divisors, settings, losses);
+    losses_finish(losses, model->config.dec_layers, settings);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Calibration: statistics for frozen norms when there is no pretrained backbone
+
+typedef struct {
+    int height, width;
+    real *data;  // (height * width, channels)
+} FeatureMap;
+
+// Runs one convolution over all maps, sets its norm's statistics to the mean and variance that come out, and applies
+// the norm: out = relu?((x W - mean) / sqrt(variance + 1e-5) (+ add)). in may be the same maps as out.
+static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in, const FeatureMap *add, int relu,
+                            int count) {
+    int C = layer->shape.out_channels;
+    double *sum = (double *)allocate(2 * (size_t)C * sizeof(double)), *squares = sum + C, pixels = 0;
+    for (int n = 0; n < C; n++) layer->norm_mean->value[n] = 0, layer->norm_variance->value[n] = (real)(1 - 1e-5);
+    layer_pack(layer);
+    for (int i = 0; i < count; i++) {
+        FeatureMap y = {conv_output_size(in[i].height, layer->shape), conv_output_size(in[i].width, layer->shape),
+                        NULL};
+        y.data = (real *)allocate((size_t)y.height * (size_t)y.width * (size_t)C * sizeof(real));
+        layer_forward(y.data, in[i].data, in[i].height, in[i].width, layer, 0, NULL);
+        for (int p = 0; p < y.height * y.width; p++)
+            for (int n = 0; n < C; n++) sum[n] += (double)y.data[(size_t)p * (size_t)C + (size_t)n];
+        pixels += (double)y.height * y.width;
+        if (out == in) free(in[i].data);
+        out[i] = y;
+    }
+    for (int i = 0; i < count; i++)
+        for (int p = 0; p < out[i].height * out[i].width; p++)
+            for (int n = 0; n < C; n++) {
+                double difference = (double)out[i].data[(size_t)p * (size_t)C + (size_t)n] - sum[n] / pixels;
+                squares[n] += difference * difference;
+            }
+    for (int n = 0; n < C; n++) {
+        layer->norm_mean->value[n] = (real)(float)(sum[n] / pixels);
+        layer->norm_variance->value[n] = (real)(float)(squares[n] / pixels);
+    }
+    layer_pack(layer);
+    for (int i = 0; i < count; i++) {
+        for (size_t p = 0; p < (size_t)(out[i].height * out[i].width); p++) {
+            for (size_t n = 0; n < (size_t)C; n++) {
+                real *y = &out[i].data[p * (size_t)C + n];
+                *y = *y * layer->scale[n] + layer->folded_bias[n] + (add ? add[i].data[p * (size_t)C + n] : 0);
+                if (relu && *y < 0) *y = 0;
+            }
+        }
+    }
+    free(sum);
+}
+
+// Gives the frozen batch norms, layer after layer, the statistics of their inputs over `count` pictures, so that a
+// network that starts from random weights passes on signals of unit variance. It stays a frozen-norm network: no image
+// depends on another, and transformers opens it. norm scale and bias must be 1 and 0 (as initialised).
+static void calibrate_norms(Model *model, const Sample *samples, int count) {
+    FeatureMap *maps = (FeatureMap *)allocate(3 * (size_t)count * sizeof(FeatureMap)), *inner = maps + count,
+               *shortcut = inner + count;
+    int images = 0;
+    for (int i = 0; i < count; i++) {
+        const Image *image = &samples[i].image;
+        if (!image->pixels) continue;
+        FeatureMap map = {image->height, image->width, NULL};
+        map.data = (real *)allocate((size_t)map.height * (size_t)map.width * 3 * sizeof(real));
+        normalise_pixels(map.data, image);
+        maps[images++] = map;
+    }
+    calibrate_layer(&model->stem, maps, maps, NULL, 1, images);
+    for (int i = 0; i < images; i++) {
+        FeatureMap pooled = {(maps[i].height + 1) / 2, (maps[i].width + 1) / 2, NULL};
+        size_t pooled_count = (size_t)pooled.height * (size_t)pooled.width * (size_t)model->config.stem_width;
+        unsigned char *argmax = (unsigned char *)allocate(pooled_count);
+        pooled.data = (real *)allocate(pooled_count * sizeof(real));
+        maxpool_forward(pooled.data, argmax, maps[i].data, maps[i].height, maps[i].width, model->config.stem_width);
+        free(argmax);
+        free(maps[i].data);
+        maps[i] = pooled;
+    }
+    for (int b = 0; b < model->num_blocks; b++) {
+        Block *block = &model->blocks[b];
+        int last = block->num_convs - 1;
+        if (block->has_shortcut) calibrate_layer(&block->shortcut, shortcut, maps, NULL, 0, images);
+        calibrate_layer(&block->conv[0], inner, maps, NULL, 1, images);
+        for (int j = 1; j <= last; j++)
+            calibrate_layer(&block->conv[j], inner, inner,
+                            j < last              ? NULL
+                            : block->has_shortcut ? shortcut
+                                                  : maps,
+                            j <= last, images);
+        for (int i = 0; i < images; i++) {
+            free(maps[i].data);
+            if (block->has_shortcut) free(shortcut[i].data);
+            maps[i] = inner[i];
+        }
+    }
+    for (int i = 0; i < images; i++) free(maps[i].data);
+    free(maps);
+}
+
+// Multiply-adds times two of one forward pass over an image: what benchmarks state speed in.
+static double forward_flops(const Model *model, int height, int width) {
+    Activations acts;
+    activations_lists(&acts, model, 0);
+    activations_plan(&acts, model, height, width);
+    double T = (double)acts.map_height * acts.map_width, Q = model->config.num_queries, C = model->config.hidden_dim,
+           F = model->config.dim_feedforward;
+    double sum = (double)conv_output_size(height, model->stem.shape) * conv_output_size(width, model->stem.shape) *
+                 (double)model->stem.weight->count;
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        const BlockActivations *b = &acts.blocks[i];
+        double in = (double)b->height * b->width, out = (double)b->out_height * b->out_width;
+        for (int j = 0; j < block->num_convs; j++) {
+            if (block->conv[j].shape.stride > 1) in = out;
+            sum += in * (double)block->conv[j].weight->count;
+        }
+        if (block->has_shortcut) sum += out * (double)block->shortcut.weight->count;
+    }
+    sum += T * (double)model->input_projection.weight->count;
+    sum += model->config.enc_layers * (T * (4 * C * C + 2 * C * F) + 2 * T * T * C);
+    sum += model->config.dec_layers * (Q * (6 * C * C + 2 * C * F) + 2 * T * C * C + 2 * Q * Q * C + 2 * Q * T * C);
+    sum += model->config.dec_layers * Q * (C * (model->config.num_labels + 1) + 2 * C * C + 4 * C);
+    activations_free(&acts);
+    return 2 * sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The program around it: what a user types, what lands on disk
+
+#include "program/settings.h"    // flags and presets
+#include "program/checkpoint.h"  // config.json, tensors
+#include "program/commands.h"    // train, eval, predict, score, bench
+
+#ifndef TRAIN_DETR_NO_MAIN
+int main(int argc, char **argv) {
+    Error error;
+    int command = -1, help = 0;
+    signal(SIGPIPE, SIG_IGN);  // a reader that goes away is an error like any other
+    for (int i = 1; i < argc; i++) help |= strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0;
+    for (int c = 0; c < NUM_COMMANDS && argc > 1; c++)
+        if (strcmp(argv[1], COMMANDS[c].name) == 0) command = c;
+    if (command < 0 && !(help && argv[1][0] == '-'))
+        usage_error("%s \"%s\": train, eval, predict, score or bench must come first: see %s --help",
+                    argc < 2 ? "no command" : "unknown command", argc < 2 ? "" : argv[1], argv[0]);
+    Settings settings =
+        settings_for(argv[0], command < 0 ? "" : COMMANDS[command].name, command < 0 ? 0 : COMMANDS[command].command);
+    if (help) {
+        print_help(&settings, command);
+        return 0;
+    }
+    settings_parse(&settings, argc - 1, argv + 1);
+    if (settings.num_arguments && settings.command != PREDICT)
+        usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name, argv[0],
+                    settings.command_name);
+    if (strcmp(flag_text(&settings, "precision"), "fp32") != 0)
+        usage_error("--precision %s is not computed on the CPU: leave it out, or use train_detr_cu",
+                    flag_text(&settings, "precision"));
+    int status = COMMANDS[command].run(&settings, &error);
+    if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
+        status = fail(&error, "standard output: cannot be written");
+    if (status != 0) fprintf(stderr, "error: %s\n", error.text);
+    return status == 0 ? 0 : 1;
+}
+#endif
