@@ -365,6 +365,8 @@ static void test_nonfinite(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Checks of the Matmul room: each shape, forward and backward, against plain loops in double.
 
 typedef struct {
@@ -1273,6 +1275,7 @@ static const Test TESTS[] = {
 };
 
 int main(int argc, char **argv) {
+    wait_passively(argv);
     int num_tests = (int)(sizeof TESTS / sizeof TESTS[0]);
     printf("numbers are %s\n", IS_DOUBLE ? "double" : "float");
     for (int i = 0; i < num_tests; i++) {

@@ -313,6 +313,10 @@ def check_detections(entry, path, logits, boxes, id2label):
 
 def trained(folder, *flags):
     run("train", "--data", "data/bccd", "--output_dir", folder, "--steps", 2, *flags)
+    config = DetrConfig.from_pretrained(folder)
+    weights = (config.class_cost, config.bbox_cost, config.giou_cost, config.bbox_loss_coefficient,
+               config.giou_loss_coefficient, config.eos_coefficient)
+    assert weights == (1, 5, 2, 5, 2, 0.1), f"config.json: weights of the loss {weights}"
     return folder
 
 

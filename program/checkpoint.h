@@ -375,27 +375,30 @@ static int config_write(const Network *network, const LossSettings *loss, const 
     config_write_backbone(file, config);
     const struct {
         const char *key;
+        int value;
+    } sizes[] = {{"d_model", config->hidden_dim},
+                 {"num_queries", config->num_queries},
+                 {"encoder_layers", config->enc_layers},
+                 {"decoder_layers", config->dec_layers},
+                 {"num_hidden_layers", config->enc_layers},
+                 {"encoder_attention_heads", config->nheads},
+                 {"decoder_attention_heads", config->nheads},
+                 {"encoder_ffn_dim", config->dim_feedforward},
+                 {"decoder_ffn_dim", config->dim_feedforward}};
+    const struct {
+        const char *key;
         double value;
-    } numbers[] = {{"d_model", config->hidden_dim},
-                   {"num_queries", config->num_queries},
-                   {"encoder_layers", config->enc_layers},
-                   {"decoder_layers", config->dec_layers},
-                   {"num_hidden_layers", config->enc_layers},
-                   {"encoder_attention_heads", config->nheads},
-                   {"decoder_attention_heads", config->nheads},
-                   {"encoder_ffn_dim", config->dim_feedforward},
-                   {"decoder_ffn_dim", config->dim_feedforward},
-                   {"dropout", config->dropout},
+    } numbers[] = {{"dropout", config->dropout},
                    {"attention_dropout", config->dropout},
                    {"activation_dropout", config->dropout},
-                   {"encoder_layerdrop", 0},
-                   {"decoder_layerdrop", 0},
                    {"class_cost", loss->cost_class},
                    {"bbox_cost", loss->cost_bbox},
                    {"giou_cost", loss->cost_giou},
                    {"bbox_loss_coefficient", loss->bbox_loss_coef},
                    {"giou_loss_coefficient", loss->giou_loss_coef},
                    {"eos_coefficient", loss->eos_coef}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        fprintf(file, " \"%s\": %d,\n", sizes[i].key, sizes[i].value);
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         fprintf(file, " \"%s\": %.17g,\n", numbers[i].key, numbers[i].value);
     fputs(" \"activation_function\": \"relu\",\n \"position_embedding_type\": \"sine\",\n", file);

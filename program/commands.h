@@ -26,7 +26,7 @@ static void widen_plan(int *height, int *width, int other_height, int other_widt
 }
 
 typedef struct {
-    int label;
+    int query, label;
     double score;
     double box[4];  // x0, y0, x1, y1 in pixels of the original picture, not clipped
 } Detection;
@@ -47,6 +47,7 @@ static void detect(const Network *network, const Activations *acts, int width, i
         for (int c = 1; c < config->num_labels; c++)
             if (logits[c] > logits[label]) label = c;
         Detection *found = &detections[q];
+        found->query = q;
         found->label = label;
         found->score = exp((double)logits[label] - largest) / sum;
         for (int i = 0; i < 4; i++) {
@@ -56,9 +57,11 @@ static void detect(const Network *network, const Activations *acts, int width, i
     }
 }
 
-static int compare_scores(const void *a, const void *b) {
-    double left = ((const Detection *)a)->score, right = ((const Detection *)b)->score;
-    return left > right ? -1 : left < right;
+// Best score first; equal ones in the queries' order.
+static int compare_detections(const void *a, const void *b) {
+    const Detection *left = (const Detection *)a, *right = (const Detection *)b;
+    if (left->score != right->score) return left->score > right->score ? -1 : 1;
+    return left->query < right->query ? -1 : left->query > right->query;
 }
 
 static void draw_detection(Image *image, const Network *network, int label, double score, const double box[4]) {
@@ -760,6 +763,18 @@ static int command_train(Settings *settings, Error *error) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Commands: eval, predict, score, bench
 
+// Scores boxes, prints the lines and the table, and writes --json. 0, or -1.
+static int score_and_show(const Settings *settings, const Dataset *set, const EvalDetection *detections, int count,
+                          Error *error) {
+    const char *json = flag_text(settings, "json");
+    CocoScores scores;
+    coco_score(&scores, set, detections, count);
+    coco_print(stdout, &scores, set->categories);
+    int status = json ? coco_write_json(json, &scores, set->categories, error) : 0;
+    coco_scores_free(&scores);
+    return status;
+}
+
 static int eval_on(const Settings *settings, Network *network, Activations *acts, Dataset *set, int *labels,
                    Error *error) {
     LoaderSettings loader = {0,
@@ -781,16 +796,11 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
     loader_worst_size(set, &loader, &height, &width);
     activations_create(acts, &network->model, height, width, 0);
     EvalDetection *detections;
-    CocoScores scores;
     evaluate(network, acts, set, loader, labels, NULL, NULL, &detections, &num_detections);
-    coco_score(&scores, set, detections, num_detections);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
-    coco_print(stdout, &scores, set->categories);
-    if (flag_text(settings, "json"))
-        status = coco_write_json(flag_text(settings, "json"), &scores, set->categories, error);
+    status = score_and_show(settings, set, detections, num_detections, error);
     if (status == 0 && flag_text(settings, "results"))
         status = coco_write_results(flag_text(settings, "results"), set, detections, num_detections, error);
-    coco_scores_free(&scores);
     free(detections);
     return status;
 }
@@ -858,114 +868,125 @@ static int predict_draw(Image *image, const Network *network, const char *pictur
     return image_write(path, image, error);
 }
 
-static int command_predict(Settings *settings, Error *error) {
-    const char *json_path = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
-               *dump_path = flag_text(settings, "dump");
+// What predict writes, and what it has done so far.
+typedef struct {
+    const Settings *settings;
     Network network;
     Activations acts;
-    PictureFiles list = {NULL, 0}, taken = {NULL, 0};
-    Dump dump = {NULL, 0};
-    int height = 1, width = 1, done = 0, unreadable = 0, shown = 0, status;
-    memset(&network, 0, sizeof network);
-    memset(&acts, 0, sizeof acts);
+    PictureFiles pictures, drawn;
+    Dump dump;
+    FILE *json;
+    int done, unreadable, boxes;
+} Prediction;
+
+// One picture, read, predicted, and written wherever the flags ask for it. 0, or -1 if something could not be written.
+static int predict_picture(Prediction *run, const char *path, Detection *found, Error *error) {
+    const char *draw = flag_text(run->settings, "draw"), *dump = flag_text(run->settings, "dump");
+    const ModelConfig *shape = &run->network.config;
+    int width, height, count = 0, status = 0, num_queries = shape->num_queries, classes = shape->num_labels + 1;
+    Image original, image;
+    Error why;
+    if (image_read(path, &original, &why) != 0) {
+        fprintf(stderr, "%s: left out\n", why.text);
+        run->unreadable++;
+        return 0;
+    }
+    resized_size(original.width, original.height, run->network.short_side, run->network.max_size, &width, &height);
+    image = image_new(original.width, original.height);
+    memcpy(image.pixels, original.pixels, 3 * (size_t)image.width * (size_t)image.height);
+    image_resize(&image, width, height);
+    predict_image(&run->network.model, &run->acts, &image);
+    detect(&run->network, &run->acts, original.width, original.height, found);
+    for (int q = 0; q < num_queries; q++) {
+        if (!(found[q].score > flag_number(run->settings, "threshold"))) continue;
+        Detection *kept = &found[count++];
+        *kept = found[q];
+        for (int i = 0; i < 4; i++)
+            kept->box[i] = fmin(fmax(kept->box[i], 0), i & 1 ? original.height : original.width);
+    }
+    qsort(found, (size_t)count, sizeof(Detection), compare_detections);
+    if (run->json)
+        predict_json(run->json, &run->network, path, run->done == 0, original.width, original.height, found, count);
+    if (dump) {
+        size_t last = (size_t)(shape->dec_layers - 1) * (size_t)num_queries;
+        dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, height, width, 3);
+        dump_add(&run->dump, run->done, "logits", run->acts.logits + last * (size_t)classes, num_queries, classes, 0);
+        dump_add(&run->dump, run->done, "pred_boxes", run->acts.boxes + last * 4, num_queries, 4, 0);
+    }
+    for (int d = 0; d < count && !run->json && !draw && !dump; d++)
+        printf("%s: %s %.3f  %.1f %.1f %.1f %.1f\n", path, run->network.label_names[found[d].label], found[d].score,
+               found[d].box[0], found[d].box[1], found[d].box[2], found[d].box[3]);
+    if (draw) status = predict_draw(&original, &run->network, path, draw, &run->drawn, found, count, error);
+    image_free(&original);
+    image_free(&image);
+    run->done++;
+    run->boxes += count;
+    return status;
+}
+
+static int predict_all(Prediction *run, Error *error) {
+    const Settings *settings = run->settings;
+    const char *json = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
+               *dump = flag_text(settings, "dump");
+    int height = 1, width = 1, status = 0;
+    if (network_open(&run->network, flag_text(settings, "resume"), error) != 0) return -1;
+    if (draw && make_directories(draw, error) != 0) return -1;
+    if (json && !(run->json = fopen(json, "w"))) return fail(error, "%s: cannot be written: %s", json, strerror(errno));
+    for (int i = 0; i < settings->num_arguments; i++) picture_files_find(&run->pictures, settings->arguments[i]);
+    for (int i = 0; i < run->pictures.count;
+         i++) {  // plan for the largest; one that cannot be read is reported in its turn
+        Error unused;
+        int w, h, out_width, out_height;
+        if (image_read_size(run->pictures.paths[i], &w, &h, &unused) != 0) continue;
+        resized_size(w, h, run->network.short_side, run->network.max_size, &out_width, &out_height);
+        widen_plan(&height, &width, out_height, out_width);
+    }
+    activations_create(&run->acts, &run->network.model, height, width, 0);
+    Detection *found = (Detection *)allocate((size_t)run->network.config.num_queries * sizeof(Detection));
+    if (json) fputc('[', run->json);
+    for (int i = 0; i < run->pictures.count && status == 0; i++)
+        status = predict_picture(run, run->pictures.paths[i], found, error);
+    free(found);
+    if (json) fputs("]\n", run->json);
+    if (json && coco_close(run->json, json, error) != 0) return -1;
+    if (status == 0 && dump) status = safetensors_write(dump, run->dump.tensors, run->dump.count, error);
+    if (status != 0) return -1;
+    printf("%d pictures, %d boxes with a score above %s%s%s\n", run->done, run->boxes, flag_text(settings, "threshold"),
+           draw ? ", drawn in " : "", draw ? draw : "");
+    return run->unreadable ? fail(error, "%d of %d pictures could not be read", run->unreadable, run->pictures.count)
+                           : 0;
+}
+
+static int command_predict(Settings *settings, Error *error) {
+    Prediction run;
+    memset(&run, 0, sizeof run);
+    run.settings = settings;
     flag_require(settings, "resume");
     if (settings->num_arguments == 0)
         usage_error("predict needs an IMAGE or a DIR after the flags: see %s predict --help", settings->program);
-    status = network_open(&network, flag_text(settings, "resume"), error);
-    if (status == 0 && draw) status = make_directories(draw, error);
-    FILE *json = status == 0 && json_path ? fopen(json_path, "w") : NULL;
-    if (status == 0 && json_path && !json)
-        status = fail(error, "%s: cannot be written: %s", json_path, strerror(errno));
-    if (json) fputc('[', json);
-    for (int i = 0; i < settings->num_arguments && status == 0; i++) picture_files_find(&list, settings->arguments[i]);
-    for (int i = 0; i < list.count; i++) {  // plan for the largest; one that cannot be read is reported below
-        Error unused;
-        int w, h, out_width, out_height;
-        if (image_read_size(list.paths[i], &w, &h, &unused) != 0) continue;
-        resized_size(w, h, network.short_side, network.max_size, &out_width, &out_height);
-        widen_plan(&height, &width, out_height, out_width);
+    int status = predict_all(&run, error);
+    for (int i = 0; i < run.dump.count; i++) {
+        free((void *)run.dump.tensors[i].name);
+        free((void *)run.dump.tensors[i].data);
     }
-    if (status == 0) activations_create(&acts, &network.model, height, width, 0);
-    int num_queries = network.config.num_queries, classes = network.config.num_labels + 1;
-    size_t last = (size_t)(network.config.dec_layers - 1) * (size_t)num_queries;
-    Detection *found = (Detection *)allocate((size_t)num_queries * sizeof(Detection));
-    for (int i = 0; i < list.count && status == 0; i++) {
-        Image original, image;
-        int out_width, out_height, count = 0;
-        Error why;
-        if (image_read(list.paths[i], &original, &why) != 0) {
-            fprintf(stderr, "%s: left out\n", why.text);
-            unreadable++;
-            continue;
-        }
-        resized_size(original.width, original.height, network.short_side, network.max_size, &out_width, &out_height);
-        image = image_new(original.width, original.height);
-        memcpy(image.pixels, original.pixels, 3 * (size_t)image.width * (size_t)image.height);
-        image_resize(&image, out_width, out_height);
-        predict_image(&network.model, &acts, &image);
-        detect(&network, &acts, original.width, original.height, found);
-        for (int q = 0; q < num_queries; q++) {  // keeps the queries' order, so that equal scores stay in it
-            if (!(found[q].score > flag_number(settings, "threshold"))) continue;
-            found[count] = found[q];
-            for (int j = 0; j < 4; j++)
-                found[count].box[j] = fmin(fmax(found[count].box[j], 0), j & 1 ? original.height : original.width);
-            count++;
-        }
-        qsort(found, (size_t)count, sizeof(Detection), compare_scores);
-        if (json) predict_json(json, &network, list.paths[i], done == 0, original.width, original.height, found, count);
-        if (dump_path) {
-            dump_add(&dump, done, "pixel_values", acts.pixels, out_height, out_width, 3);
-            dump_add(&dump, done, "logits", acts.logits + last * (size_t)classes, num_queries, classes, 0);
-            dump_add(&dump, done, "pred_boxes", acts.boxes + last * 4, num_queries, 4, 0);
-        }
-        if (!json && !draw && !dump_path)
-            for (int d = 0; d < count; d++)
-                printf("%s: %s %.3f  %.1f %.1f %.1f %.1f\n", list.paths[i], network.label_names[found[d].label],
-                       found[d].score, found[d].box[0], found[d].box[1], found[d].box[2], found[d].box[3]);
-        if (draw) status = predict_draw(&original, &network, list.paths[i], draw, &taken, found, count, error);
-        image_free(&original);
-        image_free(&image);
-        done++;
-        shown += count;
-    }
-    if (json) fputs("]\n", json);
-    if (json && coco_close(json, json_path, error) != 0) status = -1;
-    if (status == 0 && dump_path) status = safetensors_write(dump_path, dump.tensors, dump.count, error);
-    if (status == 0)
-        printf("%d pictures, %d boxes with a score above %s%s%s\n", done, shown, flag_text(settings, "threshold"),
-               draw ? ", drawn in " : "", draw ? draw : "");
-    if (status == 0 && unreadable) status = fail(error, "%d of %d pictures could not be read", unreadable, list.count);
-    for (int i = 0; i < dump.count; i++) {
-        free((void *)dump.tensors[i].name);
-        free((void *)dump.tensors[i].data);
-    }
-    free(dump.tensors);
-    picture_files_free(&list);
-    picture_files_free(&taken);
-    free(found);
-    activations_free(&acts);
-    network_free(&network);
+    free(run.dump.tensors);
+    picture_files_free(&run.pictures);
+    picture_files_free(&run.drawn);
+    activations_free(&run.acts);
+    network_free(&run.network);
     return status;
 }
 
 static int command_score(Settings *settings, Error *error) {
     Dataset set;
-    EvalDetection *detections;
-    CocoScores scores;
-    int count, status = 0;
+    EvalDetection *detections = NULL;
+    int count;
     flag_require(settings, "annotations");
     flag_require(settings, "results");
     if (dataset_open_coco_file(&set, flag_text(settings, "annotations"), NULL, error) != 0) return -1;
     for (int i = 0; i < set.num_problems; i++) fprintf(stderr, "%s\n", set.problems[i]);
-    if (coco_read_results(flag_text(settings, "results"), &set, &detections, &count, error) != 0) {
-        dataset_free(&set);
-        return -1;
-    }
-    coco_score(&scores, &set, detections, count);
-    coco_print(stdout, &scores, set.categories);
-    if (flag_text(settings, "json"))
-        status = coco_write_json(flag_text(settings, "json"), &scores, set.categories, error);
-    coco_scores_free(&scores);
+    int status = coco_read_results(flag_text(settings, "results"), &set, &detections, &count, error);
+    if (status == 0) status = score_and_show(settings, &set, detections, count, error);
     free(detections);
     dataset_free(&set);
     return status;
