@@ -310,7 +310,7 @@ static int training_save(const Training *run, int with_report, Error *error) {
     FILE *log = fileset_create(run->folder, "log.txt");
     if (log) fputs(run->log, log);
     int status = fileset_close(log, run->folder, "log.txt", error);
-    if (status == 0) status = config_write(&run->network, &run->loss, run->folder, error);
+    if (status == 0) status = config_write(&run->network, run->folder, error);
     if (status == 0) status = preprocessor_write(&run->network, run->folder, error);
     if (status == 0) status = tensors_write(&run->network.model, run->folder, 0, error);
     if (status == 0) status = tensors_write(&run->network.model, run->folder, 1, error);

@@ -94,7 +94,7 @@ static const Preset PRESETS[] = {
      {"backbone",    "tiny", "hidden_dim",      "128", "nheads",      "4",  "enc_layers", "3",
       "dec_layers",  "3",    "dim_feedforward", "512", "num_queries", "64", "dropout",    "0",
       "short_side",  "240",  "max_size",        "320", "batch_size",  "4",  "lr",         "4e-4",
-      "lr_backbone", "4e-4", "lr_drop",         "40",  "epochs",      "50", NULL}},
+      "lr_backbone", "4e-4", "lr_drop",         "16",  "epochs",      "20", NULL}},
     {"small",
      "resnet18 and half a transformer on pictures of half size: some thousand pictures, from scratch, in a night",
      {"backbone",   "resnet18", "hidden_dim",      "192", "nheads",  "8",    "enc_layers",  "3",
