@@ -109,6 +109,283 @@ static void config_check_flags(const ModelConfig *config, const Settings *settin
                    {"hidden_dim", config->hidden_dim},
                    {"nheads", config->nheads},
                    {"num_queries", config->num_queries}};
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        if (flag_given(settings, numbers[i].flag) && flag_int(settings, numbers[i].flag) != numbers[i].theirs)
+            usage_error("--%s %s contradicts %s/config.json, which has %d: leave it out", numbers[i].flag,
+                        flag_text(settings, numbers[i].flag), folder, numbers[i].theirs);
+    if (flag_given(settings, "dilation") && !config->dilation)
+        usage_error("--dilation contradicts %s/config.json, which has none: leave it out", folder);
+    if (flag_given(settings, "backbone") && !same_backbone(&named, config))
+        usage_error("--backbone %s contradicts %s/config.json, which has another one: leave it out",
+                    flag_text(settings, "backbone"), folder);
+}
+
+// A JSON file that is read key by key. The first thing wrong with it stays in `error`, and what follows is only
+// defaults, so that a caller asks once, at the end.
+typedef struct {
+    const char *path;
+    Error *error;
+    int failed;
+} ConfigReader;
+
+#define CONFIG_FAIL(reader, ...) ((reader)->failed ? 0 : ((reader)->failed = 1, fail((reader)->error, __VA_ARGS__)))
+
+static int read_int(ConfigReader *reader, yajl_val object, const char *key, int unset, int low, int high) {
+    Error why;
+    int value = unset;
+    if (json_get_int(object, key, &value, reader->path, &why) < 0) CONFIG_FAIL(reader, "%s", why.text);
+    if (value < low || value > high)
+        CONFIG_FAIL(reader, "%s: \"%s\" is %d, not from %d to %d", reader->path, key, value, low, high);
+    return value < low ? low : value > high ? high : value;
+}
+
+static int read_bool(ConfigReader *reader, yajl_val object, const char *key, int unset) {
+    Error why;
+    if (json_get_bool(object, key, &unset, reader->path, &why) < 0) CONFIG_FAIL(reader, "%s", why.text);
+    return unset;
+}
+
+static const char *read_text(ConfigReader *reader, yajl_val object, const char *key, const char *unset) {
+    Error why;
+    if (json_get_string(object, key, &unset, reader->path, &why) < 0) CONFIG_FAIL(reader, "%s", why.text);
+    return unset;
+}
+
+// A list of whole numbers, one a stage, times `scale`. Returns its length; without such a key `unset`, values
+// untouched.
+static int read_stages(ConfigReader *reader, yajl_val object, const char *key, int *values, int scale, int unset) {
+    yajl_val list = json_member(object, key);
+    if (!list || YAJL_IS_NULL(list)) return unset;
+    int count = YAJL_IS_ARRAY(list) && list->u.array.len <= MAX_STAGES ? (int)list->u.array.len : 0;
+    for (int i = 0; i < count; i++) {
+        yajl_val value = list->u.array.values[i];
+        if (YAJL_IS_INTEGER(value) && value->u.number.i >= 1 && value->u.number.i <= 65536)
+            values[i] = scale * (int)value->u.number.i;
+        else
+            CONFIG_FAIL(reader, "%s: \"%s\": entry %d is not a number from 1 to 65536", reader->path, key, i);
+    }
+    if (!count) CONFIG_FAIL(reader, "%s: \"%s\" must be a list of 1 to %d numbers", reader->path, key, MAX_STAGES);
+    return count ? count : unset;
+}
+
+// Refuses any value but the one that is computed here (or none).
+static void read_only(ConfigReader *reader, yajl_val object, const char *key, const char *computed) {
+    yajl_val value = json_member(object, key);
+    if (!value || YAJL_IS_NULL(value)) return;
+    const char *text = YAJL_IS_STRING(value)   ? value->u.string
+                       : YAJL_IS_NUMBER(value) ? value->u.number.r
+                       : YAJL_IS_TRUE(value)   ? "true"
+                                               : "false";
+    if (strcmp(text, computed) != 0)
+        CONFIG_FAIL(reader, "%s: \"%s\" is %.60s, but only %s is computed", reader->path, key, text, computed);
+}
+
+// backbone_config of a native backbone: a ResNetConfig, with its defaults.
+static void config_read_resnet(ConfigReader *reader, ModelConfig *config, yajl_val resnet) {
+    backbone_by_name(config, "resnet50");
+    const char *const only[5][2] = {{"model_type", "resnet"},
+                                    {"hidden_act", "relu"},
+                                    {"num_channels", "3"},
+                                    {"downsample_in_first_stage", "false"},
+                                    {"downsample_in_bottleneck", "false"}};
+    for (int i = 0; i < 5; i++) read_only(reader, resnet, only[i][0], only[i][1]);
+    config->stem_width = read_int(reader, resnet, "embedding_size", 64, 1, 65536);
+    int num_depths = read_stages(reader, resnet, "depths", config->depths, 1, 4);
+    config->num_stages = read_stages(reader, resnet, "hidden_sizes", config->widths, 1, 4);
+    config->bottleneck = strcmp(read_text(reader, resnet, "layer_type", "bottleneck"), "bottleneck") == 0;
+    if (!config->bottleneck) read_only(reader, resnet, "layer_type", "basic");
+    if (num_depths != config->num_stages)
+        CONFIG_FAIL(reader, "%s: \"depths\" and \"hidden_sizes\" differ in length", reader->path);
+    yajl_val indices = json_member(resnet, "out_indices");
+    yajl_val last =
+        YAJL_IS_ARRAY(indices) && indices->u.array.len ? indices->u.array.values[indices->u.array.len - 1] : NULL;
+    if (YAJL_IS_INTEGER(last) && last->u.number.i != config->num_stages && last->u.number.i != -1)
+        CONFIG_FAIL(reader, "%s: \"out_indices\" must end with the last stage, %d", reader->path, config->num_stages);
+}
+
+// A backbone that transformers takes from timm: by name, its shape changed by backbone_kwargs.
+static void config_read_timm(ConfigReader *reader, ModelConfig *config, yajl_val tree) {
+    const char *name = read_text(reader, tree, "backbone", "resnet50");
+    yajl_val kwargs = json_member(tree, "backbone_kwargs");
+    name = read_text(reader, json_member(tree, "backbone_config"), "backbone", name);
+    if (backbone_by_name(config, name) != 0 || config->stem_width != 64)
+        CONFIG_FAIL(reader, "%s: \"backbone\" is %.60s: resnet18, 34, 50 and 101 are computed", reader->path, name);
+    read_only(reader, kwargs, "in_chans", "3");
+    if (read_stages(reader, kwargs, "layers", config->depths, 1, 4) != 4 ||
+        read_stages(reader, kwargs, "channels", config->widths, config->bottleneck ? 4 : 1, 4) != 4)
+        CONFIG_FAIL(reader, "%s: \"layers\" and \"channels\" must have 4 entries", reader->path);
+    int stride = read_int(reader, kwargs, "output_stride", 32, 1, 32);
+    if (stride != 32) read_only(reader, kwargs, "output_stride", "16");
+    config->dilation = read_bool(reader, tree, "dilation", 0) || stride == 16;
+    config->timm_names = config->dilation;  // one without dilation is saved as a ResNetConfig
+}
+
+// id2label, {"0": "cat", ...}, whole from 0 to the last; without one, what transformers assumes.
+static void config_read_labels(ConfigReader *reader, Network *network, yajl_val tree) {
+    yajl_val labels = json_member(tree, "id2label");
+    int named = YAJL_IS_OBJECT(labels) ? (int)labels->u.object.len : 0;
+    network_labels(network, named ? named : read_int(reader, tree, "num_labels", 2, 1, 1000000));
+    for (int i = 0; i < named; i++) {
+        char *end;
+        const char *key = labels->u.object.keys[i];
+        long index = strtol(key, &end, 10);
+        yajl_val name = labels->u.object.values[i];
+        if (!*end && index >= 0 && index < named && !network->label_names[index] && YAJL_IS_STRING(name))
+            network->label_names[index] = format_string("%s", name->u.string);
+        else
+            CONFIG_FAIL(reader, "%s: \"id2label\" must name each of 0 to %d once: \"%.40s\"", reader->path, named - 1,
+                        key);
+    }
+    for (int i = 0; i < network->config.num_labels; i++)
+        if (!network->label_names[i]) network->label_names[i] = format_string("LABEL_%d", i);
+}
+
+static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tree) {
+    ModelConfig *config = &network->config;
+    const char *const only[5][2] = {{"model_type", "detr"},
+                                    {"activation_function", "relu"},
+                                    {"num_channels", "3"},
+                                    {"position_embedding_type", "sine"},
+                                    {"scale_embedding", "false"}};
+    for (int i = 0; i < 5; i++) read_only(reader, tree, only[i][0], only[i][1]);
+    if (!json_member(tree, "model_type"))
+        CONFIG_FAIL(reader, "%s: has no \"model_type\", so it is no DETR", reader->path);
+    config->hidden_dim = read_int(reader, tree, "d_model", 256, 4, 8192);
+    config->enc_layers = read_int(reader, tree, "encoder_layers", 6, 1, 64);
+    config->dec_layers = read_int(reader, tree, "decoder_layers", 6, 1, MAX_DEC_LAYERS);
+    config->nheads = read_int(reader, tree, "encoder_attention_heads", 8, 1, 1024);
+    config->dim_feedforward = read_int(reader, tree, "encoder_ffn_dim", 2048, 1, 65536);
+    config->num_queries = read_int(reader, tree, "num_queries", 100, 1, 10000);
+    config->dropout = 0.1;
+    Error why;
+    if (json_get_double(tree, "dropout", &config->dropout, reader->path, &why) < 0) CONFIG_FAIL(reader, "%s", why.text);
+    if (!(config->dropout >= 0 && config->dropout < 1))
+        CONFIG_FAIL(reader, "%s: \"dropout\" is %g", reader->path, config->dropout);
+    if (read_int(reader, tree, "decoder_attention_heads", 8, 1, 1024) != config->nheads ||
+        read_int(reader, tree, "decoder_ffn_dim", 2048, 1, 65536) != config->dim_feedforward)
+        CONFIG_FAIL(reader,
+                    "%s: attention heads or ffn_dim of encoder and decoder differ: only equal ones are computed",
+                    reader->path);
+    if (config->hidden_dim % config->nheads || config->hidden_dim % 4)
+        CONFIG_FAIL(reader, "%s: \"d_model\" %d must be a multiple of 4 and of %d heads", reader->path,
+                    config->hidden_dim, config->nheads);
+    yajl_val backbone = json_member(tree, "backbone_config");
+    const char *type = read_text(reader, backbone, "model_type", "resnet");
+    if (strcmp(type, "timm_backbone") == 0 ||
+        (!YAJL_IS_OBJECT(backbone) && read_bool(reader, tree, "use_timm_backbone", 1)))
+        config_read_timm(reader, config, tree);
+    else
+        config_read_resnet(reader, config, backbone);
+    if (!YAJL_IS_OBJECT(backbone) && !read_bool(reader, tree, "use_timm_backbone", 1))
+        read_only(reader, tree, "backbone", "resnet50");
+    config_read_labels(reader, network, tree);
+}
+
+// {"shortest_edge": 800, "longest_edge": 1333} as "size"; formerly 800, and "max_size" beside it.
+static void preprocessor_read_tree(ConfigReader *reader, Network *network, yajl_val tree) {
+    yajl_val size = json_member(tree, "size");
+    int nested = YAJL_IS_OBJECT(size);
+    network->short_side = read_int(reader, nested ? size : tree, nested ? "shortest_edge" : "size", 800, 1, 16384);
+    network->max_size = read_int(reader, nested ? size : tree, nested ? "longest_edge" : "max_size", 1333, 1, 32768);
+    for (int k = 0; k < 2; k++) {
+        const char *key = k ? "image_std" : "image_mean";
+        yajl_val list = json_member(tree, key);
+        for (size_t c = 0; YAJL_IS_ARRAY(list) && c < list->u.array.len && c < 3; c++)
+            if (!YAJL_IS_DOUBLE(list->u.array.values[c]) ||
+                fabs(list->u.array.values[c]->u.number.d - (k ? PIXEL_STD : PIXEL_MEAN)[c]) > 1e-6)
+                CONFIG_FAIL(reader, "%s: \"%s\" is not ImageNet's, the only one that is computed", reader->path, key);
+    }
+}
+
+// Reads a folder's config.json and preprocessor_config.json. 0, or -1 with what is not computed here, by name.
+static int config_read(Network *network, const char *folder, Error *error) {
+    memset(network, 0, sizeof *network);
+    if (!is_directory(folder))
+        return fail(error, "%s: %s", folder, access(folder, F_OK) ? "does not exist" : "is not a folder");
+    int failed = 0;
+    for (int i = 0; i < 2 && !failed; i++) {
+        char *path = fileset_path(folder, i ? "preprocessor_config.json" : "config.json");
+        ConfigReader reader = {path, error, 0};
+        int missing = i && !is_file(path);
+        yajl_val tree = missing ? NULL : json_read(path, error);
+        if (missing)
+            fprintf(stderr, "note: %s is missing: pictures are resized as DETR's are, to 800 and 1333\n", path);
+        if (!tree && !missing)
+            reader.failed = 1;
+        else if (i)
+            preprocessor_read_tree(&reader, network, tree);
+        else
+            config_read_tree(&reader, network, tree);
+        failed = reader.failed;
+        yajl_tree_free(tree);
+        free(path);
+    }
+    return failed ? -1 : 0;
+}
+
+static void print_int_list(FILE *file, const int *values, int count, int divisor) {
+    for (int i = 0; i < count; i++) fprintf(file, "%s%d", i ? ", " : "[", values[i] / divisor);
+    fputc(']', file);
+}
+
+static void config_write_backbone(FILE *file, const ModelConfig *config) {
+    if (!config->dilation) {
+        fprintf(file, " \"use_timm_backbone\": false,\n \"backbone\": null,\n \"dilation\": false,\n");
+        fprintf(file,
+                " \"backbone_config\": {\"model_type\": \"resnet\", \"num_channels\": 3, \"embedding_size\": %d, ",
+                config->stem_width);
+        fprintf(file, "\"hidden_act\": \"relu\", \"layer_type\": \"%s\", ",
+                config->bottleneck ? "bottleneck" : "basic");
+        fprintf(file, "\"downsample_in_first_stage\": false, \"downsample_in_bottleneck\": false, \"depths\": ");
+        print_int_list(file, config->depths, config->num_stages, 1);
+        fputs(", \"hidden_sizes\": ", file);
+        print_int_list(file, config->widths, config->num_stages, 1);
+        fprintf(file, ", \"out_features\": [\"stage%d\"], \"out_indices\": [%d]},\n", config->num_stages,
+                config->num_stages);
+        return;
+    }
+    // No ResNetConfig dilates, timm does. The name says which kind of block; shapes that have none are spelled out.
+    const char *name = config->bottleneck ? "resnet50" : "resnet18";
+    int is_named = 0;
+    for (int b = 0; b < NUM_BACKBONES && !is_named; b++) {
+        ModelConfig named;
+        memset(&named, 0, sizeof named);
+        backbone_by_name(&named, BACKBONES[b].name);
+        is_named = same_backbone(&named, config);
+        if (is_named) name = BACKBONES[b].name;
+    }
+    fprintf(file, " \"use_timm_backbone\": true,\n \"backbone_config\": null,\n \"dilation\": true,\n");
+    fprintf(file, " \"backbone\": \"%s\",\n", name);
+    if (is_named) return;
+    fputs(" \"backbone_kwargs\": {\"in_chans\": 3, \"out_indices\": [1, 2, 3, 4], \"layers\": ", file);
+    print_int_list(file, config->depths, config->num_stages, 1);
+    fputs(", \"channels\": ", file);
+    print_int_list(file, config->widths, config->num_stages, config->bottleneck ? 4 : 1);
+    fputs(", \"output_stride\": 16},\n", file);
+}
+
+// Writes config.json, as DetrConfig.save_pretrained does, into the set of `folder`. 0, or -1.
+static int config_write(const Network *network, const char *folder, Error *error) {
+    const ModelConfig *config = &network->config;
+    FILE *file = fileset_create(folder, "config.json");
+    if (!file) return fileset_close(file, folder, "config.json", error);
+    fputs("{\n \"architectures\": [\"DetrForObjectDetection\"],\n \"model_type\": \"detr\",\n", file);
+    fputs(" \"is_encoder_decoder\": true,\n \"num_channels\": 3,\n \"use_pretrained_backbone\": false,\n", file);
+    config_write_backbone(file, config);
+    const struct {
+        const char *key;
+        int value;
+    } sizes[] = {{"d_model", config->hidden_dim},
+                 {"num_queries", config->num_queries},
+                 {"encoder_layers", config->enc_layers},
+                 {"decoder_layers", config->dec_layers},
+                 {"num_hidden_layers", config->enc_layers},
+                 {"encoder_attention_heads", config->nheads},
+                 {"decoder_attention_heads", config->nheads},
+                 {"encoder_ffn_dim", config->dim_feedforward},
+                 {"decoder_ffn_dim", config->dim_feedforward}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        fprintf(file, " \"%s\": %d,\n", sizes[i].key, sizes[i].value);
     const char *const dropouts[3] = {"dropout", "attention_dropout", "activation_dropout"};
     for (int i = 0; i < 3; i++) fprintf(file, " \"%s\": %.17g,\n", dropouts[i], config->dropout);
     fputs(" \"activation_function\": \"relu\",\n \"position_embedding_type\": \"sine\",\n", file);
