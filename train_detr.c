@@ -126,7 +126,7 @@ static void arena_free(Arena *arena) {
 // A linear layer is a convolution with kernel 1 over an "image" of (rows, 1).
 //
 // Every element of a result is summed by one thread in an order that depends on shapes alone: the number of threads
-// never changes a bit. doc/matmul.md tells how the sizes below were found.
+// never changes a bit. doc/6-how-the-matmul-gets-fast.md tells how the sizes below were found.
 
 #if defined __AVX512F__  // 32 registers of 64 bytes: 24 hold the tile
 enum { VECTOR_BYTES = 64, TILE_VECTORS = 4 };
