@@ -330,6 +330,7 @@ static void test_company(void) {
     predict_image(&model, &acts, &samples[0].image);
     memcpy(alone, acts.boxes, count * sizeof(real));
     predict_image(&model, &acts, &samples[1].image);
+    acts.dropout.p = 0.5;  // as a training step may leave it
     predict_image(&model, &acts, &samples[0].image);
     check(memcmp(alone, acts.boxes, count * sizeof(real)) == 0, "an image's boxes are the same after another image");
     check(activations_bytes(&model, 70, 70, 0) == acts.arena.capacity, "the plan is what is allocated");
@@ -337,6 +338,90 @@ static void test_company(void) {
     free_batch(samples, SMALL_BATCH);
     activations_free(&acts);
     model_free(&model);
+}
+
+// The training step's gradients are those of the batch as the other tests compute it, which the truth is compared with.
+static void test_training_step(void) {
+    Model model;
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    Losses losses;
+    Error error;
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    small_model(&model, 1, 0.1);
+    activations_create(&acts, &model, 70, 70, 1);
+    small_batch(samples);
+    double loss = batch_loss(&model, &acts, samples, 1);
+    uint64_t gradient = fingerprint(&model, 1), weights = fingerprint(&model, 0);
+    int status = training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 11, 5, &losses, &error);
+    check(status == 0 && losses.loss == loss && fingerprint(&model, 1) == gradient,
+          "a training step has the batch's loss and gradient: %.9g, %.9g", losses.loss, loss);
+    check(losses.grad_norm == gradient_norm(&model), "a training step reports and clips by the gradient's norm");
+    check(fingerprint(&model, 0) != weights, "a training step changes the weights");
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    model_free(&model);
+}
+
+// Adds each channel's sum and sum of squares of what a layer makes of x; returns the number of pixels.
+static int add_moments(double *sums, const Layer *layer, const real *x, int height, int width) {
+    int pixels = conv_output_size(height, layer->shape) * conv_output_size(width, layer->shape);
+    int C = layer->shape.out_channels;
+    real *y = (real *)allocate((size_t)(pixels * C) * sizeof(real));
+    layer_forward(y, x, height, width, layer, 0, NULL);
+    for (int i = 0; i < pixels * C; i++) sums[i % C] += y[i], sums[C + i % C] += (double)y[i] * y[i];
+    free(y);
+    return pixels;
+}
+
+// Calibrated norms pass on mean 0 and variance 1, each channel of each layer over the pictures they were calibrated on.
+static void test_calibrate(void) {
+    for (int bottleneck = 0; bottleneck < 2; bottleneck++) {
+        Model model;
+        Activations acts;
+        Sample samples[SMALL_BATCH];
+        Error error;
+        ModelConfig config = small_config(bottleneck);
+        check(model_create(&model, &config, 1, 1, 1, &error) == 0, "a small model");
+        model_initialise(&model, 3);
+        activations_create(&acts, &model, 70, 70, 1);
+        small_batch(samples);
+        calibrate_norms(&model, samples, SMALL_BATCH);
+        model_pack(&model);
+        for (int b = -1; b < model.num_blocks; b++) {  // -1: the stem
+            int convs = b < 0 ? 1 : model.blocks[b].num_convs,
+                layers = convs + (b >= 0 && model.blocks[b].has_shortcut);
+            for (int j = 0; j < layers; j++) {
+                const Layer *layer = b < 0       ? &model.stem
+                                     : j < convs ? &model.blocks[b].conv[j]
+                                                 : &model.blocks[b].shortcut;
+                double sums[2 * 64] = {0}, worst = 0, pixels = 0;
+                int C = layer->shape.out_channels;
+                for (int i = 0; i < SMALL_BATCH; i++) {
+                    predict_image(&model, &acts, &samples[i].image);
+                    int height = acts.height, width = acts.width;
+                    const real *x = acts.pixels;
+                    if (b >= 0) {
+                        const BlockActivations *block = &acts.blocks[b];
+                        int strided = j == convs - 1;  // what carries the block's stride comes before it
+                        height = strided ? block->out_height : block->height;
+                        width = strided ? block->out_width : block->width;
+                        x = j == 0 || j == convs ? block->in : block->inner[j - 1];
+                    }
+                    pixels += add_moments(sums, layer, x, height, width);
+                }
+                for (int n = 0; n < C; n++) {
+                    double mean = sums[n] / pixels, variance = sums[C + n] / pixels - mean * mean;
+                    worst = fmax(worst, fmax(fabs(mean), fabs(variance - 1)));
+                }
+                check(worst < 1e-3, "calibrated %s: mean and variance of a channel are off by %g", layer->weight->name,
+                      worst);
+            }
+        }
+        free_batch(samples, SMALL_BATCH);
+        activations_free(&acts);
+        model_free(&model);
+    }
 }
 
 // A weight that is not finite stops the step, is named, and changes nothing.
@@ -1249,25 +1334,13 @@ typedef struct {
 } Test;
 
 static const Test TESTS[] = {
-    {"random", test_random},
-    {"matmul", test_matmul},
-    {"attention", test_attention},
-    {"dropout", test_dropout},
-    {"layernorm", test_layernorm},
-    {"maxpool", test_maxpool},
-    {"positions", test_positions},
-    {"matching", test_matching},
-    {"boxes", test_boxes},
-    {"normalise", test_normalise},
-    {"dumps", test_dumps},
-    {"gradients", test_gradients},
-    {"same_bytes", test_same_bytes},
-    {"company", test_company},
-    {"nonfinite", test_nonfinite},
-    {"heart", test_learns_by_heart},
-    {"image", test_image},
-    {"dataset", test_dataset},
-    {"eval", test_eval},
+    {"random", test_random},         {"matmul", test_matmul},       {"attention", test_attention},
+    {"dropout", test_dropout},       {"layernorm", test_layernorm}, {"maxpool", test_maxpool},
+    {"positions", test_positions},   {"matching", test_matching},   {"boxes", test_boxes},
+    {"normalise", test_normalise},   {"dumps", test_dumps},         {"gradients", test_gradients},
+    {"same_bytes", test_same_bytes}, {"company", test_company},     {"step", test_training_step},
+    {"calibrate", test_calibrate},   {"nonfinite", test_nonfinite}, {"heart", test_learns_by_heart},
+    {"image", test_image},           {"dataset", test_dataset},     {"eval", test_eval},
 };
 
 int main(int argc, char **argv) {

@@ -229,6 +229,9 @@ static inline const char *box_fault(const Annotation *box, int width, int height
     return NULL;
 }
 
+// Huge coordinates may differ by more than a double holds: the largest one instead, which the picture's edge cuts off.
+static inline double finite_number(double value) { return fmin(fmax(value, -DBL_MAX), DBL_MAX); }
+
 // Adds a box to the image added last, and sets `skipped`. `where` begins the line about a bad one.
 static inline void dataset_add_box(Dataset *set, Annotation box, const char *where) {
     DatasetImage *image = &set->images[set->num_images - 1];
@@ -318,6 +321,7 @@ typedef struct {
     char fault[96];  // the first thing wrong with it, or ""
     CocoAnnotation *annotations;
     int num_annotations;
+    int without_names;  // annotations only: images need no file_name, categories no name
 } CocoReader;
 
 typedef enum { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_CONTAINER } JsonKind;
@@ -363,6 +367,11 @@ static inline int coco_value(CocoReader *reader, JsonKind kind, const char *text
     if (!reader->in_entry || field < 0) return 1;
     int in_bbox = field == COCO_BBOX && reader->depth == 4;
     reader->present |= 1u << field;
+    if (reader->without_names && kind == JSON_NULL &&
+        (1u << field & (1u << COCO_FILE_NAME | 1u << COCO_NAME | 1u << COCO_WIDTH | 1u << COCO_HEIGHT))) {
+        reader->present &= ~(1u << field);  // as if it were not there
+        return 1;
+    }
     if (field == COCO_FILE_NAME || field == COCO_NAME) {
         if (kind != JSON_STRING || length == 0 || memchr(text, 0, length)) {
             coco_fault(reader, "%s is %s", coco_field_names[field],
@@ -451,8 +460,13 @@ static int coco_on_end_map(void *context) {
                         : list == COCO_CATEGORIES ? 1u << COCO_ID | 1u << COCO_NAME
                                                   : 1u << COCO_IMAGE_ID | 1u << COCO_CATEGORY_ID | 1u << COCO_BBOX;
     reader->in_entry = 0;
+    if (reader->without_names) required &= ~(1u << COCO_FILE_NAME | 1u << COCO_NAME);
     for (int field = 0; field < COCO_FIELDS; field++)
         if ((required & ~reader->present) >> field & 1) coco_fault(reader, "has no %s", coco_field_names[field]);
+    if (list != COCO_ANNOTATIONS && !(reader->present >> COCO_FILE_NAME & 1) && !(reader->present >> COCO_NAME & 1)) {
+        free(reader->text);
+        reader->text = format_string("%lld", (long long)reader->ids[COCO_ID]);
+    }
     if ((reader->present >> COCO_BBOX & 1) && reader->bbox_count != 4)
         coco_fault(reader, "bbox has %d numbers, not 4", reader->bbox_count);
     if (reader->fault[0]) {
@@ -479,7 +493,7 @@ static int coco_on_end_map(void *context) {
         box->width = reader->bbox[2];
         box->height = reader->bbox[3];
         box->area =
-            reader->present >> COCO_AREA & 1 ? reader->numbers[COCO_AREA] : fmin(box->width * box->height, DBL_MAX);
+            reader->present >> COCO_AREA & 1 ? reader->numbers[COCO_AREA] : finite_number(box->width * box->height);
         box->crowd = (reader->present >> COCO_ISCROWD & 1) && reader->numbers[COCO_ISCROWD] != 0;
     }
     return 1;
@@ -592,6 +606,7 @@ static inline int coco_load(Dataset *set, const char *path, char *const *folders
     reader->error = error;
     reader->path = path;
     reader->list = reader->field = -1;
+    reader->without_names = num_folders == 0;
     set->format = "COCO";
     set->source = format_string("%s", path);
     int result = json_stream(path, &callbacks, reader, error);
@@ -610,7 +625,8 @@ static inline int coco_load(Dataset *set, const char *path, char *const *folders
     return result;
 }
 
-// Opens one COCO annotation file. image_folder NULL: annotations only; paths stay NULL, no picture is looked for.
+// Opens one COCO annotation file. image_folder NULL: annotations only; paths stay NULL, no picture is looked for, and
+// what has no file_name or name is called by its id.
 // 0; or -1, and then nothing is to be freed.
 static inline int dataset_open_coco_file(Dataset *set, const char *json_path, const char *image_folder, Error *error) {
     memset(set, 0, sizeof *set);
@@ -805,9 +821,9 @@ static inline void voc_add_boxes(Dataset *set, const VocFile *file, const char *
         box.id = set->num_annotations;
         box.x = corners[0];
         box.y = corners[1];
-        box.width = corners[2] - corners[0];
-        box.height = corners[3] - corners[1];
-        box.area = box.width * box.height;
+        box.width = finite_number(corners[2] - corners[0]);
+        box.height = finite_number(corners[3] - corners[1]);
+        box.area = finite_number(box.width * box.height);
         box.ignore = object->difficult != 0;
         if (object->fault[0]) {
             dataset_problem(set, "%s: %s: box skipped", where, object->fault);
@@ -815,8 +831,6 @@ static inline void voc_add_boxes(Dataset *set, const VocFile *file, const char *
             dataset_problem(set, "%s: has no complete <bndbox>: box skipped", where);
         } else if (box.class_index < 0) {
             dataset_problem(set, "%s: has no <name>: box skipped", where);
-        } else if (!isfinite(box.area)) {
-            dataset_problem(set, "%s: its box overflows: box skipped", where);
         } else {
             dataset_add_box(set, box, where);
         }
@@ -1000,17 +1014,17 @@ static inline void yolo_add_boxes(Dataset *set, const char *path) {
         box.class_index = -1;
         if (fabs(values[0]) < 1e15 && values[0] == floor(values[0]))
             box.class_index = dataset_category_index(set, (int64_t)values[0]);
-        box.width = values[3] * picture_width;
-        box.height = values[4] * picture_height;
-        box.x = values[1] * picture_width - 0.5 * box.width;
-        box.y = values[2] * picture_height - 0.5 * box.height;
-        box.area = box.width * box.height;
+        box.width = finite_number(values[3] * picture_width);
+        box.height = finite_number(values[4] * picture_height);
+        box.x = finite_number(finite_number(values[1] * picture_width) - 0.5 * box.width);
+        box.y = finite_number(finite_number(values[2] * picture_height) - 0.5 * box.height);
+        box.area = finite_number(box.width * box.height);
         if (*at)
             dataset_problem(set, "%s: \"%.40s\" is not a number: box skipped", where, at);
         else if (count != 5)
             dataset_problem(set, "%s: %d numbers, not the 5 of class, cx, cy, width, height: box skipped", where,
                             count);
-        else if (!finite || !isfinite(box.area))
+        else if (!finite)
             dataset_problem(set, "%s: not finite: box skipped", where);
         else if (box.class_index < 0)
             dataset_problem(set, "%s: class %g is not in data.yaml's names: box skipped", where, values[0]);

@@ -116,24 +116,31 @@ static inline int is_choice(const char *choices, const char *text) {
     return 0;
 }
 
-// Ends the program unless `text` is a possible value of the flag.
-static inline void flag_check(const Flag *flag, const char *text) {
+// 1 if `text` is a possible value of the flag.
+static inline int flag_possible(const Flag *flag, const char *text) {
     char *end = NULL;
     errno = 0;
     if (flag->kind == INTEGER) {
         long long value = strtoll(text, &end, 10);
-        if (end == text || *end || errno || (double)value < flag->low || (double)value > flag->high)
-            usage_error("--%s must be a whole number from %.15g to %.15g, not \"%s\"", flag->name, flag->low,
-                        flag->high, text);
-    } else if (flag->kind == NUMBER) {
-        double value = strtod(text, &end);
-        if (end == text || *end || !(value >= flag->low && value <= flag->high))
-            usage_error("--%s must be a number from %g to %g, not \"%s\"", flag->name, flag->low, flag->high, text);
-    } else if (flag->kind == CHOICE && !is_choice(flag->value, text)) {
-        usage_error("--%s must be one of %s, not \"%s\"", flag->name, flag->value, text);
-    } else if (text[0] == 0) {
-        usage_error("--%s must not be empty", flag->name);
+        return end != text && !*end && !errno && (double)value >= flag->low && (double)value <= flag->high;
     }
+    if (flag->kind == NUMBER) {
+        double value = strtod(text, &end);
+        return end != text && !*end && value >= flag->low && value <= flag->high;
+    }
+    return flag->kind == CHOICE ? is_choice(flag->value, text) : text[0] != 0;
+}
+
+// Ends the program unless `text` is a possible value of the flag.
+static inline void flag_check(const Flag *flag, const char *text) {
+    if (flag_possible(flag, text)) return;
+    if (flag->kind == INTEGER)
+        usage_error("--%s must be a whole number from %.15g to %.15g, not \"%s\"", flag->name, flag->low, flag->high,
+                    text);
+    if (flag->kind == NUMBER)
+        usage_error("--%s must be a number from %g to %g, not \"%s\"", flag->name, flag->low, flag->high, text);
+    if (flag->kind == CHOICE) usage_error("--%s must be one of %s, not \"%s\"", flag->name, flag->value, text);
+    usage_error("--%s must not be empty", flag->name);
 }
 
 // 1 if both paths name the same file or folder.
@@ -239,8 +246,10 @@ static inline void settings_write(FILE *file, const Settings *settings) {
 }
 
 // Takes over the flags that settings_write saved; the tree must outlive the settings. Ends the program if the user gave
-// one of them another value that may not change. A file or folder that is not where it was may be named anew.
-static inline void settings_resume(Settings *settings, yajl_val saved) {
+// one of them another value that may not change. A file or folder that is not where it was may be named anew. 0; -1 if
+// what was saved cannot be: `path` is the file it comes from.
+static inline int settings_resume(Settings *settings, yajl_val saved, const char *path, Error *error) {
+    if (!YAJL_IS_OBJECT(saved)) return fail(error, "%s: is damaged: it holds no flags", path);
     for (int i = 0; i < settings->num_flags; i++) {
         const Flag *flag = &settings->flags[i];
         yajl_val value = json_member(saved, flag->name);
@@ -248,6 +257,8 @@ static inline void settings_resume(Settings *settings, yajl_val saved) {
         const char *given = settings->text[i], *text = YAJL_IS_TRUE(value) ? "1" : NULL;
         if (YAJL_IS_NUMBER(value)) text = value->u.number.r;
         if (YAJL_IS_STRING(value)) text = value->u.string;
+        if (flag->kind != SWITCH && (text ? !flag_possible(flag, text) : flag->default_value != NULL))
+            return fail(error, "%s: is damaged: \"%s\" is \"%.40s\"", path, flag->name, text ? text : "null");
         int free_to_change = (flag->commands & MAY_CHANGE) || (flag->kind == PATH && text && access(text, F_OK) != 0);
         if (settings->source[i] == FROM_USER && !free_to_change && !flag_same(flag, given, text))
             usage_error("--%s%s%s contradicts the run that goes on, where it is %s: leave it out", flag->name,
@@ -255,9 +266,9 @@ static inline void settings_resume(Settings *settings, yajl_val saved) {
                         text                   ? text
                         : flag->kind == SWITCH ? "off"
                                                : "unset");
-        if (text && flag->kind != SWITCH) flag_check(flag, text);
         flag_set(settings, flag->name, text, FROM_SAVED);
     }
+    return 0;
 }
 
 #endif

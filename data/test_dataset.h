@@ -396,6 +396,25 @@ static void test_coco_images(void) {
           "coco: no picture there at all");
 }
 
+// Opened for scoring alone, images need no file name and categories no name: their ids take its place.
+static void test_coco_nameless(void) {
+    Dataset set;
+    Error error;
+    fixture_text("whole.json",
+                 "{\"images\":[{\"id\":7},{\"id\":5,\"file_name\":null,\"width\":null}],\"annotations\":[" COCO_GOOD_BOX
+                 "],\"categories\":[{\"id\":1},{\"id\":3,\"name\":null},{\"id\":4,\"name\":\"dog\"},{\"id\":9}]}");
+    int opened = dataset_open_coco_file(&set, fixture_path("whole.json"), NULL, &error) == 0;
+    check(opened, "coco: without names: %s", opened ? "" : error.text);
+    if (!opened) return;
+    check(set.num_images == 2 && set.num_categories == 4 && set.num_annotations == 1 && set.num_problems == 0 &&
+              strcmp(set.images[0].name, "7") == 0 && strcmp(set.categories[1].name, "3") == 0 &&
+              strcmp(set.categories[2].name, "dog") == 0 && strcmp(set.categories[3].name, "9") == 0,
+          "coco: without names: ids instead");
+    dataset_free(&set);
+    check(dataset_open_coco_file(&set, fixture_path("whole.json"), dataset_test_root, &error) != 0,
+          "coco: without names, but with pictures: refused");
+}
+
 static void test_coco_whole(void) {
     static const struct {
         const char *text, *problem;
@@ -540,22 +559,21 @@ static void test_voc(void) {
     check(set.num_images == 2 && set.images[1].width == 20 && set.images[1].height == 30 &&
               set.images[1].num_annotations == 0 && strcmp(set.images[1].name, "b.jpg") == 0,
           "voc: a file without size or objects");
-    check(set.num_annotations == 4 && set.num_targets == 1 && set.num_ignored == 1 && set.num_skipped == 2,
+    check(set.num_annotations == 5 && set.num_targets == 2 && set.num_ignored == 1 && set.num_skipped == 2,
           "voc: %d boxes, %d targets, %d difficult, %d skipped", set.num_annotations, set.num_targets, set.num_ignored,
           set.num_skipped);
     const Annotation *box = &set.annotations[0];
     check(box->class_index == 2 && box->x == 10 && box->y == 20.5 && box->width == 20 && box->height == 19.5 &&
               box->area == 390,
           "voc: coordinates as written, parts passed over");
-    static const char *const problems[] = {"object 3: box x 212",         "object 4: box x 70",
-                                           "object 5: ymin \"x\"",        "object 6: ymin \"nan\"",
-                                           "object 7: its box",           "object 8: has no complete",
-                                           "object 9: has no <name>",     "c.xml: line 1: not valid XML",
-                                           "d.xml: it declares entities", "e.xml: its root",
-                                           "f.xml: cannot be opened",     "no picture JPEGImages/g",
-                                           "../a: name leaves",           "/etc/x: name leaves"};
-    for (int i = 0; i < 14; i++) check(has_problem(&set, problems[i]), "voc: listed: %s", problems[i]);
-    check(set.num_problems == 14 && set.skipped_images == 7, "voc: %d problems", set.num_problems);
+    static const char *const problems[] = {
+        "object 3: box x 212",          "object 4: box x 70",          "object 5: ymin \"x\"",
+        "object 6: ymin \"nan\"",       "object 8: has no complete",   "object 9: has no <name>",
+        "c.xml: line 1: not valid XML", "d.xml: it declares entities", "e.xml: its root",
+        "f.xml: cannot be opened",      "no picture JPEGImages/g",     "../a: name leaves",
+        "/etc/x: name leaves"};
+    for (int i = 0; i < 13; i++) check(has_problem(&set, problems[i]), "voc: listed: %s", problems[i]);
+    check(set.num_problems == 13 && set.skipped_images == 7, "voc: %d problems", set.num_problems);
     dataset_free(&set);
     check(dataset_open(&set, fixture_path("voc"), "val", &error) != 0 &&
               has_text(error.text, "there are train, trainval"),
@@ -597,7 +615,7 @@ static void test_yolo(void) {
     fixture_text("yolo/images/train/notes.txt", "no picture either");
     fixture_text("yolo/labels/train/b.txt",
                  "0 0.5 0.5 0.2 0.4\r\n\n0 .5 .5 0 .1\n0 2 .5 .1 .1\n9 .5 .5 .1 .1\n0.5 .5 .5 .1 .1\n"
-                 "0 .5 .5 .1\n0 .5 .5 .1 .1 .1\n0 x .5 .1 .1\n0 nan .5 .1 .1\n-1 .5 .5 .1 .1");
+                 "0 .5 .5 .1\n0 .5 .5 .1 .1 .1\n0 x .5 .1 .1\n0 nan .5 .1 .1\n-1 .5 .5 .1 .1\n0 .5 .5 1e308 1e200");
     Dataset set;
     Error error;
     for (int i = 0; i < (int)(sizeof yamls / sizeof yamls[0]); i++) {
@@ -618,7 +636,7 @@ static void test_yolo(void) {
     check(set.num_images == 2 && strcmp(set.images[0].name, "a.jpg") == 0 && set.images[0].num_annotations == 0 &&
               set.images[1].width == 100 && set.images[1].height == 50 && set.num_without_targets == 1,
           "yolo: pictures in byte order; no label file: no boxes");
-    check(set.num_annotations == 3 && set.num_targets == 1 && set.num_problems == 11, "yolo: %d boxes, %d problems",
+    check(set.num_annotations == 4 && set.num_targets == 2 && set.num_problems == 11, "yolo: %d boxes, %d problems",
           set.num_annotations, set.num_problems);
     const Annotation *box = &set.annotations[0];
     check(fabs(box->x - 40) < 1e-9 && fabs(box->y - 15) < 1e-9 && fabs(box->width - 20) < 1e-9 &&
@@ -698,6 +716,7 @@ static void test_dataset(void) {
     test_safetensors();
     test_coco_annotations();
     test_coco_images();
+    test_coco_nameless();
     test_coco_whole();
     test_voc();
     test_yolo();

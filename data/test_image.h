@@ -583,6 +583,20 @@ static uint64_t test_sample_hash(const Sample *sample, uint64_t hash) {
     return test_hash(sample->classes, (size_t)sample->num_boxes * sizeof(int), hash);
 }
 
+// A crop that loses the first of two boxes: the second keeps its class and is cut off at the right and lower edge.
+static void test_crop_boxes(void) {
+    double boxes[8] = {0, 0, 10, 10, 30, 20, 50, 60};
+    int classes[2] = {3, 7};
+    Sample sample;
+    memset(&sample, 0, sizeof sample);
+    sample.num_boxes = 2, sample.boxes = boxes, sample.classes = classes;
+    sample_crop_boxes(&sample, 20, 10, 25, 30);
+    check(sample.num_boxes == 1 && classes[0] == 7 && boxes[0] == 10 && boxes[1] == 10 && boxes[2] == 25 &&
+              boxes[3] == 30,
+          "a crop: %d boxes, the first of class %d at %g %g %g %g", sample.num_boxes, classes[0], boxes[0], boxes[1],
+          boxes[2], boxes[3]);
+}
+
 static void test_samples(const TestSet *test, const LoaderSettings *settings) {
     LoaderSettings plain = *settings;
     plain.augment = 0;
@@ -624,6 +638,7 @@ static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
     LoaderSettings settings = {5, 160, 260, 1, 1, 2, 0, 0};
+    test_crop_boxes();
     test_samples(test, &settings);
 
     int order[100], seen[100] = {0}, first[100], moved = 0, twice = 0;

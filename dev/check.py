@@ -141,16 +141,6 @@ def target_size(width, height, short_side, max_size):
     return int(short_side * width / height), short_side
 
 
-def resize(image, size):
-    """
-    Pillow's bilinear up to 12: along x first, then along y, as when the published models were trained. Pillow 13 turns
-    the order round for tall pictures, by up to 1 of 255; there the two passes are asked for one after the other.
-    """
-    if int(PIL.__version__.split(".")[0]) >= 13:
-        image = image.resize((size[0], image.height), Image.BILINEAR)
-    return image.resize(size, Image.BILINEAR)
-
-
 def write_preprocessor(folder, short_side, max_size):
     with open(folder / "preprocessor_config.json", "w") as file:
         json.dump({"do_normalize": True, "do_resize": True, "image_processor_type": "DetrImageProcessor",
@@ -179,7 +169,7 @@ def check_pixels(folder):
         for place, (path, kind) in enumerate(zip(paths, kinds)):
             image = read_picture(path)
             size = target_size(*image.size, short_side, max_size)
-            bytes_ = np.asarray(resize(image, size))
+            bytes_ = np.asarray(image.resize(size, Image.BILINEAR))
             ours = dump[f"{place}.pixel_values"]
             count += 1
             if ours.shape != bytes_.shape:
@@ -229,6 +219,15 @@ def edit_config(folder, edit):
     config = json.loads(path.read_text())
     edit(config)
     path.write_text(json.dumps(config, indent=2))
+
+
+def edit_stride(folder, dilation, output_stride):
+    def edit(config):
+        config["dilation"] = dilation
+        config["backbone_config"]["output_stride"] = output_stride
+
+    edit_config(folder, edit)
+    return folder
 
 
 def published_model(folder):
@@ -332,7 +331,11 @@ def check_checkpoints():
     yield "saved, native odd widths", lambda at: agree(native_model(at / "model", "odd"), at)
     yield "saved, timm", lambda at: agree(timm_model(at / "model", "resnet18", False), at)
     yield "saved, timm DC5", lambda at: agree(timm_model(at / "model", "resnet18", True), at)
-    if not FIVE:  # 5.x sends a name with arguments to the hub
+    if FIVE:  # output_stride is in backbone_config, beside which `dilation` says nothing
+        for said, stride in ((False, 16), (True, None)):
+            yield f"saved, timm, dilation {said}, output_stride {stride}", lambda at, said=said, stride=stride: agree(
+                edit_stride(timm_model(at / "model", "resnet18", True), said, stride), at)
+    else:  # 5.x sends a name with arguments to the hub
         yield "saved, timm DC5 with its own widths", lambda at: agree(native_model(at / "model", "dc5"), at)
         yield "saved, the older form", lambda at: agree(older_model(at / "model"), at)
     yield "published layout", lambda at: agree(published_model(at / "model"), at)

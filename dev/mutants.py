@@ -23,13 +23,16 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "mutants"
-SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"data/{path.name}" for path in (ROOT / "data").glob("*.h"))
+SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
+                                                   for path in (ROOT / folder).glob("*.h"))
 FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w -DREAL=double".split()
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
-HEART = "matmul attention layernorm matching boxes dumps random gradients company nonfinite same_bytes".split()
-TESTS = {"train_detr.c": HEART, "data/common.h": ["random"] + HEART, "data/image.h": ["image"], "data/loader.h": ["image"],
-         "data/coco_eval.h": ["eval"], None: HEART + ["image", "dataset", "eval"]}
+HEART = ("matmul attention dropout layernorm maxpool positions normalise matching boxes dumps random gradients company "
+         "nonfinite step calibrate same_bytes").split()
+TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps"], "data/common.h": ["random"] + HEART,
+         "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
+         None: HEART + ["image", "dataset", "eval"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
 
 
@@ -74,6 +77,7 @@ def build_and_test(name, file, original, replacement, limit):
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
+    (folder / "program").mkdir()
     for source in SOURCES:
         text = (ROOT / source).read_text()
         (folder / source).write_text(text.replace(original, replacement) if source == file else text)

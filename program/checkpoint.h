@@ -95,7 +95,7 @@ static ModelConfig config_from_flags(const Settings *settings) {
     return config;
 }
 
-// Status 2 if the user gave a flag that says something else than config.json about the network's shape.
+// Status 2 if the user gave a model flag that says something else than config.json.
 static void config_check_flags(const ModelConfig *config, const Settings *settings, const char *folder) {
     ModelConfig named;
     memset(&named, 0, sizeof named);
@@ -113,6 +113,9 @@ static void config_check_flags(const ModelConfig *config, const Settings *settin
         if (flag_given(settings, numbers[i].flag) && flag_int(settings, numbers[i].flag) != numbers[i].theirs)
             usage_error("--%s %s contradicts %s/config.json, which has %d: leave it out", numbers[i].flag,
                         flag_text(settings, numbers[i].flag), folder, numbers[i].theirs);
+    if (flag_given(settings, "dropout") && flag_number(settings, "dropout") != config->dropout)
+        usage_error("--dropout %s contradicts %s/config.json, which has %g: leave it out, or change it there",
+                    flag_text(settings, "dropout"), folder, config->dropout);
     if (flag_given(settings, "dilation") && !config->dilation)
         usage_error("--dilation contradicts %s/config.json, which has none: leave it out", folder);
     if (flag_given(settings, "backbone") && !same_backbone(&named, config))
@@ -203,20 +206,22 @@ static void config_read_resnet(ConfigReader *reader, ModelConfig *config, yajl_v
         CONFIG_FAIL(reader, "%s: \"out_indices\" must end with the last stage, %d", reader->path, config->num_stages);
 }
 
-// A backbone that transformers takes from timm: by name, its shape changed by backbone_kwargs.
+// A backbone that transformers takes from timm: by name, its shape changed by backbone_kwargs. Since version 5 both are
+// in a backbone_config, beside which "dilation" says nothing.
 static void config_read_timm(ConfigReader *reader, ModelConfig *config, yajl_val tree) {
-    const char *name = read_text(reader, tree, "backbone", "resnet50");
-    yajl_val kwargs = json_member(tree, "backbone_kwargs");
-    name = read_text(reader, json_member(tree, "backbone_config"), "backbone", name);
+    yajl_val own = json_member(tree, "backbone_config"), kwargs = json_member(tree, "backbone_kwargs");
+    int has_own = YAJL_IS_OBJECT(own);
+    if (has_own) kwargs = own;
+    const char *name = read_text(reader, has_own ? own : tree, "backbone", "resnet50");
     if (backbone_by_name(config, name) != 0 || config->stem_width != 64)
         CONFIG_FAIL(reader, "%s: \"backbone\" is %.60s: resnet18, 34, 50 and 101 are computed", reader->path, name);
-    read_only(reader, kwargs, "in_chans", "3");
+    read_only(reader, kwargs, has_own ? "num_channels" : "in_chans", "3");
     if (read_stages(reader, kwargs, "layers", config->depths, 1, 4) != 4 ||
         read_stages(reader, kwargs, "channels", config->widths, config->bottleneck ? 4 : 1, 4) != 4)
         CONFIG_FAIL(reader, "%s: \"layers\" and \"channels\" must have 4 entries", reader->path);
     int stride = read_int(reader, kwargs, "output_stride", 32, 1, 32);
     if (stride != 32) read_only(reader, kwargs, "output_stride", "16");
-    config->dilation = read_bool(reader, tree, "dilation", 0) || stride == 16;
+    config->dilation = (!has_own && read_bool(reader, tree, "dilation", 0)) || stride == 16;
     config->timm_names = config->dilation;  // one without dilation is saved as a ResNetConfig
 }
 
@@ -283,6 +288,7 @@ static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tr
 
 // {"shortest_edge": 800, "longest_edge": 1333} as "size"; formerly 800, and "max_size" beside it.
 static void preprocessor_read_tree(ConfigReader *reader, Network *network, yajl_val tree) {
+    if (tree && !YAJL_IS_OBJECT(tree)) CONFIG_FAIL(reader, "%s: is not an object, {...}", reader->path);
     yajl_val size = json_member(tree, "size");
     int nested = YAJL_IS_OBJECT(size);
     network->short_side = read_int(reader, nested ? size : tree, nested ? "shortest_edge" : "size", 800, 1, 16384);

@@ -40,16 +40,14 @@ static void detect(const Network *network, const Activations *acts, int width, i
     for (int q = 0; q < config->num_queries; q++) {
         const real *logits = acts->logits + (first + (size_t)q) * (size_t)classes,
                    *box = acts->boxes + 4 * (first + (size_t)q);
-        double largest = (double)logits[0], sum = 0;
         int label = 0;
-        for (int c = 1; c < classes; c++) largest = fmax(largest, (double)logits[c]);
-        for (int c = 0; c < classes; c++) sum += exp((double)logits[c] - largest);
+        softmax_row(acts->probabilities, logits, classes);
         for (int c = 1; c < config->num_labels; c++)
             if (logits[c] > logits[label]) label = c;
         Detection *found = &detections[q];
         found->query = q;
         found->label = label;
-        found->score = exp((double)logits[label] - largest) / sum;
+        found->score = acts->probabilities[label];
         for (int i = 0; i < 4; i++) {
             double centre = (double)box[i & 1], half = (double)box[2 + (i & 1)] / 2;
             found->box[i] = (i < 2 ? centre - half : centre + half) * (i & 1 ? height : width);
@@ -331,7 +329,6 @@ static int training_begin(Training *run, Error *error) {
     if (from_folder) {
         if (config_read(network, pretrained, error) != 0) return -1;
         config_check_flags(&network->config, settings, pretrained);
-        if (flag_given(settings, "dropout")) network->config.dropout = flag_number(settings, "dropout");
         int missing = match_labels(run->train_labels, network, &run->train);
         keep_head = missing == 0;
         if (!keep_head)
@@ -377,6 +374,8 @@ static int training_resume(Training *run, Error *error) {
     char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt");
     size_t size;
     int status = config_read(&run->network, run->folder, error);
+    run->network.short_side = run->loader.short_side;
+    run->network.max_size = run->loader.max_size;
     if (status == 0) status = state_read(run, state, error);
     if (status == 0) status = read_file(log, &run->log, &size, error);
     if (status == 0)
@@ -644,8 +643,8 @@ static int training_open_folder(Training *run, Error *error) {
         run->state_tree = json_read(state, error);
         settings->source[flag_index(settings, "output_dir")] =
             FROM_DEFAULT;  // a folder that was moved or copied goes on
-        if (run->state_tree) settings_resume(settings, json_member(run->state_tree, "flags"));
-        if (!run->state_tree) status = -1;
+        if (!run->state_tree || settings_resume(settings, json_member(run->state_tree, "flags"), state, error) != 0)
+            status = -1;
         flag_set(settings, "output_dir", run->folder, FROM_USER);
     } else {
         const char *names[4] = {"trainer_state.json", "model.safetensors", "config.json", "log.txt"};
@@ -985,6 +984,7 @@ static int command_score(Settings *settings, Error *error) {
     flag_require(settings, "results");
     if (dataset_open_coco_file(&set, flag_text(settings, "annotations"), NULL, error) != 0) return -1;
     for (int i = 0; i < set.num_problems; i++) fprintf(stderr, "%s\n", set.problems[i]);
+    if (set.num_problems) printf("skipped    %d entries of %s\n", set.num_problems, set.source);
     int status = coco_read_results(flag_text(settings, "results"), &set, &detections, &count, error);
     if (status == 0) status = score_and_show(settings, &set, detections, count, error);
     free(detections);
