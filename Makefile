@@ -37,8 +37,8 @@ HEADERS := $(wildcard data/*.h program/*.h)
 VENV := build/venv
 EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 
-# The tests: TEST_FLAGS=--quick leaves out the slow ones.
-TEST_FLAGS ?=
+# Names of tests, to run only those: make test TESTS="matmul dumps"
+TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-asan test-valgrind mutants determinism dumps check-python bench demo install-deps format \
@@ -93,24 +93,25 @@ train_detr test_detr: %: $(B)/% FORCE
 
 ifneq ($(filter command environment,$(REAL_ORIGIN)),)
 test: test_detr
-	./test_detr $(TEST_FLAGS)
+	./test_detr $(TESTS)
 else
 test:
 	@$(MAKE) --no-print-directory REAL=double test
 	@$(MAKE) --no-print-directory REAL=float test
 endif
 
-# LeakSanitizer watches too. The sanitized programs stay under build/.
+# LeakSanitizer watches too. The sanitized programs stay under build/. With OMP_WAIT_POLICY set the programs do not start
+# themselves a second time, which a tool that follows one process would have to follow.
 test-asan:
 	@$(MAKE) --no-print-directory SANITIZE=1 REAL=$(REAL) build/$(REAL)-sanitize/test_detr
-	build/$(REAL)-sanitize/test_detr $(TEST_FLAGS)
+	OMP_WAIT_POLICY=passive build/$(REAL)-sanitize/test_detr $(TESTS)
 
 # valgrind knows no AVX-512, hence the portable build.
 test-valgrind:
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt-get install valgrind" >&2; exit 1; }
 	@$(MAKE) --no-print-directory PORTABLE=1 REAL=float build/float-portable/train_detr
 	@rm -rf build/valgrind
-	OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
 	    build/float-portable/train_detr train --data data/bccd --output_dir build/valgrind $(TINY) --steps 1
 
 # The smallest model that has every kind of layer.
@@ -163,10 +164,10 @@ install-deps:
 # House-keeping
 
 format:
-	clang-format -i *.c data/*.h
+	clang-format -i *.c data/*.h program/*.h
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h
+	clang-format --dry-run -Werror *.c data/*.h program/*.h
 
 clean:
 	rm -rf build train_detr test_detr

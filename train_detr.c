@@ -2767,15 +2767,15 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
             return fail(
                 error,
                 "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
-                (long long)step, i, losses->loss, name ? name : "none: the sum overflowed");
+                (long long)step + 1, i, losses->loss, name ? name : "none: the sum overflowed");
         }
     }
     unfold_norms(model);
     losses->grad_norm = gradient_norm(model);
     if (!isfinite(losses->grad_norm)) {
         const char *name = first_nonfinite(model, acts);
-        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"", (long long)step,
-                    name ? name : "none: the sum overflowed");
+        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
+                    (long long)step + 1, name ? name : "none: the sum overflowed");
     }
     optimizer_step(model, optimizer_settings, step, losses->grad_norm);
     return 0;
@@ -2946,7 +2946,8 @@ int main(int argc, char **argv) {
     wait_passively(argv);
     Error error;
     int command = -1, help = 0;
-    signal(SIGPIPE, SIG_IGN);  // a reader that goes away is an error like any other
+    signal(SIGPIPE, SIG_IGN);  // a reader that goes away is an error like any other,
+    signal(SIGXFSZ, SIG_IGN);  // and so is a file that may not grow further
     for (int i = 1; i < argc; i++) help |= strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0;
     for (int c = 0; c < NUM_COMMANDS && argc > 1; c++)
         if (strcmp(argv[1], COMMANDS[c].name) == 0) command = c;
@@ -2955,18 +2956,18 @@ int main(int argc, char **argv) {
                     argc < 2 ? "no command" : "unknown command", argc < 2 ? "" : argv[1], argv[0]);
     Settings settings =
         settings_for(argv[0], command < 0 ? "" : COMMANDS[command].name, command < 0 ? 0 : COMMANDS[command].command);
+    int status = 0;
     if (help) {
         print_help(&settings, command);
-        return 0;
+    } else {
+        settings_parse(&settings, argc - 1, argv + 1);
+        if (settings.num_arguments && settings.command != PREDICT)
+            usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name,
+                        argv[0], settings.command_name);
+        if (strcmp(flag_text(&settings, "precision"), "fp32") != 0)
+            usage_error("--precision %s is not computed on the CPU: leave it out", flag_text(&settings, "precision"));
+        status = COMMANDS[command].run(&settings, &error);
     }
-    settings_parse(&settings, argc - 1, argv + 1);
-    if (settings.num_arguments && settings.command != PREDICT)
-        usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name, argv[0],
-                    settings.command_name);
-    if (strcmp(flag_text(&settings, "precision"), "fp32") != 0)
-        usage_error("--precision %s is not computed on the CPU: leave it out, or use train_detr_cu",
-                    flag_text(&settings, "precision"));
-    int status = COMMANDS[command].run(&settings, &error);
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status = fail(&error, "standard output: cannot be written");
     if (status != 0) fprintf(stderr, "error: %s\n", error.text);

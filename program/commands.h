@@ -275,7 +275,9 @@ static void training_report(const Training *run) {
                 draw_detection(&image, &run->network, run->val_labels[run->detections[d].category],
                                run->detections[d].score, corners);
         }
-        paths[count] = format_string("%s/.next/picture%d.jpg", run->folder, count);
+        const char *name = strrchr(run->val.images[i].path, '/') + 1;  // the caption on the page
+        paths[count] = format_string("%s/.next/%d-%.*s.jpg", run->folder, count + 1,
+                                     (int)(strrchr(name, '.') ? strrchr(name, '.') - name : 0), name);
         if (image_write(paths[count], &image, &error) == 0)
             count++;
         else
