@@ -440,9 +440,9 @@ def float32_runs(case, folder, batches):
     Twelve runs in float32: two implementations of the convolutions times two layouts in memory, which add in different
     orders, each once as it is and twice from a start that is disturbed by one rounding. One run would be one draw from
     the distribution of rounding errors, and four that start from the same numbers share much of theirs; a program that
-    adds in yet another order is another draw, which may well lie outside so few. The distribution has a long tail, too:
-    Adam's first step is lr times the gradient's sign, so that an element whose gradient is within rounding of zero
-    moves either way, and all that follows with it.
+    adds in yet another order is another draw, which may well lie outside so few. One tail no such number of runs
+    covers: Adam's first step is lr times the gradient's sign, so that an element whose gradient is within rounding of
+    zero may move either way, and all that follows with it. `first_step_margin` keeps such elements out of the cases.
     """
     runs = []
     for draw in range(3):
