@@ -205,6 +205,25 @@ static void free_batch(Sample *samples, int count) {
     for (int i = 0; i < count; i++) sample_free(&samples[i]);
 }
 
+// What most tests below begin with and end with: a small model, its activations, and the batch.
+typedef struct {
+    Model model;
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+} SmallRun;
+
+static void small_run_begin(SmallRun *small, int bottleneck, double dropout, int training) {
+    small_model(&small->model, bottleneck, dropout);
+    activations_create(&small->acts, &small->model, 70, 70, training);
+    small_batch(small->samples);
+}
+
+static void small_run_end(SmallRun *small) {
+    free_batch(small->samples, SMALL_BATCH);
+    activations_free(&small->acts);
+    model_free(&small->model);
+}
+
 // Loss of the batch; with gradients also the gradients.
 static double batch_loss(Model *model, Activations *acts, const Sample *samples, int gradients) {
     Losses losses;
@@ -237,16 +256,12 @@ static void test_gradients(void) {
     if (!IS_DOUBLE) return;
     for (int bottleneck = 0; bottleneck < 2; bottleneck++) {
         double dropout = bottleneck ? 0.2 : 0;
-        Model model;
-        Activations acts;
-        Sample samples[SMALL_BATCH];
-        small_model(&model, bottleneck, dropout);
-        activations_create(&acts, &model, 70, 70, 1);
-        small_batch(samples);
-        batch_loss(&model, &acts, samples, 1);
-        double whole = gradient_norm(&model), step = 1e-6, total_slope = 0, total_expected = 0;
-        for (int i = 0; i < model.num_params; i++) {
-            Param *param = model.params[i];
+        SmallRun small;
+        small_run_begin(&small, bottleneck, dropout, 1);
+        batch_loss(&small.model, &small.acts, small.samples, 1);
+        double whole = gradient_norm(&small.model), step = 1e-6, total_slope = 0, total_expected = 0;
+        for (int i = 0; i < small.model.num_params; i++) {
+            Param *param = small.model.params[i];
             if (!param->trained) continue;
             double expected = 0, norm = 0, loss[2];
             for (size_t k = 0; k < param->count; k++)
@@ -257,8 +272,8 @@ static void test_gradients(void) {
                     if (side == 0) expected += d * (double)param->grad[k];
                     param->value[k] += (real)((side ? -2 : 1) * step * d);
                 }
-                model_pack(&model);
-                loss[side] = batch_loss(&model, &acts, samples, 0);
+                model_pack(&small.model);
+                loss[side] = batch_loss(&small.model, &small.acts, small.samples, 0);
             }
             for (size_t k = 0; k < param->count; k++)
                 param->value[k] += (real)(step * random_normal(9, RANDOM_TEST, (uint32_t)i, 0, 0, k) / sqrt(norm));
@@ -270,9 +285,7 @@ static void test_gradients(void) {
         }
         check(fabs(total_slope - total_expected) <= 1e-6 * fabs(total_expected),
               "gradient of the whole loss: %.12g, differences say %.12g", total_expected, total_slope);
-        free_batch(samples, SMALL_BATCH);
-        activations_free(&acts);
-        model_free(&model);
+        small_run_end(&small);
     }
 }
 
@@ -296,20 +309,15 @@ static void test_same_bytes(void) {
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
     for (int run = 0; run < 4; run++) {  // 1, 2 and 3 threads, and the first again
         omp_set_num_threads(run == 3 ? 1 : run + 1);
-        Model model;
-        Activations acts;
-        Sample samples[SMALL_BATCH];
+        SmallRun small;
         Losses losses;
         Error error;
-        small_model(&model, 1, 0.1);
-        activations_create(&acts, &model, 70, 70, 1);
-        small_batch(samples);
+        small_run_begin(&small, 1, 0.1, 1);
         for (int64_t step = 0; step < 2; step++)
-            training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 42, step, &losses, &error);
-        gradient[run] = fingerprint(&model, 1), weights[run] = fingerprint(&model, 0);
-        free_batch(samples, SMALL_BATCH);
-        activations_free(&acts);
-        model_free(&model);
+            training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, step,
+                          &losses, &error);
+        gradient[run] = fingerprint(&small.model, 1), weights[run] = fingerprint(&small.model, 0);
+        small_run_end(&small);
     }
     omp_set_num_threads(threads_before);
     for (int run = 1; run < 4; run++)
@@ -319,53 +327,43 @@ static void test_same_bytes(void) {
 
 // What one image gives may not depend on what was computed before it.
 static void test_company(void) {
-    Model model;
-    Activations acts;
-    Sample samples[SMALL_BATCH];
-    small_model(&model, 0, 0);
-    activations_create(&acts, &model, 70, 70, 0);
-    small_batch(samples);
-    size_t count = (size_t)(model.config.dec_layers * model.config.num_queries) * 4;
+    SmallRun small;
+    small_run_begin(&small, 0, 0, 0);
+    size_t count = (size_t)(small.model.config.dec_layers * small.model.config.num_queries) * 4;
     real *alone = (real *)allocate(count * sizeof(real));
-    predict_image(&model, &acts, &samples[0].image);
-    memcpy(alone, acts.boxes, count * sizeof(real));
-    predict_image(&model, &acts, &samples[1].image);
-    acts.dropout.p = 0.5;  // as a training step may leave it
-    predict_image(&model, &acts, &samples[0].image);
-    check(memcmp(alone, acts.boxes, count * sizeof(real)) == 0, "an image's boxes are the same after another image");
-    check(activations_bytes(&model, 70, 70, 0) == acts.arena.capacity, "the plan is what is allocated");
+    predict_image(&small.model, &small.acts, &small.samples[0].image);
+    memcpy(alone, small.acts.boxes, count * sizeof(real));
+    predict_image(&small.model, &small.acts, &small.samples[1].image);
+    small.acts.dropout.p = 0.5;  // as a training step may leave it
+    predict_image(&small.model, &small.acts, &small.samples[0].image);
+    check(memcmp(alone, small.acts.boxes, count * sizeof(real)) == 0,
+          "an image's boxes are the same after another image");
+    check(activations_bytes(&small.model, 70, 70, 0) == small.acts.arena.capacity, "the plan is what is allocated");
     free(alone);
-    free_batch(samples, SMALL_BATCH);
-    activations_free(&acts);
-    model_free(&model);
+    small_run_end(&small);
 }
 
 // The training step's gradients are those of the batch as the other tests compute it, which the truth is compared with.
 static void test_training_step(void) {
-    Model model;
-    Activations acts;
-    Sample samples[SMALL_BATCH];
+    SmallRun small;
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
-    small_model(&model, 1, 0.1);
-    activations_create(&acts, &model, 70, 70, 1);
-    small_batch(samples);
-    double loss = batch_loss(&model, &acts, samples, 1);
-    uint64_t gradient = fingerprint(&model, 1), weights = fingerprint(&model, 0);
-    int status = training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 11, 5, &losses, &error);
-    check(status == 0 && losses.loss == loss && fingerprint(&model, 1) == gradient,
+    small_run_begin(&small, 1, 0.1, 1);
+    double loss = batch_loss(&small.model, &small.acts, small.samples, 1);
+    uint64_t gradient = fingerprint(&small.model, 1), weights = fingerprint(&small.model, 0);
+    int status = training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 11, 5,
+                               &losses, &error);
+    check(status == 0 && losses.loss == loss && fingerprint(&small.model, 1) == gradient,
           "a training step has the batch's loss and gradient: %.9g, %.9g", losses.loss, loss);
-    check(losses.grad_norm == gradient_norm(&model), "a training step reports and clips by the gradient's norm");
-    check(fingerprint(&model, 0) != weights, "a training step changes the weights");
-    free_batch(samples, SMALL_BATCH);
-    activations_free(&acts);
-    model_free(&model);
+    check(losses.grad_norm == gradient_norm(&small.model), "a training step reports and clips by the gradient's norm");
+    check(fingerprint(&small.model, 0) != weights, "a training step changes the weights");
+    small_run_end(&small);
 }
 
 // Adds each channel's sum and sum of squares of what a layer makes of x; returns the number of pixels.
 static int add_moments(double *sums, const Layer *layer, const real *x, int height, int width) {
-    int pixels = conv_output_size(height, layer->shape) * conv_output_size(width, layer->shape);
+    int pixels = conv_size(height, layer->shape) * conv_size(width, layer->shape);
     int C = layer->shape.out_channels;
     real *y = (real *)allocate((size_t)(pixels * C) * sizeof(real));
     layer_forward(y, x, height, width, layer, 0, NULL);
@@ -426,25 +424,20 @@ static void test_calibrate(void) {
 
 // A weight that is not finite stops the step, is named, and changes nothing.
 static void test_nonfinite(void) {
-    Model model;
-    Activations acts;
-    Sample samples[SMALL_BATCH];
+    SmallRun small;
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
-    small_model(&model, 0, 0);
-    activations_create(&acts, &model, 70, 70, 1);
-    small_batch(samples);
-    model.input_projection.weight->value[3] = (real)NAN;
-    model_pack(&model);
-    uint64_t before = fingerprint(&model, 0);
-    int status = training_step(&model, &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 42, 0, &losses, &error);
+    small_run_begin(&small, 0, 0, 1);
+    small.model.input_projection.weight->value[3] = (real)NAN;
+    model_pack(&small.model);
+    uint64_t before = fingerprint(&small.model, 0);
+    int status = training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, 0,
+                               &losses, &error);
     check(status == -1 && strstr(error.text, "model.input_projection.weight") != NULL, "a NaN in a weight is named: %s",
           status ? error.text : "no error");
-    check(fingerprint(&model, 0) == before, "a step that fails leaves the weights alone");
-    free_batch(samples, SMALL_BATCH);
-    activations_free(&acts);
-    model_free(&model);
+    check(fingerprint(&small.model, 0) == before, "a step that fails leaves the weights alone");
+    small_run_end(&small);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ typedef struct {
     const real *mask;
 } Epilogue;
 
+// Rows, or columns, of the output for `size` rows, or columns, of the input.
 static inline int conv_size(int size, ConvShape s) {
     return (size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
 }
@@ -1819,10 +1820,6 @@ static void layer_backward(real *dx, const real *x, const real *dy, int height, 
     }
 }
 
-static int conv_output_size(int size, ConvShape shape) {
-    return (size + 2 * shape.padding - shape.dilation * (shape.kernel - 1) - 1) / shape.stride + 1;
-}
-
 typedef struct {
     int height, width, out_height, out_width;
     real *in, *inner[2], *shortcut, *out;  // all after their ReLU, shortcut before it
@@ -1897,8 +1894,8 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 // maps and write their outputs to two maps in turn.
 static void plan_backbone(Activations *acts, const Model *model) {
     Arena *arena = &acts->arena;
-    int stem_height = conv_output_size(acts->height, model->stem.shape),
-        stem_width = conv_output_size(acts->width, model->stem.shape);
+    int stem_height = conv_size(acts->height, model->stem.shape),
+        stem_width = conv_size(acts->width, model->stem.shape);
     int stem_kept = acts->training && model->stem.weight->trained;
     size_t stem_count = (size_t)stem_height * (size_t)stem_width * (size_t)model->config.stem_width;
     int pooled_height = (stem_height + 1) / 2, pooled_width = (stem_width + 1) / 2;
@@ -1911,8 +1908,8 @@ static void plan_backbone(Activations *acts, const Model *model) {
         BlockActivations *b = &acts->blocks[i];
         const ConvShape *strided = &block->conv[block->num_convs == 3].shape;
         b->height = in_height, b->width = in_width;
-        b->out_height = in_height = conv_output_size(in_height, *strided);
-        b->out_width = in_width = conv_output_size(in_width, *strided);
+        b->out_height = in_height = conv_size(in_height, *strided);
+        b->out_width = in_width = conv_size(in_width, *strided);
         size_t inner = (size_t)b->height * (size_t)b->width * (size_t)block->conv[0].shape.out_channels;
         size_t out =
             (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[block->num_convs - 1].shape.out_channels;
@@ -1939,7 +1936,7 @@ static void plan_backbone(Activations *acts, const Model *model) {
         int h = b->height, w = b->width;
         b->in = in;
         for (int j = 0; j < block->num_convs - 1; j++) {
-            h = conv_output_size(h, block->conv[j].shape), w = conv_output_size(w, block->conv[j].shape);
+            h = conv_size(h, block->conv[j].shape), w = conv_size(w, block->conv[j].shape);
             size_t count = (size_t)h * (size_t)w * (size_t)block->conv[j].shape.out_channels;
             b->inner[j] = kept ? take_named(arena, count, "backbone block %d, convolution %d", i, j) : scratch[j];
         }
@@ -2218,7 +2215,7 @@ static void block_forward(const Block *block, BlockActivations *b) {
     if (block->has_shortcut) layer_forward(b->shortcut, b->in, h, w, &block->shortcut, 0, NULL);
     for (int j = 0; j < last; j++) {
         layer_forward(b->inner[j], x, h, w, &block->conv[j], 1, NULL);
-        h = conv_output_size(h, block->conv[j].shape), w = conv_output_size(w, block->conv[j].shape);
+        h = conv_size(h, block->conv[j].shape), w = conv_size(w, block->conv[j].shape);
         x = b->inner[j];
     }
     layer_forward(b->out, x, h, w, &block->conv[last], 1, b->shortcut);
@@ -2229,8 +2226,8 @@ static void block_forward(const Block *block, BlockActivations *b) {
 static void block_backward(Activations *acts, const Block *block, const BlockActivations *b, real *din,
                            const real *dout) {
     int last = block->num_convs - 1;
-    int heights[3] = {b->height, conv_output_size(b->height, block->conv[0].shape), b->out_height};
-    int widths[3] = {b->width, conv_output_size(b->width, block->conv[0].shape), b->out_width};
+    int heights[3] = {b->height, conv_size(b->height, block->conv[0].shape), b->out_height};
+    int widths[3] = {b->width, conv_size(b->width, block->conv[0].shape), b->out_width};
     const real *dy = dout;
     for (int j = last; j > 0; j--) {
         real *dx = acts->dinner[j & 1];
@@ -2249,8 +2246,8 @@ static void network_forward(const Model *model, Activations *acts) {
     const ModelConfig *config = &model->config;
     int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers;
     layer_forward(acts->stem, acts->pixels, acts->height, acts->width, &model->stem, 1, NULL);
-    maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_output_size(acts->height, model->stem.shape),
-                    conv_output_size(acts->width, model->stem.shape), config->stem_width);
+    maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_size(acts->height, model->stem.shape),
+                    conv_size(acts->width, model->stem.shape), config->stem_width);
     for (int i = 0; i < model->num_blocks; i++) block_forward(&model->blocks[i], &acts->blocks[i]);
     size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
     layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
@@ -2355,7 +2352,7 @@ static void backbone_backward(const Model *model, Activations *acts) {
         din = swap;
     }
     if (model->stem.weight->trained) {
-        int h = conv_output_size(acts->height, model->stem.shape), w = conv_output_size(acts->width, model->stem.shape);
+        int h = conv_size(acts->height, model->stem.shape), w = conv_size(acts->width, model->stem.shape);
         maxpool_backward(acts->dstem, dout, acts->argmax, h, w, model->config.stem_width);
         layer_backward(NULL, acts->pixels, acts->dstem, acts->height, acts->width, &model->stem, NULL, NULL,
                        acts->workspace);
@@ -2816,8 +2813,7 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
     for (int n = 0; n < C; n++) layer->norm_mean->value[n] = 0, layer->norm_variance->value[n] = (real)(1 - 1e-5);
     layer_pack(layer);
     for (int i = 0; i < count; i++) {
-        FeatureMap y = {conv_output_size(in[i].height, layer->shape), conv_output_size(in[i].width, layer->shape),
-                        NULL};
+        FeatureMap y = {conv_size(in[i].height, layer->shape), conv_size(in[i].width, layer->shape), NULL};
         y.data = (real *)allocate((size_t)y.height * (size_t)y.width * (size_t)C * sizeof(real));
         layer_forward(y.data, in[i].data, in[i].height, in[i].width, layer, 0, NULL);
         for (int p = 0; p < y.height * y.width; p++)
@@ -2903,7 +2899,7 @@ static double forward_flops(const Model *model, int height, int width) {
     activations_plan(&acts, model, height, width);
     double T = (double)acts.map_height * acts.map_width, Q = model->config.num_queries, C = model->config.hidden_dim,
            F = model->config.dim_feedforward;
-    double sum = (double)conv_output_size(height, model->stem.shape) * conv_output_size(width, model->stem.shape) *
+    double sum = (double)conv_size(height, model->stem.shape) * conv_size(width, model->stem.shape) *
                  (double)model->stem.weight->count;
     for (int i = 0; i < model->num_blocks; i++) {
         const Block *block = &model->blocks[i];

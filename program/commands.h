@@ -1050,7 +1050,7 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
 // Multiply-adds times two of the forward pass of what is not trained: those layers have no backward pass. All of them
 // come before the first stride after the pooling.
 static double frozen_flops(const Model *model, int height, int width) {
-    double h = conv_output_size(height, model->stem.shape), w = conv_output_size(width, model->stem.shape), sum;
+    double h = conv_size(height, model->stem.shape), w = conv_size(width, model->stem.shape), sum;
     sum = model->stem.weight->trained ? 0 : h * w * (double)model->stem.weight->count;
     h = floor((h + 1) / 2), w = floor((w + 1) / 2);
     for (int i = 0; i < model->num_blocks && !model->blocks[i].trained; i++) {
