@@ -643,8 +643,6 @@ static void test_matmul(void) {
 // Attention, dropout, layer norm, max pooling and positions against plain loops in double, and those loops' gradients
 // against central differences.
 
-static const int double_build = sizeof(real) == 8;
-
 static double test_number(uint32_t tensor, uint64_t element) {
     return (double)(real)random_normal(7, RANDOM_TEST, tensor, 0, 0, element);
 }
@@ -749,7 +747,7 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         same = same && memcmp(once, ours, results * sizeof(real)) == 0 && workspace[needed] == 42;
     }
     omp_set_num_threads(threads);
-    const double bound = (double_build ? 1e-13 : 2e-6) * (spread > 1 ? 20 : 1);
+    const double bound = (IS_DOUBLE ? 1e-13 : 2e-6) * (spread > 1 ? 20 : 1);
     const char *name[] = {"out", "dq", "dk", "dv", "lse"};
     const size_t count[] = {nq, nq, nk, nk, nl};
     size_t at = 0;
@@ -827,13 +825,13 @@ static void test_attention(void) {
 
     vec x = fill(0);
     double worst = 0;
-    const double lowest = double_build ? -708 : -87;
+    const double lowest = IS_DOUBLE ? -708 : -87;
     for (double value = lowest; value < -lowest; value += 0.00987) {
         x += (real)value - x;
         const double truth = exp((double)(real)value);
         worst = fmax(worst, fabs((double)exp_lanes(x)[LANES - 1] / truth - 1));
     }
-    check(worst < (double_build ? 1e-15 : 1.2e-7), "exp: relative error %.2e", worst);
+    check(worst < (IS_DOUBLE ? 1e-15 : 1.2e-7), "exp: relative error %.2e", worst);
     check(exp_lanes(fill((real)-INFINITY))[0] == 0 && exp_lanes(fill((real)-2000))[0] == 0, "exp(-inf) is not 0");
     check(exp_lanes(fill(0))[0] == 1 && isnan(exp_lanes(fill((real)NAN))[0]), "exp(0) is not 1, or exp(NaN) not NaN");
 }
@@ -853,7 +851,7 @@ static void test_dropout(void) {
             worst = fmax(worst, fabs(y[j] - x[j] * test_factor(dropout, j)) / (fabs(x[j]) + 1e-9));
         }
         dropout_forward(x, x, shapes[i][0], shapes[i][1], dropout);
-        check(worst < (double_build ? 1e-15 : 2e-7), "dropout of %zu elements: differs by %.2e", n, worst);
+        check(worst < (IS_DOUBLE ? 1e-15 : 2e-7), "dropout of %zu elements: differs by %.2e", n, worst);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout of %zu elements in place differs", n);
         dropout.p = 0;
         dropout_forward(y, x, shapes[i][0], shapes[i][1], dropout);
@@ -903,7 +901,7 @@ static void test_layernorm(void) {
         omp_set_num_threads(threads);
         check(memcmp(result[0], result[1], (size_t)results * sizeof(real)) == 0, "layernorm: 1 and 3 threads differ");
         const double worst = worst_difference(result[0], y, (size_t)n, 0);
-        check(worst < (double_build ? 1e-14 : 1e-6), "layernorm %dx%d: y differs by %.2e", rows, C, worst);
+        check(worst < (IS_DOUBLE ? 1e-14 : 1e-6), "layernorm %dx%d: y differs by %.2e", rows, C, worst);
         for (int i = 0; i < n + 2 * C; i += n < 100 ? 1 : 211) {  // x, weight, bias
             const double kept = truth[i], step = 1e-5;
             double loss[2];
@@ -914,7 +912,7 @@ static void test_layernorm(void) {
             truth[i] = kept;
             const double numeric = (loss[1] - loss[0]) / (2 * step);
             const double gradient = (double)result[0][n + i] - (i >= n);
-            const double bound = (double_build ? 1e-7 : 1e-5) * (1 + fabs(numeric)) * (C == 4 ? 10 : 1);
+            const double bound = (IS_DOUBLE ? 1e-7 : 1e-5) * (1 + fabs(numeric)) * (C == 4 ? 10 : 1);
             check(fabs(numeric - gradient) < bound, "layernorm %dx%d: derivative %d is %.9g, central difference %.9g",
                   rows, C, i, gradient, numeric);
         }
@@ -951,7 +949,7 @@ static void test_maxpool(void) {
         check(wrong == 0, "maxpool %dx%dx%d: %d outputs are wrong", H, W, C, wrong);
         check(nans == (s > 0 ? 2 : 0), "maxpool %dx%dx%d: the NaN is in %d outputs", H, W, C, nans);
         const double worst = worst_difference(dx, truth, (size_t)n, 0);
-        check(worst < (double_build ? 1e-15 : 3e-7), "maxpool %dx%dx%d: dx differs by %.2e", H, W, C, worst);
+        check(worst < (IS_DOUBLE ? 1e-15 : 3e-7), "maxpool %dx%dx%d: dx differs by %.2e", H, W, C, worst);
         free(x), free(truth), free(argmax);
     }
 }
@@ -967,7 +965,7 @@ static void test_positions(void) {
     sine_positions(pos, 2, 3, 8);
     const double worst0 = worst_difference(pos + 3 * 8, truth[0], 8, 0);
     const double worst1 = worst_difference(pos + 2 * 8, truth[1], 8, 0);
-    check(fmax(worst0, worst1) < (double_build ? 1e-14 : 1e-7), "positions differ by %.2e", fmax(worst0, worst1));
+    check(fmax(worst0, worst1) < (IS_DOUBLE ? 1e-14 : 1e-7), "positions differ by %.2e", fmax(worst0, worst1));
     // C / 2 odd: the last channel of a half is a sine
     real odd[2 * 3 * 6];
     sine_positions(odd, 2, 3, 6);

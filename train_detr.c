@@ -25,8 +25,6 @@ of threads, and a resumed run, sees the same ones.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <fcntl.h>
-#include <getopt.h>
 #include <omp.h>
 #include <signal.h>
 #include <sys/resource.h>
