@@ -2890,8 +2890,9 @@ static void calibrate_norms(Model *model, const Sample *samples, int count) {
     free(maps);
 }
 
-// Multiply-adds times two of one forward pass over an image: what benchmarks state speed in.
-static double forward_flops(const Model *model, int height, int width) {
+// Multiply-adds times two of one forward pass over an image: what benchmarks state speed in. *untrained: the share of
+// backbone layers that are not trained and so have no backward pass.
+static double forward_flops(const Model *model, int height, int width, double *untrained) {
     Activations acts;
     activations_lists(&acts, model, 0);
     activations_plan(&acts, model, height, width);
@@ -2899,15 +2900,18 @@ static double forward_flops(const Model *model, int height, int width) {
            F = model->config.dim_feedforward;
     double sum = (double)conv_size(height, model->stem.shape) * conv_size(width, model->stem.shape) *
                  (double)model->stem.weight->count;
+    *untrained = model->stem.weight->trained ? 0 : 2 * sum;
     for (int i = 0; i < model->num_blocks; i++) {
         const Block *block = &model->blocks[i];
         const BlockActivations *b = &acts.blocks[i];
         double in = (double)b->height * b->width, out = (double)b->out_height * b->out_width;
+        double of_block = block->has_shortcut ? out * (double)block->shortcut.weight->count : 0;
         for (int j = 0; j < block->num_convs; j++) {
             if (block->conv[j].shape.stride > 1) in = out;
-            sum += in * (double)block->conv[j].weight->count;
+            of_block += in * (double)block->conv[j].weight->count;
         }
-        if (block->has_shortcut) sum += out * (double)block->shortcut.weight->count;
+        sum += of_block;
+        if (!block->trained) *untrained += 2 * of_block;
     }
     sum += T * (double)model->input_projection.weight->count;
     sum += model->config.enc_layers * (T * (4 * C * C + 2 * C * F) + 2 * T * T * C);

@@ -1047,20 +1047,6 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
     return count % 2 ? times[count / 2] : (times[count / 2 - 1] + times[count / 2]) / 2;
 }
 
-// Multiply-adds times two of the forward pass of what is not trained: those layers have no backward pass. All of them
-// come before the first stride after the pooling.
-static double frozen_flops(const Model *model, int height, int width) {
-    double h = conv_size(height, model->stem.shape), w = conv_size(width, model->stem.shape), sum;
-    sum = model->stem.weight->trained ? 0 : h * w * (double)model->stem.weight->count;
-    h = floor((h + 1) / 2), w = floor((w + 1) / 2);
-    for (int i = 0; i < model->num_blocks && !model->blocks[i].trained; i++) {
-        const Block *block = &model->blocks[i];
-        for (int j = 0; j < block->num_convs; j++) sum += h * w * (double)block->conv[j].weight->count;
-        if (block->has_shortcut) sum += h * w * (double)block->shortcut.weight->count;
-    }
-    return 2 * sum;
-}
-
 static int command_bench(Settings *settings, Error *error) {
     const char *size = flag_text(settings, "size"), *json_path = flag_text(settings, "json");
     ModelConfig config = config_from_flags(settings);
@@ -1080,13 +1066,13 @@ static int command_bench(Settings *settings, Error *error) {
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
     double peak = measure_peak_gflops(), train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, error),
            infer_seconds = 0;
-    double flops = forward_flops(&model, height, width);
+    double untrained, flops = forward_flops(&model, height, width, &untrained);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     activations_free(&acts);
     activations_create(&acts, &model, height, width, 0);
     if (train_seconds > 0) infer_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 0, error);
-    double train_flops = batch * (3 * flops - 2 * frozen_flops(&model, height, width));
+    double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {
         printf("%s %dx%d, batch %d, %d threads, %s\n", flag_text(settings, "backbone"), height, width, batch,
