@@ -102,6 +102,41 @@ static void arena_free(Arena *arena) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Profile: where the time of a step goes, for bench --profile
+
+// One line of the table, for all the calls of one kind of work. flops and bytes are what the work has to do at least:
+// every product once, every input and output moved once.
+typedef struct {
+    const char *work, *pass;
+    long calls;
+    double seconds, flops, bytes;
+} ProfileLine;
+
+static struct {
+    int on, count;
+    ProfileLine lines[64];
+} profile;
+
+static inline double profile_begin(void) { return profile.on ? seconds_now() : 0; }
+
+// Books the time since `begin`, which profile_begin() gave, under (work, pass).
+static void profile_end(double begin, const char *work, const char *pass, double flops, double bytes) {
+    if (!profile.on) return;
+    int i = 0;
+    while (i < profile.count && (strcmp(profile.lines[i].work, work) || strcmp(profile.lines[i].pass, pass))) i++;
+    if (i == (int)(sizeof profile.lines / sizeof profile.lines[0])) return;
+    ProfileLine *line = &profile.lines[i];
+    if (i == profile.count) {
+        memset(line, 0, sizeof *line);
+        line->work = work, line->pass = pass;
+        profile.count++;
+    }
+    line->calls++;
+    line->seconds += seconds_now() - begin;
+    line->flops += flops, line->bytes += bytes;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Matmul: convolutions and linear layers, forward and backward
 //
 // Nearly all the time goes here, into one loop: multiply_tile(). A tile is TILE_ROWS rows (pixels or tokens) by
@@ -803,6 +838,7 @@ static inline uint64_t dropout_threshold(Dropout dropout) { return (uint32_t)(dr
 // y = dropout(x), both (rows, channels); may be in place. The map is linear, so its backward pass is the same function
 // with x = dy.
 static void dropout_forward(real *y, const real *x, size_t rows, size_t channels, Dropout dropout) {
+    const double begin = profile_begin();
     enum { STRIDE = 4 * U64_LANES };
     const int64_t count = (int64_t)(rows * channels);
     if (dropout.p == 0) {
@@ -827,6 +863,7 @@ static void dropout_forward(real *y, const real *x, size_t rows, size_t channels
             for (int i = 0; i < n; i++) y[start + i] = words[i] >= threshold ? x[start + i] * scale : 0;
         }
     }
+    profile_end(begin, "dropout", "", 0, sizeof(real) * 2.0 * (double)count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1070,6 +1107,7 @@ static void attention_forward_block(real *out, real *lse, const real *q, const r
 // workspace: attention_workspace() reals.
 static void attention_forward(real *out, real *lse, const real *q, const real *k, const real *v, int Tq, int Tk, int C,
                               int heads, Dropout dropout, real *workspace) {
+    const double begin = profile_begin();
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
     real *keys = workspace, *values = keys + heads * plan.head_keys, *scratch = values + heads * plan.head_keys;
 #pragma omp parallel
@@ -1088,6 +1126,7 @@ static void attention_forward(real *out, real *lse, const real *q, const real *k
             }
         }
     }
+    profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, sizeof(real) * 2.0 * (Tq + Tk) * C);
 }
 
 // What attention_backward keeps in its workspace: q and dout of a head as rows (padded_queries, padded_dim), and block
@@ -1202,6 +1241,7 @@ static void attention_backward_sum(real *dq, const AttentionWork *work, int head
 static void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k,
                                const real *v, const real *out, const real *lse, int Tq, int Tk, int C, int heads,
                                Dropout dropout, real *workspace) {
+    const double begin = profile_begin();
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
     const size_t all_keys = heads * plan.head_keys, all_queries = heads * plan.head_queries;
     const real inverse_keep = (real)(1 / (1 - dropout.p));
@@ -1244,6 +1284,7 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout, c
             }
         }
     }
+    profile_end(begin, "attention", "backward", 10.0 * Tq * Tk * C, sizeof(real) * 4.0 * (Tq + Tk) * C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1253,6 +1294,7 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout, c
 // backward pass: mean of the row and 1 / sqrt(variance + 1e-5), the variance biased (divided by C).
 static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
                               int rows, int C) {
+    const double begin = profile_begin();
     const int whole = C / LANES * LANES;
 #pragma omp parallel for schedule(static) if ((int64_t)rows * C > 16384)
     for (int row = 0; row < rows; row++) {
@@ -1275,6 +1317,7 @@ static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, co
         mean[row] = center;
         rstd[row] = scale;
     }
+    profile_end(begin, "layer norm", "forward", 0, sizeof(real) * 2.0 * rows * C);
 }
 
 // dx is written; dweight and dbias (C) are added to, rows in order, one owner for a channel.
@@ -1283,6 +1326,7 @@ static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, co
 //   dx = rstd (g - mean_C(g) - n mean_C(g n)): the part of g that moves neither the row's mean nor its variance.
 static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *x, const real *mean,
                                const real *rstd, const real *weight, int rows, int C) {
+    const double begin = profile_begin();
     enum { COLUMNS = 32 };
     const int whole = C / LANES * LANES;
 #pragma omp parallel if ((int64_t)rows * C > 16384)
@@ -1325,6 +1369,7 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
             }
         }
     }
+    profile_end(begin, "layer norm", "backward", 0, sizeof(real) * 3.0 * rows * C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1333,6 +1378,7 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
 // x (H, W, C) to y ((H + 1) / 2, (W + 1) / 2, C). argmax: 3 * ky + kx of the greatest pixel of the window, the first
 // one among equals, in rows, as PyTorch chooses; a NaN counts as greater than all.
 static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H, int W, int C) {
+    const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
     for (int oy = 0; oy < out_H; oy++) {
@@ -1355,10 +1401,12 @@ static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H
             }
         }
     }
+    profile_end(begin, "max pooling", "forward", 0, sizeof(real) * 1.25 * H * W * C);
 }
 
 // dx (H, W, C), written: a pixel gathers dy from the up to four windows that hold it and chose it, in their order.
 static void maxpool_backward(real *dx, const real *dy, const unsigned char *argmax, int H, int W, int C) {
+    const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
     for (int iy = 0; iy < H; iy++) {
@@ -1374,6 +1422,7 @@ static void maxpool_backward(real *dx, const real *dy, const unsigned char *argm
             }
         }
     }
+    profile_end(begin, "max pooling", "backward", 0, sizeof(real) * 1.25 * H * W * C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1771,6 +1820,7 @@ static void model_initialise(Model *model, uint64_t seed) {
 // Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
 // the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
 static void layer_pack(Layer *layer) {
+    const double begin = profile_begin();
     if (layer->norm_weight) {
         for (int n = 0; n < layer->shape.out_channels; n++) {
             layer->scale[n] = layer->norm_weight->value[n] / (real)sqrt((double)layer->norm_variance->value[n] + 1e-5);
@@ -1780,6 +1830,8 @@ static void layer_pack(Layer *layer) {
     pack_weights(layer->packed, layer->weight->value, layer->scale, layer->shape);
     if (layer->packed_backward)
         pack_weights_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape);
+    profile_end(begin, "packing of weights", "", 0,
+                sizeof(real) * (layer->packed_backward ? 4.0 : 2.0) * (double)layer->weight->count);
 }
 
 // Where element i of a tensor as the checkpoint orders it lies in memory: (out, in, k, k) against (out, k, k, in).
@@ -1797,11 +1849,26 @@ static void model_pack(Model *model) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Model: forward and backward of one image
 
+static void profile_layer(double begin, const Layer *layer, int height, int width, const char *pass) {
+    const ConvShape s = layer->shape;
+    const double out = (double)conv_size(height, s) * conv_size(width, s), in = (double)height * width,
+                 weights = (double)layer->weight->count;
+    const char *work = s.kernel > 3         ? "stem 7x7"
+                       : s.kernel == 3      ? s.stride > 1 ? "3x3, stride 2" : "3x3"
+                       : s.stride > 1       ? "1x1, stride 2"
+                       : layer->norm_weight ? "1x1"
+                                            : "linear";
+    profile_end(begin, work, pass, 2 * out * weights,
+                sizeof(real) * (in * s.in_channels + out * s.out_channels + weights));
+}
+
 // y = relu?(x W + b (+ add)). x: (height * width, in), y: (output height * width, out).
 static void layer_forward(real *y, const real *x, int height, int width, const Layer *layer, int relu,
                           const real *add) {
     Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL};
+    const double begin = profile_begin();
     conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape);
+    profile_layer(begin, layer, height, width, "forward");
 }
 
 // dW += x^T dy, db += sum of dy, and, where an earlier layer is trained, dx = mask(dy W^T (+ add)).
@@ -1810,11 +1877,15 @@ static void layer_backward(real *dx, const real *x, const real *dy, int height, 
                            const real *add, const real *mask, real *workspace) {
     if (layer->weight->trained) {
         const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
+        const double begin = profile_begin();
         conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, workspace);
+        profile_layer(begin, layer, height, width, "backward, weight");
     }
     if (layer->needs_input_gradient) {
         Epilogue epilogue = {NULL, add, 0, mask};
+        const double begin = profile_begin();
         conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape);
+        profile_layer(begin, layer, height, width, "backward, data");
     }
 }
 
@@ -2114,8 +2185,10 @@ static void activations_create(Activations *acts, const Model *model, int max_he
 }
 
 static void add_rows(real *y, const real *a, const real *b, size_t count) {
+    const double begin = profile_begin();
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; i++) y[i] = a[i] + b[i];
+    profile_end(begin, "sums", "", 0, sizeof(real) * 3.0 * (double)count);
 }
 
 static Dropout dropout_at(const Activations *acts, int site) {
@@ -2582,6 +2655,7 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
 // dboxes.
 static void set_loss(const Model *model, Activations *acts, Targets targets, LossDivisors divisors,
                      const LossSettings *settings, Losses *losses) {
+    const double begin = profile_begin();
     int Q = model->config.num_queries, classes = model->config.num_labels + 1, L = model->config.dec_layers;
     for (int l = 0; l < L; l++) {
         size_t row = (size_t)l * (size_t)Q;
@@ -2592,6 +2666,7 @@ static void set_loss(const Model *model, Activations *acts, Targets targets, Los
                    acts->match + row, l, Q, classes, is_final, targets, divisors, settings,
                    is_final || settings->aux_loss, acts->probabilities);
     }
+    profile_end(begin, "matching and loss", "", 0, 0);
 }
 
 // Closes the sums of a step: class_error and the weighted total.
@@ -2611,14 +2686,17 @@ typedef struct {
 } OptimizerSettings;
 
 static void zero_gradients(Model *model) {
+    const double begin = profile_begin();
     for (int i = 0; i < model->num_params; i++)
         if (model->params[i]->trained) memset(model->params[i]->grad, 0, model->params[i]->count * sizeof(real));
+    profile_end(begin, "gradients to zero", "", 0, sizeof(real) * (double)model->num_trained);
 }
 
 // From the gradients of folded weights W' = scale W, b' = norm_bias - mean scale to those of what is stored. A row n of
 // the weights shares one scale[n] = norm_weight[n] r[n], r = 1 / sqrt(variance + 1e-5):
 //   dnorm_weight = r (sum over k of dW'[n, k] W[n, k] - mean db'),  dnorm_bias = db',  dW = scale dW'
 static void unfold_norms(Model *model) {
+    const double begin = profile_begin();
     for (int i = 0; i < model->num_layers; i++) {
         Layer *layer = model->layers[i];
         if (!layer->norm_weight || !layer->weight->trained) continue;
@@ -2637,6 +2715,7 @@ static void unfold_norms(Model *model) {
             for (size_t k = 0; k < row; k++) dw[k] *= layer->scale[n];
         }
     }
+    profile_end(begin, "frozen norms unfolded", "backward", 0, 0);
 }
 
 // The norm of all gradients together. Chunks of fixed size are summed on any thread and added up in order, so the
@@ -2644,6 +2723,7 @@ static void unfold_norms(Model *model) {
 static double gradient_norm(const Model *model) {
     enum { CHUNK = 16384, MAX_CHUNKS = 4096 };
     static double partial[MAX_CHUNKS];
+    const double begin_all = profile_begin();
     double total = 0;
     for (int i = 0; i < model->num_params; i++) {
         const Param *param = model->params[i];
@@ -2663,12 +2743,14 @@ static double gradient_norm(const Model *model) {
             for (int c = 0; c < chunks; c++) total += partial[c];
         }
     }
+    profile_end(begin_all, "norm of the gradient", "", 0, sizeof(real) * (double)model->num_trained);
     return sqrt(total);
 }
 
 // One AdamW step (Loshchilov and Hutter 2019; betas 0.9 and 0.999, eps 1e-8) with gradients clipped to clip_max_norm,
 // then every changed layer is packed again. step: number of steps taken before this one. grad_norm: gradient_norm().
 static void optimizer_step(Model *model, const OptimizerSettings *settings, int64_t step, double grad_norm) {
+    const double begin = profile_begin();
     double clip = settings->clip_max_norm > 0 ? fmin(1, settings->clip_max_norm / (grad_norm + 1e-6)) : 1;
     double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
     for (int i = 0; i < model->num_params; i++) {
@@ -2689,6 +2771,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
             value[k] = value[k] * decay - rate * m[k] / (square_root(v[k]) * root + eps);
         }
     }
+    profile_end(begin, "AdamW", "", 0, sizeof(real) * 7.0 * (double)model->num_trained);
     for (int i = 0; i < model->num_layers; i++)
         if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
 }
@@ -2716,11 +2799,13 @@ static const char *first_nonfinite(const Model *model, const Activations *acts) 
 static const double PIXEL_MEAN[3] = {0.485, 0.456, 0.406}, PIXEL_STD[3] = {0.229, 0.224, 0.225};
 
 static void normalise_pixels(real *pixels, const Image *image) {
+    const double begin = profile_begin();
     real table[3][256];
     for (int c = 0; c < 3; c++)
         for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
     for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
         for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][image->pixels[3 * i + c]];
+    profile_end(begin, "pixels normalised", "", 0, sizeof(real) * 3.75 * image->width * image->height);
 }
 
 // Lays out the activations for an image and writes its normalised pixels.

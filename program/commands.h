@@ -1024,16 +1024,43 @@ static void bench_sample(Sample *sample, int height, int width, int num_classes,
     }
 }
 
+static int compare_profile_lines(const void *a, const void *b) {
+    double left = ((const ProfileLine *)a)->seconds, right = ((const ProfileLine *)b)->seconds;
+    return left < right ? 1 : left > right ? -1 : 0;
+}
+
+// Prints what the profile holds of `runs` runs that took `seconds` in all, the longest first. peak: GFLOP/s.
+static void print_profile(const char *title, double seconds, int runs, double peak) {
+    double known = 0;
+    printf("\n%-24s %-17s %7s %9s %6s %9s %7s %7s\n", title, "", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s");
+    qsort(profile.lines, (size_t)profile.count, sizeof profile.lines[0], compare_profile_lines);
+    for (int i = 0; i < profile.count; i++) {
+        const ProfileLine *line = &profile.lines[i];
+        known += line->seconds;
+        printf("%-24s %-17s %7ld %9.2f %5.1f%%", line->work, line->pass, line->calls / runs, 1e3 * line->seconds / runs,
+               100 * line->seconds / seconds);
+        if (line->flops > 0)
+            printf(" %9.1f %6.0f%%", line->flops / line->seconds / 1e9, line->flops / line->seconds / peak / 1e7);
+        else
+            printf(" %9s %7s", "", "");
+        printf(line->bytes > 0 ? " %7.1f\n" : "\n", line->bytes / line->seconds / 1e9);
+    }
+    printf("%-24s %-17s %7s %9.2f %5.1f%%\n", "everything else", "", "", 1e3 * (seconds - known) / runs,
+           100 * (seconds - known) / seconds);
+    printf("%-24s %-17s %7s %9.2f %5.1f%%\n", "all", "", "", 1e3 * seconds / runs, 100.0);
+}
+
 // Times one command of the two (train: a step, else an inference): the median of 3 to 7 runs, after one that is not
-// counted, stopping when they have taken half a minute.
+// counted, stopping when they have taken half a minute. With profile.on it prints where their time went.
 static double bench_seconds(Model *model, Activations *acts, const LossSettings *loss, Sample *samples, int batch,
-                            int train, Error *error) {
+                            int train, double peak, Error *error) {
     OptimizerSettings optimizer = {1e-4, 1e-5, 1e-4, 0.1};
     double times[7], total = 0;
     int count = 0;
     for (int run = -1; run < 7 && (run < 3 || total < 30); run++) {
         Losses losses;
         double begin = seconds_now();
+        if (run == 0) profile.count = 0;
         if (!train) {
             predict_image(model, acts, &samples[0].image);
         } else if (training_step(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0) {
@@ -1043,6 +1070,7 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
         times[count] = seconds_now() - begin;
         total += times[count++];
     }
+    if (profile.on) print_profile(train ? "training step" : "inference", total, count, peak);
     qsort(times, (size_t)count, sizeof(double), compare_doubles);
     return count % 2 ? times[count / 2] : (times[count / 2 - 1] + times[count / 2]) / 2;
 }
@@ -1064,14 +1092,15 @@ static int command_bench(Settings *settings, Error *error) {
     activations_create(&acts, &model, height, width, 1);
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
-    double peak = measure_peak_gflops(), train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, error),
-           infer_seconds = 0;
+    profile.on = flag_on(settings, "profile");
+    double peak = measure_peak_gflops(), infer_seconds = 0,
+           train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, peak, error);
     double untrained, flops = forward_flops(&model, height, width, &untrained);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     activations_free(&acts);
     activations_create(&acts, &model, height, width, 0);
-    if (train_seconds > 0) infer_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 0, error);
+    if (train_seconds > 0) infer_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 0, peak, error);
     double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {

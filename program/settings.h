@@ -32,6 +32,7 @@ static const Flag FLAGS[] = {
      "write pixel_values, logits and pred_boxes of each picture as safetensors"},
     {"threshold", NUMBER, "X", "0.5", 0, 1, PREDICT, "boxes with a higher score than this are shown"},
     {"size", TEXT, "HxW", "800x1066", 0, 0, BENCH, "height and width of the pictures, in pixels"},
+    {"profile", SWITCH, NULL, NULL, 0, 0, BENCH, "print where the time goes, by kind of work"},
 
     {"backbone", CHOICE, "resnet18|resnet34|resnet50|resnet101|tiny", "resnet50", 0, 0, TRAIN | BENCH,
      "the convolutional network in front (tiny: a third of resnet18, for small pictures)"},
