@@ -509,7 +509,7 @@ static void matmul_epilogue(double *truth, long rows, int columns, Epilogue e, c
         if (e.bias) truth[i] += e.bias[i % columns];
         if (e.add) truth[i] += add[i];
         if (e.relu && truth[i] < 0) truth[i] = 0;
-        if (e.mask && e.mask[i] <= 0) truth[i] = 0;
+        if (e.mask && load_number(e.mask, (size_t)i, 0) <= 0) truth[i] = 0;
     }
 }
 
@@ -529,6 +529,7 @@ static void test_matmul_case(const MatmulCase *c, int number) {
 
     // Which parts of the epilogue are in use changes from case to case.
     Epilogue forward, backward;
+    forward.half = backward.half = 0;
     forward.bias = number % 2 ? NULL : bias, forward.add = number % 3 == 2 ? NULL : add;
     forward.relu = number % 4 < 2, forward.mask = number % 5 == 4 ? mask : NULL;
     backward.bias = number % 5 == 3 ? bias_in : NULL, backward.add = number % 3 == 1 ? NULL : add_in;
@@ -572,21 +573,21 @@ static void test_matmul_case(const MatmulCase *c, int number) {
         real *result = results[threads - 1] = (real *)allocate(sizeof(real) * all);
         for (long i = 0; i < all; i++) result[i] = 7;
         real *y = result, *dx = y + y_size + guard, *dw = dx + x_size + guard, *dbias = dw + w_size + guard;
-        real *packed = (real *)allocate(sizeof(real) * packed_size(s));
-        real *packed_backward = (real *)allocate(sizeof(real) * packed_backward_size(s));
+        real *packed = (real *)allocate(sizeof(real) * packed_size(s, 0));
+        real *packed_backward = (real *)allocate(sizeof(real) * packed_backward_size(s, 0));
         real *workspace = (real *)allocate(sizeof(real) * conv_backward_weight_workspace(s, threads));
-        for (size_t i = 0; i < packed_size(s); i++) packed[i] = NAN;  // all of it must be written
-        for (size_t i = 0; i < packed_backward_size(s); i++) packed_backward[i] = NAN;
+        for (size_t i = 0; i < packed_size(s, 0); i++) packed[i] = NAN;  // all of it must be written
+        for (size_t i = 0; i < packed_backward_size(s, 0); i++) packed_backward[i] = NAN;
         for (size_t i = 0; i < conv_backward_weight_workspace(s, threads); i++) workspace[i] = NAN;
-        pack_weights(packed, w, scale, s);
-        pack_weights_backward(packed_backward, w, scale, s);
+        pack_weights(packed, w, scale, s, 0);
+        pack_weights_backward(packed_backward, w, scale, s, 0);
         if (number % 3 == 0) memcpy(y, add, sizeof(real) * y_size), forward.add = y;  // add may be the result
         if (number % 3 == 0) memcpy(dx, add_in, sizeof(real) * x_size), backward.add = dx;
-        conv_forward(y, x, c->height, c->width, packed, forward, s);
-        conv_backward_data(dx, dy, c->height, c->width, packed_backward, backward, s);
+        conv_forward(y, x, c->height, c->width, packed, forward, s, 0);
+        conv_backward_data(dx, dy, c->height, c->width, packed_backward, backward, s, 0);
         memcpy(dw, dw_start, sizeof(real) * w_size);
         memcpy(dbias, dw_start + w_size, sizeof(real) * s.out_channels);
-        conv_backward_weight(dw, number % 4 == 1 ? NULL : dbias, x, dy, c->height, c->width, s, workspace);
+        conv_backward_weight(dw, number % 4 == 1 ? NULL : dbias, x, dy, c->height, c->width, s, 0, workspace);
         free(packed), free(packed_backward), free(workspace);
         if (threads > 1) {
             check(memcmp(result, results[0], sizeof(real) * all) == 0,
@@ -622,13 +623,13 @@ static void test_matmul_case(const MatmulCase *c, int number) {
 static void test_matmul_nan(void) {
     const ConvShape s = {2, 70, 1, 1, 0, 1};
     real x[14], w[140], y[7 * 70];
-    real *packed = (real *)allocate(sizeof(real) * packed_size(s));
-    Epilogue relu = {NULL, NULL, 1, NULL};
+    real *packed = (real *)allocate(sizeof(real) * packed_size(s, 0));
+    Epilogue relu = {NULL, NULL, 1, NULL, 0};
     int seen = 0;
     for (int i = 0; i < 14; i++) x[i] = i < 2 || i > 11 ? (real)NAN : 1;
     for (int i = 0; i < 140; i++) w[i] = -1;
-    pack_weights(packed, w, NULL, s);
-    conv_forward(y, x, 7, 1, packed, relu, s);
+    pack_weights(packed, w, NULL, s, 0);
+    conv_forward(y, x, 7, 1, packed, relu, s, 0);
     for (int i = 0; i < 7 * 70; i++) seen += i / 70 % 6 == 0 ? isnan(y[i]) : y[i] == 0;
     check(seen == 7 * 70, "matmul: NaN passes ReLU, negative sums do not (%d of %d right)", seen, 7 * 70);
     free(packed);
@@ -739,10 +740,10 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         memset(ours, 0xFF, results * sizeof(real));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(ours, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, workspace);
+        attention_forward(ours, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, 0, workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(dq_ours, dk_ours, dv_ours, dout_ours, q_ours, k_ours, v_ours, ours, lse_ours, Tq, Tk, C,
-                           heads, dropout, workspace);
+                           heads, dropout, 0, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(real));
         same = same && memcmp(once, ours, results * sizeof(real)) == 0 && workspace[needed] == 42;
     }
@@ -795,8 +796,8 @@ static void test_attention_nan(void) {
         for (int i = 0; i < 3 * N; i++) memory[i] = (real)test_number(1, (uint64_t)i);
         for (int i = 0; i < N; i++) dout[i] = (real)test_number(2, (uint64_t)i);
         memory[which * N + row * C + channel] = (real)NAN;
-        attention_forward(out, lse, memory, memory + N, memory + 2 * N, T, T, C, HEADS, none, workspace);
-        attention_backward(dq, dk, dv, dout, memory, memory + N, memory + 2 * N, out, lse, T, T, C, HEADS, none,
+        attention_forward(out, lse, memory, memory + N, memory + 2 * N, T, T, C, HEADS, none, 0, workspace);
+        attention_backward(dq, dk, dv, dout, memory, memory + N, memory + 2 * N, out, lse, T, T, C, HEADS, none, 0,
                            workspace);
         int wrong = 0, backward = 0;
         for (int i = 0; i < N; i++) {
@@ -846,15 +847,15 @@ static void test_dropout(void) {
         dropout.p = 0.3, dropout.seed = 0xFEDCBA9876543210ull, dropout.site = 9, dropout.step = 1000, dropout.image = 1;
         double worst = 0;
         for (size_t j = 0; j < n; j++) x[j] = (real)test_number(3, j);
-        dropout_forward(y, x, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(y, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
         for (size_t j = 0; j < n; j++) {
             worst = fmax(worst, fabs(y[j] - x[j] * test_factor(dropout, j)) / (fabs(x[j]) + 1e-9));
         }
-        dropout_forward(x, x, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(x, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
         check(worst < (IS_DOUBLE ? 1e-15 : 2e-7), "dropout of %zu elements: differs by %.2e", n, worst);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout of %zu elements in place differs", n);
         dropout.p = 0;
-        dropout_forward(y, x, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(y, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout with p = 0 is not the identity");
         free(x);
     }
@@ -895,7 +896,7 @@ static void test_layernorm(void) {
             result[t] = next;
             omp_set_num_threads(t ? 3 : 1);
             for (int c = 0; c < 2 * C; c++) next[2 * n + c] = 1;  // gradients are added to what is there
-            layernorm_forward(next, mean, rstd, ours, weight, bias, rows, C);
+            layernorm_forward(next, NULL, mean, rstd, ours, weight, bias, rows, C);
             layernorm_backward(next + n, next + 2 * n, next + 2 * n + C, dy, ours, mean, rstd, weight, rows, C);
         }
         omp_set_num_threads(threads);
@@ -931,8 +932,8 @@ static void test_maxpool(void) {
         for (int i = 0; i < n; i++) x[i] = (real)((int)random_below(1, RANDOM_TEST, 5, 0, 0, (uint64_t)i, 4) - 5);
         if (s > 0) x[(3 * W + 4) * C + 1] = (real)NAN, x[(3 * W + 5) * C + C - 1] = (real)-INFINITY;
         for (int i = 0; i < m; i++) dy[i] = (real)test_number(6, (uint64_t)i);
-        maxpool_forward(y, argmax, x, H, W, C);
-        maxpool_backward(dx, dy, argmax, H, W, C);
+        maxpool_forward(y, argmax, x, H, W, C, 0);
+        maxpool_backward(dx, dy, argmax, H, W, C, 0);
         int wrong = 0, nans = 0;
         for (int i = 0; i < m; i++) {
             const int c = i % C, ox = i / C % w, oy = i / C / w;
@@ -1141,12 +1142,14 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         acts.dropout.image = (uint32_t)i;
         activations_plan(&acts, model, images[i].height, images[i].width);
         memcpy(acts.pixels, images[i].pixels, (size_t)(images[i].height * images[i].width * 3) * sizeof(real));
-        image_gradients(model, &acts, targets[i], divisors, loss_settings, &losses);
+        network_forward(model, &acts);
+        set_loss(model, &acts, targets[i], divisors, loss_settings, &losses);
         snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
         compare_reals(dump, name, acts.logits, (size_t)(L * Q * (model->config.num_labels + 1)));
         snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
         compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
         compare_matches(dump, model, acts.match, step, i);
+        network_backward(model, &acts);
         free(images[i].pixels), free(images[i].boxes), free(images[i].classes);
     }
     unfold_norms(model);

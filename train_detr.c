@@ -54,14 +54,17 @@ of threads, and a resumed run, sees the same ones.
 #endif
 typedef REAL real;
 
+#define INLINE static inline __attribute__((always_inline))
+
 static inline real square_root(real x) { return sizeof(real) == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // Memory is planned before it is used: the same walk over a model runs once with base == NULL, which only counts, and
 // once for real. `named` lists what was taken, so that a non-finite value can be traced to the first tensor it is in.
 typedef struct {
     char name[48];
-    const real *data;
+    const void *data;
     size_t count;
+    int half;  // bf16, else reals
 } NamedTensor;
 
 typedef struct {
@@ -191,6 +194,11 @@ typedef real vec_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof
 static inline vec vec_load(const real *from) { return *(const vec_memory *)from; }
 static inline void vec_store(real *to, vec value) { *(vec_memory *)to = value; }
 
+INLINE vec fill(real x) {
+    const vec zero = {0};
+    return zero + x;
+}
+
 // Zero where `value` is negative. NaN is not, so it stays and is seen.
 static inline vec vec_relu(vec value) {
     __typeof__(value < 0) negative = value < 0;
@@ -203,17 +211,83 @@ static inline vec vec_where_positive(vec value, vec mask) {
     return (vec)(positive & (__typeof__(positive))value);
 }
 
-// One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k][column].
+// bf16 (--precision bf16, where real is float): the upper half of a float, rounded to the nearest, to even in between;
+// what is below 2^-126 becomes zero. Two of them that belong to neighbouring k make a pair of 32 bits, and a row of
+// bf16 is a row of pairs: rows of C numbers are read, moved and multiplied as rows of C / 2 units as wide as a float.
+typedef uint16_t bf16;
+typedef float fvec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES)));  // the number with the even k in the lower half
+typedef uint32_t pair_memory __attribute__((aligned(2), may_alias));
+typedef uint16_t bf16_memory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+INLINE fvec dot_pairs(fvec sum, pairs a, pairs b) {
+#ifdef __AVX512BF16__
+    return (fvec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else  // the same bits: products are exact, and the instruction adds the odd one first
+    sum += (fvec)(a & 0xFFFF0000u) * (fvec)(b & 0xFFFF0000u);
+    return sum + (fvec)(a << 16) * (fvec)(b << 16);
+#endif
+}
+
+INLINE vec load_bf16(const bf16 *from) {
+    return (vec)(__builtin_convertvector(*(const bf16_memory *)from, pairs) << 16);
+}
+
+INLINE void store_bf16(bf16 *to, vec value) {
+#ifdef __AVX512BF16__
+    *(bf16_memory *)to = (bf16_memory)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const pairs bits = (pairs)value, magnitude = bits & 0x7FFFFFFFu;
+    const pairs tiny = (pairs)(magnitude < 0x00800000u), nan = (pairs)(magnitude > 0x7F800000u);
+    const pairs rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) & ~nan;
+    const pairs kept = (rounded | (nan & (bits | 0x00400000u))) & (~tiny | 0x80000000u);
+    *(bf16_memory *)to = __builtin_convertvector(kept >> 16, bf16_memory);
+#endif
+}
+
+static inline float from_bf16(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline bf16 to_bf16(float x) {
+    fvec lanes = {x};
+    bf16 rounded[VECTOR_BYTES / 4];
+    store_bf16(rounded, (vec)lanes);
+    return rounded[0];
+}
+
+// Numbers `at`.. of a tensor of bf16 (half) or of reals.
+INLINE vec load_lanes(const void *from, size_t at, int half) {
+    return half ? load_bf16((const bf16 *)from + at) : vec_load((const real *)from + at);
+}
+INLINE void store_lanes(void *to, size_t at, vec value, int half) {
+    half ? store_bf16((bf16 *)to + at, value) : vec_store((real *)to + at, value);
+}
+INLINE real load_number(const void *from, size_t at, int half) {
+    return half ? (real)from_bf16(((const bf16 *)from)[at]) : ((const real *)from)[at];
+}
+INLINE void store_number(void *to, size_t at, real value, int half) {
+    if (half)
+        ((bf16 *)to)[at] = to_bf16((float)value);
+    else
+        ((real *)to)[at] = value;
+}
+static inline size_t number_bytes(int half) { return half ? sizeof(bf16) : sizeof(real); }
+
+// One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k][column]. With
+// pairs length and step count pairs.
 typedef struct {
     const real *rows[TILE_ROWS];
     size_t offset;  // of its weights from the panel's start
 } Run;
 
-// tile += the sum of all runs. Inlined, so that the tile is in registers; each loop over the tile must be unrolled for
-// that, or it falls back to memory at half the speed.
-static inline __attribute__((always_inline)) void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs,
-                                                                int num_runs, int length, size_t step,
-                                                                const real *panel) {
+// tile += the sum of all runs; half: of pairs of bf16. Inlined, so that the tile is in registers; each loop over the
+// tile must be unrolled for that, or it falls back to memory at half the speed.
+INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int length, size_t step,
+                          const real *panel, int half) {
     for (int run = 0; run < num_runs; run++) {
         const real *rows[TILE_ROWS];
 #pragma GCC unroll 8
@@ -226,15 +300,22 @@ static inline __attribute__((always_inline)) void multiply_tile(vec tile[TILE_RO
             for (int j = 0; j < TILE_VECTORS; j++) w[j] = vec_load(weights + j * LANES);
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
-                real value = rows[i][at];
+                if (half) {
+                    const pairs two = *(const pair_memory *)&rows[i][at] + (pairs){0};
 #pragma GCC unroll 8
-                for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] += value * w[j];
+                    for (int j = 0; j < TILE_VECTORS; j++)
+                        tile[i][j] = (vec)dot_pairs((fvec)tile[i][j], two, (pairs)w[j]);
+                } else {
+                    real value = rows[i][at];
+#pragma GCC unroll 8
+                    for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] += value * w[j];
+                }
             }
         }
     }
 }
 
-static inline __attribute__((always_inline)) void clear_tile(vec tile[TILE_ROWS][TILE_VECTORS]) {
+INLINE void clear_tile(vec tile[TILE_ROWS][TILE_VECTORS]) {
     const vec zero = {0};
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++)
@@ -243,11 +324,23 @@ static inline __attribute__((always_inline)) void clear_tile(vec tile[TILE_ROWS]
 }
 
 // Writes the tile to memory, rows of TILE_COLUMNS, for the edges of a result where only a part of it is used.
-static inline __attribute__((always_inline)) void spill_tile(real *out, vec tile[TILE_ROWS][TILE_VECTORS]) {
+INLINE void spill_tile(real *out, vec tile[TILE_ROWS][TILE_VECTORS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + i * TILE_COLUMNS + j * LANES, tile[i][j]);
+}
+
+static real *widen(const void *x, size_t n, int half) {
+    if (!half) return (real *)x;
+    real *r = (real *)malloc(n * sizeof(real));
+    for (size_t i = 0; i < n; i++) r[i] = load_number(x, i, 1);
+    return r;
+}
+static void narrow(void *y, real *x, size_t n, int half) {
+    if (!half) return;
+    for (size_t i = 0; i < n; i++) store_number(y, i, x[i], 1);
+    free(x);
 }
 
 // A square kernel. Activations are (height * width, channels), weights (out_channels, kernel, kernel, in_channels).
@@ -257,11 +350,13 @@ typedef struct {
 
 // What happens to a sum before it is written: value = sum + bias[n] + add[m][n]; with relu max(value, 0), NaN stays
 // NaN; with a mask, value where mask[m][n] > 0, else 0 (the backward pass of ReLU). Any pointer may be NULL; add and
-// mask have the result's shape; add may be the result itself.
+// mask have the result's shape; add may be the result itself. half: result, add and mask are bf16.
 typedef struct {
-    const real *bias, *add;
+    const real *bias;
+    const void *add;
     int relu;
-    const real *mask;
+    const void *mask;
+    int half;
 } Epilogue;
 
 // Rows, or columns, of the output for `size` rows, or columns, of the input.
@@ -272,11 +367,14 @@ static inline int conv_size(int size, ConvShape s) {
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t patch_size(ConvShape s) { return (size_t)s.kernel * s.kernel * s.in_channels; }
 
-// Packed weights, in reals: the panels, then the row of zeros that stands for pixels outside the image.
-static size_t packed_size(ConvShape s) {
+// Packed weights, in reals: the panels, then the row of zeros that stands for pixels outside the image. With pairs of
+// bf16 (half) the inner dimension is half as long.
+static size_t packed_size(ConvShape s, int half) {
+    if (half) s.in_channels /= 2;
     return divide_up(s.out_channels, TILE_COLUMNS) * TILE_COLUMNS * patch_size(s) + (size_t)s.kernel * s.in_channels;
 }
-static size_t packed_backward_size(ConvShape s) {
+static size_t packed_backward_size(ConvShape s, int half) {
+    if (half) s.out_channels /= 2;
     size_t inner = (size_t)s.kernel * s.kernel * s.out_channels;
     return divide_up(s.in_channels, TILE_COLUMNS) * TILE_COLUMNS * inner + s.out_channels;
 }
@@ -284,7 +382,16 @@ static size_t packed_backward_size(ConvShape s) {
 // packed[panel][tap, in channel][column] = w[n][tap, in channel] * scale[n], where n = panel * TILE_COLUMNS + column;
 // columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. packed should
 // lie on VECTOR_BYTES (for speed only).
-static void pack_weights(real *packed, const real *w, const real *scale, ConvShape s) {
+static void pack_weights(real *packed, const real *w, const real *scale, ConvShape s, int half) {
+    if (half) {
+        bf16 *to = (bf16 *)packed;
+        memset(packed, 0, packed_size(s, 1) * sizeof(real));
+        for (int n = 0; n < s.out_channels; n++)
+            for (size_t k = 0; k < patch_size(s); k++)
+                to[((n / TILE_COLUMNS * patch_size(s) / 2 + k / 2) * TILE_COLUMNS + n % TILE_COLUMNS) * 2 + k % 2] =
+                    to_bf16((float)(w[n * patch_size(s) + k] * (scale ? scale[n] : 1)));
+        return;
+    }
     long inner = (long)patch_size(s), panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
     long parts = (long)divide_up(inner, LANES);  // a part: one cache line of each row of w
     memset(packed + panels * TILE_COLUMNS * inner, 0, sizeof(real) * s.kernel * s.in_channels);
@@ -305,7 +412,21 @@ static void pack_weights(real *packed, const real *w, const real *scale, ConvSha
 }
 
 // packed[panel][tap, out channel n][column] = w[n][tap][panel * TILE_COLUMNS + column] * scale[n], zero past the end.
-static void pack_weights_backward(real *packed, const real *w, const real *scale, ConvShape s) {
+static void pack_weights_backward(real *packed, const real *w, const real *scale, ConvShape s, int half) {
+    if (half) {
+        bf16 *to = (bf16 *)packed;
+        const int taps = s.kernel * s.kernel;
+        memset(packed, 0, packed_backward_size(s, 1) * sizeof(real));
+        for (int n = 0; n < s.out_channels; n++)
+            for (int tap = 0; tap < taps; tap++)
+                for (int c = 0; c < s.in_channels; c++)
+                    to[(((size_t)(c / TILE_COLUMNS * taps + tap) * s.out_channels / 2 + n / 2) * TILE_COLUMNS +
+                        c % TILE_COLUMNS) *
+                           2 +
+                       n % 2] =
+                        to_bf16((float)(w[((size_t)n * taps + tap) * s.in_channels + c] * (scale ? scale[n] : 1)));
+        return;
+    }
     long taps = s.kernel * s.kernel, panels = (long)divide_up(s.in_channels, TILE_COLUMNS);
     memset(packed + panels * TILE_COLUMNS * taps * s.out_channels, 0, sizeof(real) * s.out_channels);
 #pragma omp parallel for collapse(2) schedule(static)
@@ -325,8 +446,7 @@ static void pack_weights_backward(real *packed, const real *w, const real *scale
 }
 
 // out[0 .. length) = line[first .. first + length), zero where that is outside [0, line_length) or line is NULL.
-static inline __attribute__((always_inline)) void copy_clipped(real *out, const real *line, long first, long length,
-                                                               long line_length) {
+INLINE void copy_clipped(real *out, const real *line, long first, long length, long line_length) {
     if (line && first >= 0 && first + length <= line_length) {
         if (length == TILE_COLUMNS) {
 #pragma GCC unroll 8
@@ -357,7 +477,8 @@ typedef struct {
     int low_y, high_y, low_x, high_x;  // the taps' reach: pixels this far inside the image need no care
     const real *packed, *zeros;
     size_t panel_size;
-    real *out;
+    int half;  // source and packed hold pairs of bf16: channels, run and sizes count pairs
+    void *out;
     int out_width, out_channels, spacing, first_y, first_x;
     Epilogue epilogue;
 } Product;
@@ -397,22 +518,11 @@ static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product 
     }
 }
 
-// Multiplies one tile and writes it: out rows out_rows[0 .. rows), columns first_column .. first_column + columns.
-static void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel) {
-    vec tile[TILE_ROWS][TILE_VECTORS];
-    int first_column = panel * TILE_COLUMNS;
-    int columns = p->out_channels - first_column < TILE_COLUMNS ? p->out_channels - first_column : TILE_COLUMNS;
+// Adds to a tile what the epilogue asks for and writes it: out rows out_rows[0 .. rows), columns first_column on.
+INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], const size_t *out_rows, int rows,
+                        int first_column, int half) {
+    const int columns = p->out_channels - first_column < TILE_COLUMNS ? p->out_channels - first_column : TILE_COLUMNS;
     const Epilogue e = p->epilogue;
-    for (int i = 0; i < TILE_ROWS; i++) {  // what the epilogue will touch comes in while the tile is multiplied
-        size_t at = out_rows[i] * p->out_channels + first_column;
-        for (int j = 0; j < TILE_VECTORS; j++) {
-            if (e.add) __builtin_prefetch(e.add + at + j * LANES);
-            if (e.mask) __builtin_prefetch(e.mask + at + j * LANES);
-            __builtin_prefetch(p->out + at + j * LANES, 1);
-        }
-    }
-    clear_tile(tile);
-    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size);
     if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
@@ -421,10 +531,10 @@ static void product_tile(const Product *p, const Run *runs, const size_t *out_ro
             for (int j = 0; j < TILE_VECTORS; j++) {
                 vec value = tile[i][j];
                 if (e.bias) value += vec_load(e.bias + first_column + j * LANES);
-                if (e.add) value += vec_load(e.add + at + j * LANES);
+                if (e.add) value += load_lanes(e.add, at + j * LANES, half);
                 if (e.relu) value = vec_relu(value);
-                if (e.mask) value = vec_where_positive(value, vec_load(e.mask + at + j * LANES));
-                vec_store(p->out + at + j * LANES, value);
+                if (e.mask) value = vec_where_positive(value, load_lanes(e.mask, at + j * LANES, half));
+                store_lanes(p->out, at + j * LANES, value, half);
             }
         }
         return;
@@ -436,12 +546,33 @@ static void product_tile(const Product *p, const Run *runs, const size_t *out_ro
         for (int j = 0; j < columns; j++) {
             real value = edge[i * TILE_COLUMNS + j];
             if (e.bias) value += e.bias[first_column + j];
-            if (e.add) value += e.add[at + j];
+            if (e.add) value += load_number(e.add, at + j, half);
             if (e.relu && value < 0) value = 0;
-            if (e.mask && !(e.mask[at + j] > 0)) value = 0;
-            p->out[at + j] = value;
+            if (e.mask && !(load_number(e.mask, at + j, half) > 0)) value = 0;
+            store_number(p->out, at + j, value, half);
         }
     }
+}
+
+// Multiplies one tile and writes it: out rows out_rows[0 .. rows), all columns of the panel.
+INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, int half) {
+    vec tile[TILE_ROWS][TILE_VECTORS];
+    const int first_column = panel * TILE_COLUMNS;
+    const size_t bytes = number_bytes(p->epilogue.half), line = VECTOR_BYTES / bytes;
+    for (int i = 0; i < TILE_ROWS; i++) {  // what the epilogue will touch comes in while the tile is multiplied
+        const size_t at = out_rows[i] * p->out_channels + first_column;
+        for (size_t j = 0; j < TILE_COLUMNS; j += line) {
+            if (p->epilogue.add) __builtin_prefetch((const char *)p->epilogue.add + (at + j) * bytes);
+            if (p->epilogue.mask) __builtin_prefetch((const char *)p->epilogue.mask + (at + j) * bytes);
+            __builtin_prefetch((const char *)p->out + (at + j) * bytes, 1);
+        }
+    }
+    clear_tile(tile);
+    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, half);
+    if (p->epilogue.half)
+        finish_tile(p, tile, out_rows, rows, first_column, 1);
+    else
+        finish_tile(p, tile, out_rows, rows, first_column, 0);
 }
 
 // A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
@@ -476,7 +607,11 @@ static void product(Product *p) {
             for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
                 for (long tile = first_tile; tile < last_tile; tile++) {
                     long left = rows - tile * TILE_ROWS, at = tile - first_tile;
-                    product_tile(p, runs[at], out_rows[at], left < TILE_ROWS ? (int)left : TILE_ROWS, panel);
+                    const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
+                    if (p->half)
+                        product_tile(p, runs[at], out_rows[at], count, panel, 1);
+                    else
+                        product_tile(p, runs[at], out_rows[at], count, panel, 0);
                 }
             }
         }
@@ -484,14 +619,15 @@ static void product(Product *p) {
 }
 
 // y: (out height * out width, out_channels), by the epilogue, whose add and mask have y's shape.
-// x: (height * width, in_channels). packed: by pack_weights().
-static void conv_forward(real *y, const real *x, int height, int width, const real *packed, Epilogue epilogue,
-                         ConvShape s) {
+// x: (height * width, in_channels). packed: by pack_weights(). half: x and packed are bf16, in_channels is even.
+static void conv_forward(void *y, const void *x, int height, int width, const real *packed, Epilogue epilogue,
+                         ConvShape s, int half) {
     Product p;
+    if (half) s.in_channels /= 2;
     size_t inner = patch_size(s);
     // A kernel with few inputs (the stem: 3 channels) reads the pixels of a whole kernel row, which lie side by side.
     int merged = s.dilation == 1 && inner <= MAX_PATCH ? s.kernel : 1;
-    p.source = x, p.height = height, p.width = width, p.channels = s.in_channels;
+    p.source = (const real *)x, p.height = height, p.width = width, p.channels = s.in_channels, p.half = half;
     p.grid_height = conv_size(height, s), p.grid_width = conv_size(width, s), p.step = s.stride;
     p.run = merged * s.in_channels;
     p.num_taps = 0;
@@ -511,16 +647,18 @@ static void conv_forward(real *y, const real *x, int height, int width, const re
 }
 
 // dx: (height * width, in_channels), by the epilogue, whose add and mask have dx's shape. dy: (out height * out width,
-// out_channels). packed: by pack_weights_backward().
+// out_channels). packed: by pack_weights_backward(). half: dy and packed are bf16, out_channels is even.
 //
 // Pixel (iy, ix) was read by tap (ky, kx) of output (oy, ox) where oy * stride = iy + padding - ky * dilation, and the
 // same in x. With stride 2 a tap fits only every second row: the pixels fall into stride * stride classes by their
 // remainders, each with its own taps and no wasted products.
-static void conv_backward_data(real *dx, const real *dy, int height, int width, const real *packed, Epilogue epilogue,
-                               ConvShape s) {
+static void conv_backward_data(void *dx, const void *dy, int height, int width, const real *packed, Epilogue epilogue,
+                               ConvShape s, int half) {
     Product p;
+    if (half) s.out_channels /= 2;
     size_t inner = (size_t)s.kernel * s.kernel * s.out_channels;
-    p.source = dy, p.height = conv_size(height, s), p.width = conv_size(width, s), p.channels = s.out_channels;
+    p.source = (const real *)dy, p.height = conv_size(height, s), p.width = conv_size(width, s);
+    p.channels = s.out_channels, p.half = half;
     p.step = 1, p.run = s.out_channels;
     p.packed = packed, p.panel_size = inner * TILE_COLUMNS;
     p.zeros = packed + divide_up(s.in_channels, TILE_COLUMNS) * p.panel_size;
@@ -609,7 +747,7 @@ static void weight_tile(real *dw, size_t inner, const real *dy_block, size_t str
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = dy_block + i;
     run.offset = 0;
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, pixels, stride, panel);
+    multiply_tile(tile, &run, 1, pixels, stride, panel, 0);
     if (rows >= TILE_ROWS && columns >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
@@ -663,9 +801,10 @@ static void weight_piece(real *dw, real *dbias, int add, const real *x, const re
 //
 // dw is shared out in pieces. For each block of BLOCK_PIXELS pixels a piece copies its channels of dy side by side,
 // and, panel by panel, the patches of x; the tile loop then runs over the pixels of the block.
-static void conv_backward_weight(real *dw, real *dbias, const real *x, const real *dy, int height, int width,
-                                 ConvShape s, real *workspace) {
+static void conv_backward_weight(real *dw, real *dbias, const void *x_, const void *dy_, int height, int width,
+                                 ConvShape s, int half, real *workspace) {
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
+    real *x = widen(x_, (size_t)height * width * s.in_channels, half), *dy = widen(dy_, pixels * s.out_channels, half);
     if (pixels <= 0) return;
     const WeightPlan plan = plan_backward_weight(s, pixels);
     long size = s.out_channels * (inner + 1);  // a slice's own dw and dbias
@@ -702,12 +841,15 @@ static void conv_backward_weight(real *dw, real *dbias, const real *x, const rea
             }
         }
     }
+    if (half) free(x), free(dy);
 }
 
-// The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers.
-// By each thread's own CPU time, best of five, so that other programs on the machine do not lower it.
-static double measure_peak_gflops(void) {
-    const real half = (real)0.5, one = 1;
+// The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers,
+// on reals or (half) on pairs of bf16. By each thread's own CPU time, best of five, so that other programs on the
+// machine do not lower it.
+static double measure_peak_gflops(int half) {
+    const real factor = (real)0.5, one = 1;
+    const pairs two = (pairs)fill((real)1e-3);
     double total = 0;
 #pragma omp parallel reduction(+ : total)
     {
@@ -728,13 +870,14 @@ static double measure_peak_gflops(void) {
 #pragma GCC unroll 8
                 for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 8
-                    for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = tile[i][j] * half + one;
+                    for (int j = 0; j < TILE_VECTORS; j++)
+                        tile[i][j] = half ? (vec)dot_pairs((fvec)tile[i][j], two, two) : tile[i][j] * factor + one;
             }
             clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
             spill_tile(memory, tile);
             __asm__ volatile("" : : "r"(memory) : "memory");
             double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
-            double rate = 2e-9 * count * TILE_ROWS * TILE_COLUMNS / seconds;
+            double rate = (half ? 4e-9 : 2e-9) * count * TILE_ROWS * TILE_COLUMNS / seconds;
             if (rate > best) best = rate;
         }
         total += best;
@@ -745,17 +888,10 @@ static double measure_peak_gflops(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of the layers: exp and random numbers, beside what the Matmul room has
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef __typeof__(*(vec *)0 < *(vec *)0) ivec;  // integers as wide as real; all ones is true, 0 is false
 typedef uint64_t u64vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t i64vec __attribute__((vector_size(VECTOR_BYTES)));
 enum { U64_LANES = VECTOR_BYTES / 8 };
-
-INLINE vec fill(real x) {
-    const vec zero = {0};
-    return zero + x;
-}
 
 INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
@@ -837,12 +973,13 @@ static inline uint64_t dropout_threshold(Dropout dropout) { return (uint32_t)(dr
 
 // y = dropout(x), both (rows, channels); may be in place. The map is linear, so its backward pass is the same function
 // with x = dy.
-static void dropout_forward(real *y, const real *x, size_t rows, size_t channels, Dropout dropout) {
+static void dropout_forward(void *y, int half_y, const void *x, int half_x, size_t rows, size_t channels,
+                            Dropout dropout) {
     const double begin = profile_begin();
     enum { STRIDE = 4 * U64_LANES };
     const int64_t count = (int64_t)(rows * channels);
     if (dropout.p == 0) {
-        if (y != x) memcpy(y, x, (size_t)count * sizeof(real));
+        for (int64_t i = 0; i < count; i++) store_number(y, (size_t)i, load_number(x, (size_t)i, half_x), half_y);
         return;
     }
     const uint64_t threshold = dropout_threshold(dropout);
@@ -857,10 +994,9 @@ static void dropout_forward(real *y, const real *x, size_t rows, size_t channels
             for (int j = 0; j < 4; j++) words[4 * lane + j] = (uint32_t)word[j][lane];
         }
         const int n = count - start < STRIDE ? (int)(count - start) : STRIDE;
-        if (n == STRIDE) {
-            for (int i = 0; i < STRIDE; i++) y[start + i] = words[i] >= threshold ? x[start + i] * scale : 0;
-        } else {
-            for (int i = 0; i < n; i++) y[start + i] = words[i] >= threshold ? x[start + i] * scale : 0;
+        for (int i = 0; i < n; i++) {
+            const size_t at = (size_t)(start + i);
+            store_number(y, at, words[i] >= threshold ? load_number(x, at, half_x) * scale : 0, half_y);
         }
     }
     profile_end(begin, "dropout", "", 0, sizeof(real) * 2.0 * (double)count);
@@ -1105,9 +1241,12 @@ static void attention_forward_block(real *out, real *lse, const real *q, const r
 // lse (heads, Tq): logarithm of the softmax's denominator, sum over keys of exp(score). All of out and lse is written.
 // dropout: on the probabilities, element (head * Tq + query) * Tk + key. A NaN in q, k or v comes out as NaN.
 // workspace: attention_workspace() reals.
-static void attention_forward(real *out, real *lse, const real *q, const real *k, const real *v, int Tq, int Tk, int C,
-                              int heads, Dropout dropout, real *workspace) {
+static void attention_forward(void *out_, real *lse, const void *q_, const void *k_, const void *v_, int Tq, int Tk,
+                              int C, int heads, Dropout dropout, int half, real *workspace) {
     const double begin = profile_begin();
+    real *q = widen(q_, (size_t)Tq * C, half), *k = widen(k_, (size_t)Tk * C, half),
+         *v = widen(v_, (size_t)Tk * C, half);
+    real *out = half ? (real *)malloc(sizeof(real) * Tq * C) : (real *)out_;
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
     real *keys = workspace, *values = keys + heads * plan.head_keys, *scratch = values + heads * plan.head_keys;
 #pragma omp parallel
@@ -1126,6 +1265,8 @@ static void attention_forward(real *out, real *lse, const real *q, const real *k
             }
         }
     }
+    narrow(out_, out, (size_t)Tq * C, half);
+    if (half) free(q), free(k), free(v);
     profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, sizeof(real) * 2.0 * (Tq + Tk) * C);
 }
 
@@ -1238,9 +1379,13 @@ static void attention_backward_sum(real *dq, const AttentionWork *work, int head
 // not: no pass over the keys is needed to get it. P = exp(S - lse) is made again block by block.
 //
 // A task is one head and one chunk of keys: it owns its rows of dk and dv, and its part of dq.
-static void attention_backward(real *dq, real *dk, real *dv, const real *dout, const real *q, const real *k,
-                               const real *v, const real *out, const real *lse, int Tq, int Tk, int C, int heads,
-                               Dropout dropout, real *workspace) {
+static void attention_backward(void *dq_, void *dk_, void *dv_, const void *dout_, const void *q_, const void *k_,
+                               const void *v_, const void *out_, const real *lse, int Tq, int Tk, int C, int heads,
+                               Dropout dropout, int half, real *workspace) {
+    size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C;
+    real *q = widen(q_, nq, half), *k = widen(k_, nk, half), *v = widen(v_, nk, half), *out = widen(out_, nq, half),
+         *dout = widen(dout_, nq, half);
+    real *dq = widen(dq_, nq, half), *dk = widen(dk_, nk, half), *dv = widen(dv_, nk, half);
     const double begin = profile_begin();
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
     const size_t all_keys = heads * plan.head_keys, all_queries = heads * plan.head_queries;
@@ -1284,6 +1429,8 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout, c
             }
         }
     }
+    narrow(dq_, dq, nq, half), narrow(dk_, dk, nk, half), narrow(dv_, dv, nk, half);
+    if (half) free(q), free(k), free(v), free(out), free(dout);
     profile_end(begin, "attention", "backward", 10.0 * Tq * Tk * C, sizeof(real) * 4.0 * (Tq + Tk) * C);
 }
 
@@ -1291,9 +1438,10 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout, c
 // Layer norm (Ba et al. 2016)
 
 // y = (x - mean) * rstd * weight + bias for each of `rows` rows of C channels; mean and rstd (rows) are kept for the
-// backward pass: mean of the row and 1 / sqrt(variance + 1e-5), the variance biased (divided by C).
-static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
-                              int rows, int C) {
+// backward pass: mean of the row and 1 / sqrt(variance + 1e-5), the variance biased (divided by C). rounded: y once
+// more as bf16, or NULL.
+static void layernorm_forward(real *y, bf16 *rounded, real *mean, real *rstd, const real *x, const real *weight,
+                              const real *bias, int rows, int C) {
     const double begin = profile_begin();
     const int whole = C / LANES * LANES;
 #pragma omp parallel for schedule(static) if ((int64_t)rows * C > 16384)
@@ -1314,6 +1462,8 @@ static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, co
         for (int c = whole; c < C; c++) sum += (from[c] - center) * (from[c] - center);
         const real scale = (real)(1 / sqrt(sum / C + 1e-5));
         for (int c = 0; c < C; c++) to[c] = (from[c] - center) * scale * weight[c] + bias[c];
+        if (rounded)
+            for (int c = 0; c < C; c++) rounded[(size_t)row * C + c] = to_bf16((float)to[c]);
         mean[row] = center;
         rstd[row] = scale;
     }
@@ -1377,7 +1527,7 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
 
 // x (H, W, C) to y ((H + 1) / 2, (W + 1) / 2, C). argmax: 3 * ky + kx of the greatest pixel of the window, the first
 // one among equals, in rows, as PyTorch chooses; a NaN counts as greater than all.
-static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H, int W, int C) {
+static void maxpool_forward(void *y, unsigned char *argmax, const void *x, int H, int W, int C, int half) {
     const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
@@ -1385,19 +1535,16 @@ static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H
         for (int ox = 0; ox < out_W; ox++) {
             const int ky0 = oy == 0, kx0 = ox == 0;  // the first and one past the last tap inside the picture
             const int ky1 = 2 * oy + 1 < H ? 3 : 2, kx1 = 2 * ox + 1 < W ? 3 : 2;
-            real *best = y + ((size_t)oy * out_W + ox) * C;
-            unsigned char *which = argmax + ((size_t)oy * out_W + ox) * C;
-            for (int ky = ky0; ky < ky1; ky++) {
-                for (int kx = kx0; kx < kx1; kx++) {
-                    const real *pixel = x + ((size_t)(2 * oy - 1 + ky) * W + 2 * ox - 1 + kx) * C;
-                    const int is_first = ky == ky0 && kx == kx0;
-#pragma omp simd
-                    for (int c = 0; c < C; c++) {
-                        const int better = is_first | (pixel[c] > best[c]) | (pixel[c] != pixel[c]);
-                        best[c] = better ? pixel[c] : best[c];
-                        which[c] = better ? (unsigned char)(3 * ky + kx) : which[c];
+            const size_t out = ((size_t)oy * out_W + ox) * C;
+            for (int c = 0; c < C; c++) {
+                real best = 0;
+                for (int ky = ky0; ky < ky1; ky++) {
+                    for (int kx = kx0; kx < kx1; kx++) {
+                        real v = load_number(x, ((size_t)(2 * oy - 1 + ky) * W + 2 * ox - 1 + kx) * C + c, half);
+                        if ((ky == ky0 && kx == kx0) || v > best || v != v) best = v, argmax[out + c] = 3 * ky + kx;
                     }
                 }
+                store_number(y, out + c, best, half);
             }
         }
     }
@@ -1405,7 +1552,7 @@ static void maxpool_forward(real *y, unsigned char *argmax, const real *x, int H
 }
 
 // dx (H, W, C), written: a pixel gathers dy from the up to four windows that hold it and chose it, in their order.
-static void maxpool_backward(real *dx, const real *dy, const unsigned char *argmax, int H, int W, int C) {
+static void maxpool_backward(real *dx, const void *dy, const unsigned char *argmax, int H, int W, int C, int half) {
     const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
@@ -1417,7 +1564,7 @@ static void maxpool_backward(real *dx, const real *dy, const unsigned char *argm
                 for (int ox = ix / 2; ox <= (ix + 1) / 2 && ox < out_W; ox++) {
                     const int tap = 3 * (iy + 1 - 2 * oy) + (ix + 1 - 2 * ox);
                     const size_t at = ((size_t)oy * out_W + ox) * C;
-                    for (int c = 0; c < C; c++) to[c] += argmax[at + c] == tap ? dy[at + c] : 0;
+                    for (int c = 0; c < C; c++) to[c] += argmax[at + c] == tap ? load_number(dy, at + c, half) : 0;
                 }
             }
         }
@@ -1466,6 +1613,7 @@ typedef struct {
     int hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, num_queries;
     int num_labels;  // classes without "no object": logits have num_labels + 1 channels, the last is "no object"
     double dropout;
+    int half;  // --precision bf16: how it is computed, no property of the network
 } ModelConfig;
 
 enum ParamGroup { GROUP_BACKBONE, GROUP_TRANSFORMER, GROUP_STATISTICS };  // statistics: a norm's mean and variance
@@ -1495,6 +1643,9 @@ typedef struct {
     real *folded_bias;                                           // (out): norm_bias - mean * scale
     real *packed, *packed_backward;
     int needs_input_gradient;
+    // Which numbers are bf16. half: the operands of its products, x and dy; half_y: y and what is added to it;
+    // half_dx: dx, what is added to it, and the mask.
+    int half, half_y, half_dx;
 } Layer;
 
 typedef struct {
@@ -1565,8 +1716,10 @@ __attribute__((format(printf, 10, 11))) static Param *add_param(Model *model, en
     return param;
 }
 
-static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_input_gradient) {
+static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_input_gradient, int half, int half_y,
+                      int half_dx) {
     layer->shape = shape;
+    layer->half = half, layer->half_y = half_y, layer->half_dx = half_dx;
     layer->needs_input_gradient = needs_input_gradient && model->training;
     model->layers = (Layer **)grow(model->layers, (size_t)model->num_layers, sizeof(Layer *));
     model->layers[model->num_layers++] = layer;
@@ -1589,11 +1742,16 @@ static void add_convolution(Model *model, Layer *layer, int in, int out, int ker
         add_param(model, GROUP_STATISTICS, 0, INIT_ZERO, 0, out, 0, 0, 0, "%s.%s.running_mean", prefix, norm);
     layer->norm_variance =
         add_param(model, GROUP_STATISTICS, 0, INIT_ONE, 0, out, 0, 0, 0, "%s.%s.running_var", prefix, norm);
-    add_layer(model, layer, shape, needs_input_gradient);
+    // The picture itself stays in 32 bits.
+    add_layer(model, layer, shape, needs_input_gradient, model->config.half && in > 3, model->config.half,
+              model->config.half);
 }
 
+enum { HALF_Y = 1, HALF_DX = 2, REAL_OPERANDS = 4 };
+
 // A linear layer. bound < 0: PyTorch's default, 1 / sqrt(in), for weight and bias; else the weight's, with bias zero.
-static void add_linear(Model *model, Layer *layer, int in, int out, double bound, const char *name) {
+// bits: with --precision bf16 its operands are bf16 unless REAL_OPERANDS; y and dx are not unless HALF_Y, HALF_DX.
+static void add_linear(Model *model, Layer *layer, int in, int out, double bound, int bits, const char *name) {
     double standard = 1 / sqrt((double)in);
     ConvShape shape = {in, out, 1, 1, 0, 1};
     int is_projection =
@@ -1602,7 +1760,9 @@ static void add_linear(Model *model, Layer *layer, int in, int out, double bound
                               is_projection, is_projection, "%s.weight", name);
     layer->bias = add_param(model, GROUP_TRANSFORMER, 1, bound < 0 ? INIT_UNIFORM : INIT_ZERO, standard, out, 0, 0, 0,
                             "%s.bias", name);
-    add_layer(model, layer, shape, is_projection ? model->train_backbone : 1);
+    add_layer(model, layer, shape, is_projection ? model->train_backbone : 1,
+              model->config.half && !(bits & REAL_OPERANDS), model->config.half && bits & HALF_Y,
+              model->config.half && bits & HALF_DX);
 }
 
 static void add_norm(Model *model, Norm *norm, const char *name) {
@@ -1622,7 +1782,7 @@ static void add_attention(Model *model, AttentionBlock *block, const char *prefi
     char full[120];
     for (int i = 0; i < 4; i++) {  // DETR initialises query, key and value as one (3C, C) matrix
         snprintf(full, sizeof full, "%s.%s.%s", prefix, name, projections[i]);
-        add_linear(model, layers[i], C, C, xavier_bound(C, i < 3 ? 3 * C : C), full);
+        add_linear(model, layers[i], C, C, xavier_bound(C, i < 3 ? 3 * C : C), i < 3 ? HALF_Y : HALF_DX, full);
     }
     snprintf(full, sizeof full, "%s.%s_layer_norm", prefix, name);
     add_norm(model, &block->norm, full);
@@ -1633,10 +1793,10 @@ static void add_feed_forward(Model *model, FeedForward *ffn, const char *prefix)
     char full[120];
     // as xavier with PyTorch's default bias: DETR resets matrices only
     snprintf(full, sizeof full, "%s.fc1", prefix);
-    add_linear(model, &ffn->fc1, C, F, -1, full);
+    add_linear(model, &ffn->fc1, C, F, -1, HALF_Y, full);
     ffn->fc1.weight->init_scale = xavier_bound(C, F);
     snprintf(full, sizeof full, "%s.fc2", prefix);
-    add_linear(model, &ffn->fc2, F, C, -1, full);
+    add_linear(model, &ffn->fc2, F, C, -1, HALF_DX, full);
     ffn->fc2.weight->init_scale = xavier_bound(C, F);
     snprintf(full, sizeof full, "%s.final_layer_norm", prefix);
     add_norm(model, &ffn->norm, full);
@@ -1696,7 +1856,7 @@ static void model_walk(Model *model) {
             in = config->widths[stage];
         }
     }
-    add_linear(model, &model->input_projection, in, C, -1, "model.input_projection");
+    add_linear(model, &model->input_projection, in, C, -1, HALF_DX, "model.input_projection");
     model->query_embeddings = add_param(model, GROUP_TRANSFORMER, 1, INIT_NORMAL, 1, config->num_queries, C, 0, 0,
                                         "model.query_position_embeddings.weight");
     for (int l = 0; l < config->enc_layers; l++) {
@@ -1711,10 +1871,10 @@ static void model_walk(Model *model) {
         add_feed_forward(model, &model->decoder_ffn[l], name);
     }
     add_norm(model, &model->decoder_norm, "model.decoder.layernorm");
-    add_linear(model, &model->class_head, C, config->num_labels + 1, -1, "class_labels_classifier");
+    add_linear(model, &model->class_head, C, config->num_labels + 1, -1, REAL_OPERANDS, "class_labels_classifier");
     for (int i = 0; i < 3; i++) {
         snprintf(name, sizeof name, "bbox_predictor.layers.%d", i);
-        add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, name);
+        add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, REAL_OPERANDS, name);
     }
 }
 
@@ -1728,9 +1888,9 @@ static void model_take_memory(Model *model) {
             layer->scale = arena_take(&model->packed, (size_t)layer->shape.out_channels);
             layer->folded_bias = arena_take(&model->packed, (size_t)layer->shape.out_channels);
         }
-        layer->packed = arena_take(&model->packed, packed_size(layer->shape));
+        layer->packed = arena_take(&model->packed, packed_size(layer->shape, layer->half));
         if (layer->needs_input_gradient)
-            layer->packed_backward = arena_take(&model->packed, packed_backward_size(layer->shape));
+            layer->packed_backward = arena_take(&model->packed, packed_backward_size(layer->shape, layer->half));
     }
     real **slots[3];
     for (int slot = 0; slot < 3; slot++) {  // gradients of all tensors lie together, then the moments
@@ -1760,7 +1920,14 @@ static int model_create(Model *model, const ModelConfig *config, int training, i
         return fail(error, "hidden_dim %d is not a multiple of nheads %d", config->hidden_dim, config->nheads);
     if (config->hidden_dim % 2)
         return fail(error, "hidden_dim %d is odd: half of it encodes y, half x", config->hidden_dim);
+    if (config->half && sizeof(real) != 4) return fail(error, "bf16 needs the build with REAL=float");
+    if (config->half && (config->stem_width % 2 || config->dim_feedforward % 2))
+        return fail(error, "bf16 needs even numbers of channels: the stem has %d, dim_feedforward is %d",
+                    config->stem_width, config->dim_feedforward);
     for (int s = 0; s < config->num_stages; s++) {
+        if (config->half && config->widths[s] % (config->bottleneck ? 8 : 2))
+            return fail(error, "bf16 needs even numbers of channels: stage %d of the backbone has width %d", s + 1,
+                        config->widths[s]);
         if (config->depths[s] < 1 || config->widths[s] < 1)
             return fail(error, "stage %d of the backbone has depth %d and width %d", s + 1, config->depths[s],
                         config->widths[s]);
@@ -1827,9 +1994,9 @@ static void layer_pack(Layer *layer) {
             layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
         }
     }
-    pack_weights(layer->packed, layer->weight->value, layer->scale, layer->shape);
+    pack_weights(layer->packed, layer->weight->value, layer->scale, layer->shape, layer->half);
     if (layer->packed_backward)
-        pack_weights_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape);
+        pack_weights_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
     profile_end(begin, "packing of weights", "", 0,
                 sizeof(real) * (layer->packed_backward ? 4.0 : 2.0) * (double)layer->weight->count);
 }
@@ -1859,79 +2026,99 @@ static void profile_layer(double begin, const Layer *layer, int height, int widt
                        : layer->norm_weight ? "1x1"
                                             : "linear";
     profile_end(begin, work, pass, 2 * out * weights,
-                sizeof(real) * (in * s.in_channels + out * s.out_channels + weights));
+                (double)number_bytes(layer->half) * (in * s.in_channels + out * s.out_channels + weights));
 }
 
-// y = relu?(x W + b (+ add)). x: (height * width, in), y: (output height * width, out).
-static void layer_forward(real *y, const real *x, int height, int width, const Layer *layer, int relu,
-                          const real *add) {
-    Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL};
+// y = relu?(x W + b (+ add)). x: (height * width, in), y and add: (output height * width, out). What of this is bf16
+// stands in Layer; so in the functions below.
+static void layer_forward(void *y, const void *x, int height, int width, const Layer *layer, int relu,
+                          const void *add) {
+    const Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL, layer->half_y};
     const double begin = profile_begin();
-    conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape);
+    conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape, layer->half);
     profile_layer(begin, layer, height, width, "forward");
 }
 
-// dW += x^T dy, db += sum of dy, and, where an earlier layer is trained, dx = mask(dy W^T (+ add)).
-// Under a frozen norm dW and db are those of the folded weights until unfold_norms.
-static void layer_backward(real *dx, const real *x, const real *dy, int height, int width, const Layer *layer,
-                           const real *add, const real *mask, real *workspace) {
-    if (layer->weight->trained) {
-        const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
-        const double begin = profile_begin();
-        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, workspace);
-        profile_layer(begin, layer, height, width, "backward, weight");
-    }
-    if (layer->needs_input_gradient) {
-        Epilogue epilogue = {NULL, add, 0, mask};
-        const double begin = profile_begin();
-        conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape);
-        profile_layer(begin, layer, height, width, "backward, data");
-    }
+// dW += x^T dy, db += sum of dy, if the layer is trained. Under a frozen norm dW and db are those of the folded weights
+// until unfold_norms.
+static void layer_backward_weight(const void *x, const void *dy, int height, int width, const Layer *layer,
+                                  real *workspace) {
+    if (!layer->weight->trained) return;
+    const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
+    const double begin = profile_begin();
+    conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half, workspace);
+    profile_layer(begin, layer, height, width, "backward, weight");
 }
 
+// dx = mask(dy W^T (+ add)), if an earlier layer is trained. dx may be the memory of mask or of add.
+static void layer_backward_data(void *dx, const void *dy, int height, int width, const Layer *layer, const void *add,
+                                const void *mask) {
+    if (!layer->needs_input_gradient) return;
+    const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
+    const double begin = profile_begin();
+    conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape, layer->half);
+    profile_layer(begin, layer, height, width, "backward, data");
+}
+
+// Both; the gradient dx may take the place of x.
+static void layer_backward(void *dx, const void *x, const void *dy, int height, int width, const Layer *layer,
+                           const void *add, const void *mask, real *workspace) {
+    layer_backward_weight(x, dy, height, width, layer, workspace);
+    layer_backward_data(dx, dy, height, width, layer, add, mask);
+}
+
+// A void * below is a tensor of bf16 with --precision bf16, else of reals.
 typedef struct {
     int height, width, out_height, out_width;
-    real *in, *inner[2], *shortcut, *out;  // all after their ReLU, shortcut before it
+    void *in, *inner[2], *shortcut, *out;  // all after their ReLU, shortcut before it
 } BlockActivations;
 
 typedef struct {
-    const real *query_in, *key_in, *value_in, *residual;  // what the projections read, what is added to the result
-    real *query, *key, *value, *attended, *lse;
-    real *sum, *mean, *rstd, *out;  // residual + attention, its statistics, after the norm
+    const void *query_in, *key_in, *value_in;  // what the projections read
+    const real *residual;                      // what is added to the result
+    void *query, *key, *value, *attended;
+    real *lse, *sum, *mean, *rstd, *out;  // residual + attention, its statistics, after the norm
+    void *operand;                        // out as what reads it next multiplies it: bf16, or out itself
     int num_queries, num_keys;
 } AttentionActivations;
 
 typedef struct {
-    const real *in;
-    real *hidden, *sum, *mean, *rstd, *out;
+    const void *in;        // operand of fc1
+    const real *residual;  // the same in reals
+    void *hidden;
+    real *sum, *mean, *rstd, *out;
+    void *operand;
     int rows;
 } FeedForwardActivations;
 
-// Everything one image leaves behind on its way forward, and the scratch of its way back.
+// Everything one image leaves behind on its way forward, and the scratch of its way back. On that way the gradients of
+// the backbone and of hidden units take the place of the activations they belong to, which nobody needs any more.
 // T = tokens = height * width of the last feature map, Q = num_queries, C = hidden_dim, L = dec_layers.
 typedef struct {
     Arena arena;
     int training, height, width, map_height, map_width;
     Dropout dropout;  // p = 0 in inference
     real *pixels;     // (height, width, 3), normalised
-    real *stem, *pooled;
+    void *stem, *pooled;
     unsigned char *argmax;
     BlockActivations *blocks;
     real *tokens, *positions;  // (T, C)
-    real **encoder_query;      // a layer: (T, C), its input plus positions
+    void *tokens_operand;      // tokens, as an operand
+    void **encoder_query;      // a layer: (T, C), its input plus positions
     AttentionActivations *encoder_attention, *decoder_self, *decoder_cross;
     FeedForwardActivations *encoder_ffn, *decoder_ffn;
-    real *memory_query;                      // (T, C) encoder output plus positions
-    real *target;                            // (Q, C) zeros, the decoder's first input
-    real **self_query, **cross_query;        // a layer: (Q, C), input plus query embeddings
+    void *memory_query;                      // (T, C) encoder output plus positions
+    real *target;                            // (Q, C) zeros (of bf16 as well), the decoder's first input
+    void **self_query, **cross_query;        // a layer: (Q, C), input plus query embeddings
     real *states, *state_mean, *state_rstd;  // (L, Q, C): decoder outputs after the shared norm
     real *logits, *box_hidden[2], *boxes;    // (L, Q, num_labels + 1); (L, Q, C); (L, Q, 4) as cx cy w h in 0..1
     real *dlogits, *dboxes;
     // scratch of the way back
-    real *dmap[2], *dinner[2], *dstem;  // backbone
-    real *dstates, *dbox_hidden[2];
+    void *dshortcut;  // of a block with a shortcut, what comes back through it
+    real *dstem;
+    real *dstates;
     real *dx, *dsum, *dquery, *dmemory, *dmemory_query, *dquery_embeddings;  // (max(T, Q), C)
-    real *dprojected, *dattended, *dq, *dk, *dv, *dhidden;
+    void *dprojected, *dattended, *dq, *dk, *dv;
     real *workspace;  // for attention and for the weights' gradients
     // the matcher's
     double *costs;
@@ -1940,8 +2127,10 @@ typedef struct {
     int *match;             // (L, Q): the target that a query is matched with, or -1
 } Activations;
 
-__attribute__((format(printf, 3, 4))) static real *take_named(Arena *arena, size_t count, const char *format, ...) {
-    real *data = arena_take(arena, count);
+// A tensor of reals or (half) of bf16, with a name.
+__attribute__((format(printf, 4, 5))) static void *take_named(Arena *arena, size_t count, int half, const char *format,
+                                                              ...) {
+    void *data = arena_bytes(arena, count * number_bytes(half));
     if (!data) return data;
     if (arena->num_named == arena->named_capacity) {
         arena->named_capacity = arena->named_capacity ? 2 * arena->named_capacity : 256;
@@ -1954,76 +2143,106 @@ __attribute__((format(printf, 3, 4))) static real *take_named(Arena *arena, size
     va_end(arguments);
     named->data = data;
     named->count = count;
+    named->half = half;
     return data;
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-// Lays out the backbone. Blocks that are not trained, all of them in inference, keep nothing: they share three scratch
-// maps and write their outputs to two maps in turn.
+// The scratch of the way back, from byte `begin` of the arena on, where the way forward has what it forgets. shortcut:
+// numbers in the largest input of a trained block with a shortcut.
+static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut) {
+    const ModelConfig *config = &model->config;
+    Arena *arena = &acts->arena;
+    const size_t forward = arena->used;
+    const int T = acts->map_height * acts->map_width, Q = config->num_queries, rows = T > Q ? T : Q;
+    const size_t bytes = number_bytes(config->half), C = (size_t)config->hidden_dim, R = (size_t)rows;
+    if (acts->training) {
+        const size_t stem = !model->stem.weight->trained
+                                ? 0
+                                : (size_t)conv_size(acts->height, model->stem.shape) *
+                                      (size_t)conv_size(acts->width, model->stem.shape) * (size_t)config->stem_width;
+        void **halves[5] = {&acts->dprojected, &acts->dattended, &acts->dq, &acts->dk, &acts->dv};
+        real **reals[6] = {&acts->dx,      &acts->dsum,          &acts->dquery,
+                           &acts->dmemory, &acts->dmemory_query, &acts->dquery_embeddings};
+        arena->used = begin;
+        acts->dshortcut = arena_bytes(arena, shortcut * bytes);
+        acts->dstem = arena_take(arena, config->half ? stem : 0);
+        acts->dstates = arena_take(arena, (size_t)(config->dec_layers * Q) * C);
+        for (int i = 0; i < 5; i++) *halves[i] = arena_bytes(arena, R * C * bytes);
+        for (int i = 0; i < 6; i++) *reals[i] = arena_take(arena, R * C);
+        arena->used = larger(arena->used, forward);
+    }
+    size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, omp_get_max_threads());
+    for (int i = 0; acts->training && i < model->num_layers; i++)
+        workspace = larger(workspace, conv_backward_weight_workspace(model->layers[i]->shape, omp_get_max_threads()));
+    acts->workspace = arena_take(arena, workspace);
+}
+
+// Lays out the backbone. Blocks that are not trained, all of them in inference, keep nothing: they share two inner maps
+// and two outer ones, `map`, of which the last one written stays. A block without a shortcut adds to its input in
+// place.
 static void plan_backbone(Activations *acts, const Model *model) {
     Arena *arena = &acts->arena;
-    int stem_height = conv_size(acts->height, model->stem.shape),
-        stem_width = conv_size(acts->width, model->stem.shape);
-    int stem_kept = acts->training && model->stem.weight->trained;
-    size_t stem_count = (size_t)stem_height * (size_t)stem_width * (size_t)model->config.stem_width;
-    int pooled_height = (stem_height + 1) / 2, pooled_width = (stem_width + 1) / 2;
-    size_t pooled_count = (size_t)pooled_height * (size_t)pooled_width * (size_t)model->config.stem_width;
-    size_t scratch_count = stem_kept ? 0 : stem_count, map_count = stem_kept ? 0 : pooled_count;
-    size_t dmap_count = pooled_count, dinner_count = 0;
-    int in_height = pooled_height, in_width = pooled_width;
+    const int half = model->config.half, stem_kept = acts->training && model->stem.weight->trained;
+    const int stem_height = conv_size(acts->height, model->stem.shape),
+              stem_width = conv_size(acts->width, model->stem.shape);
+    const size_t stem_count = (size_t)stem_height * (size_t)stem_width * (size_t)model->config.stem_width;
+    int height = (stem_height + 1) / 2, width = (stem_width + 1) / 2, at = 0;  // at: the map that holds the input
+    const size_t pooled_count = (size_t)height * (size_t)width * (size_t)model->config.stem_width;
+    size_t inner_count[2] = {0, 0}, shortcut_count = 0;
+    size_t map_count[2] = {stem_kept ? 0 : pooled_count, stem_kept ? 0 : stem_count};
     for (int i = 0; i < model->num_blocks; i++) {  // sizes
         const Block *block = &model->blocks[i];
         BlockActivations *b = &acts->blocks[i];
-        const ConvShape *strided = &block->conv[block->num_convs == 3].shape;
-        b->height = in_height, b->width = in_width;
-        b->out_height = in_height = conv_size(in_height, *strided);
-        b->out_width = in_width = conv_size(in_width, *strided);
-        size_t inner = (size_t)b->height * (size_t)b->width * (size_t)block->conv[0].shape.out_channels;
-        size_t out =
-            (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[block->num_convs - 1].shape.out_channels;
-        if (block->trained && acts->training) {
-            dmap_count = larger(dmap_count, larger(out, (size_t)b->height * (size_t)b->width *
-                                                            (size_t)block->conv[0].shape.in_channels));
-            dinner_count = larger(dinner_count, inner);
-        } else {
-            scratch_count = larger(scratch_count, larger(inner, block->has_shortcut ? out : 0));
-            map_count = larger(map_count, out);
+        const size_t in = (size_t)height * (size_t)width * (size_t)block->conv[0].shape.in_channels;
+        b->height = height, b->width = width;
+        for (int j = 0; j < block->num_convs; j++) {
+            height = conv_size(height, block->conv[j].shape), width = conv_size(width, block->conv[j].shape);
+            const size_t count = (size_t)height * (size_t)width * (size_t)block->conv[j].shape.out_channels;
+            if (block->trained && acts->training) continue;
+            if (j < block->num_convs - 1) {
+                inner_count[j] = larger(inner_count[j], count);
+            } else {
+                at ^= block->has_shortcut;
+                map_count[at] = larger(map_count[at], count);
+            }
         }
+        b->out_height = height, b->out_width = width;
+        if (block->trained && acts->training && block->has_shortcut) shortcut_count = larger(shortcut_count, in);
     }
-    real *scratch[3], *map[2];
-    for (int i = 0; i < 3; i++) scratch[i] = arena_take(arena, scratch_count);
-    for (int i = 0; i < 2; i++) map[i] = arena_take(arena, map_count);
-    acts->stem = stem_kept ? take_named(arena, stem_count, "stem") : scratch[0];
-    acts->pooled = stem_kept ? take_named(arena, pooled_count, "stem, pooled") : map[0];
+    acts->map_height = height, acts->map_width = width;
+
+    void *map[2], *inner[2];
+    map[at] = arena_bytes(arena, map_count[at] * number_bytes(half));
+    const size_t scratch = arena->used;  // what the way forward forgets makes room for the way back
+    map[!at] = arena_bytes(arena, map_count[!at] * number_bytes(half));
+    for (int j = 0; j < 2; j++) inner[j] = arena_bytes(arena, inner_count[j] * number_bytes(half));
+    plan_scratch(acts, model, scratch, shortcut_count);
+
+    acts->stem = stem_kept ? take_named(arena, stem_count, half, "stem") : map[1];
+    if (!half) acts->dstem = (real *)acts->stem;
+    acts->pooled = stem_kept ? take_named(arena, pooled_count, half, "stem, pooled") : map[0];
     acts->argmax = (unsigned char *)arena_bytes(arena, pooled_count);
-    real *in = acts->pooled;
+    void *in = acts->pooled;
+    at = 0;
     for (int i = 0; i < model->num_blocks; i++) {  // places
         const Block *block = &model->blocks[i];
         BlockActivations *b = &acts->blocks[i];
-        int kept = block->trained && acts->training;
+        const int kept = block->trained && acts->training, last = block->num_convs - 1;
         int h = b->height, w = b->width;
         b->in = in;
-        for (int j = 0; j < block->num_convs - 1; j++) {
+        for (int j = 0; j < last; j++) {
             h = conv_size(h, block->conv[j].shape), w = conv_size(w, block->conv[j].shape);
-            size_t count = (size_t)h * (size_t)w * (size_t)block->conv[j].shape.out_channels;
-            b->inner[j] = kept ? take_named(arena, count, "backbone block %d, convolution %d", i, j) : scratch[j];
+            const size_t count = (size_t)h * (size_t)w * (size_t)block->conv[j].shape.out_channels;
+            b->inner[j] = kept ? take_named(arena, count, half, "backbone block %d, convolution %d", i, j) : inner[j];
         }
-        size_t count =
-            (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[block->num_convs - 1].shape.out_channels;
-        if (kept)
-            b->out = take_named(arena, count, "backbone block %d", i);
-        else
-            b->out = in == map[0] ? map[1] : map[0];
-        b->shortcut = block->has_shortcut ? scratch[2] : b->in;
-        if (kept && block->has_shortcut) b->shortcut = b->out;  // written first, then added to in place
+        const size_t count =
+            (size_t)b->out_height * (size_t)b->out_width * (size_t)block->conv[last].shape.out_channels;
+        at ^= block->has_shortcut;
+        b->out = kept ? take_named(arena, count, half, "backbone block %d", i) : map[at];
+        b->shortcut = block->has_shortcut ? b->out : b->in;  // written first, then added to in place
         in = b->out;
-    }
-    acts->map_height = in_height, acts->map_width = in_width;
-    if (acts->training) {
-        for (int i = 0; i < 2; i++) acts->dmap[i] = arena_take(arena, dmap_count);
-        for (int i = 0; i < 2; i++) acts->dinner[i] = arena_take(arena, dinner_count);
-        if (stem_kept) acts->dstem = arena_take(arena, stem_count);
     }
 }
 
@@ -2032,14 +2251,16 @@ static void plan_attention(Activations *acts, const Model *model, AttentionActiv
     Arena *arena = &acts->arena;
     size_t C = (size_t)model->config.hidden_dim, rows = (size_t)num_queries, keys = (size_t)num_keys;
     a->num_queries = num_queries, a->num_keys = num_keys;
-    a->query = take_named(arena, rows * C, "%s %d: query", name, layer);
-    a->key = take_named(arena, keys * C, "%s %d: key", name, layer);
-    a->value = take_named(arena, keys * C, "%s %d: value", name, layer);
-    a->attended = take_named(arena, rows * C, "%s %d: attended", name, layer);
+    const int half = model->config.half;
+    a->query = take_named(arena, rows * C, half, "%s %d: query", name, layer);
+    a->key = take_named(arena, keys * C, half, "%s %d: key", name, layer);
+    a->value = take_named(arena, keys * C, half, "%s %d: value", name, layer);
+    a->attended = take_named(arena, rows * C, half, "%s %d: attended", name, layer);
     a->lse = arena_take(arena, rows * (size_t)model->config.nheads);
-    a->sum = take_named(arena, rows * C, "%s %d: sum", name, layer);
+    a->sum = (real *)take_named(arena, rows * C, 0, "%s %d: sum", name, layer);
     a->mean = arena_take(arena, rows), a->rstd = arena_take(arena, rows);
-    a->out = take_named(arena, rows * C, "%s %d: norm", name, layer);
+    a->out = (real *)take_named(arena, rows * C, 0, "%s %d: norm", name, layer);
+    a->operand = half ? arena_bytes(arena, rows * C * sizeof(bf16)) : a->out;
 }
 
 static void plan_feed_forward(Activations *acts, const Model *model, FeedForwardActivations *f, int rows,
@@ -2047,93 +2268,70 @@ static void plan_feed_forward(Activations *acts, const Model *model, FeedForward
     Arena *arena = &acts->arena;
     size_t C = (size_t)model->config.hidden_dim, R = (size_t)rows;
     f->rows = rows;
-    f->hidden = take_named(arena, R * (size_t)model->config.dim_feedforward, "%s %d: hidden", name, layer);
-    f->sum = take_named(arena, R * C, "%s %d: sum", name, layer);
+    const int half = model->config.half;
+    f->hidden = take_named(arena, R * (size_t)model->config.dim_feedforward, half, "%s %d: hidden", name, layer);
+    f->sum = (real *)take_named(arena, R * C, 0, "%s %d: sum", name, layer);
     f->mean = arena_take(arena, R), f->rstd = arena_take(arena, R);
-    f->out = take_named(arena, R * C, "%s %d: norm", name, layer);
-}
-
-static void plan_scratch(Activations *acts, const Model *model, int T) {
-    const ModelConfig *config = &model->config;
-    Arena *arena = &acts->arena;
-    int Q = config->num_queries, rows = T > Q ? T : Q, threads = omp_get_max_threads();
-    size_t C = (size_t)config->hidden_dim, R = (size_t)rows, LQ = (size_t)config->dec_layers * (size_t)Q;
-    size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, threads);
-    acts->dlogits = take_named(arena, LQ * ((size_t)config->num_labels + 1), "gradient of the logits");
-    acts->dboxes = take_named(arena, LQ * 4, "gradient of the boxes");
-    if (acts->training) {
-        for (int i = 0; i < model->num_layers; i++)
-            workspace = larger(workspace, conv_backward_weight_workspace(model->layers[i]->shape, threads));
-        acts->dstates = arena_take(arena, LQ * C);
-        for (int i = 0; i < 2; i++) acts->dbox_hidden[i] = arena_take(arena, LQ * C);
-        real **slots[11] = {&acts->dx,
-                            &acts->dsum,
-                            &acts->dquery,
-                            &acts->dmemory,
-                            &acts->dmemory_query,
-                            &acts->dquery_embeddings,
-                            &acts->dprojected,
-                            &acts->dattended,
-                            &acts->dq,
-                            &acts->dk,
-                            &acts->dv};
-        for (int i = 0; i < 11; i++) *slots[i] = arena_take(arena, R * C);
-        acts->dhidden = arena_take(arena, R * (size_t)config->dim_feedforward);
-    }
-    acts->workspace = arena_take(arena, workspace);
+    f->out = (real *)take_named(arena, R * C, 0, "%s %d: norm", name, layer);
+    f->operand = half ? arena_bytes(arena, R * C * sizeof(bf16)) : f->out;
 }
 
 // Gives every activation of an image of (height, width) its place in the arena. With arena.base == NULL: only counts.
 static void activations_plan(Activations *acts, const Model *model, int height, int width) {
     const ModelConfig *config = &model->config;
     Arena *arena = &acts->arena;
+    const int half = config->half;
+    const size_t bytes = number_bytes(half);
     size_t C = (size_t)config->hidden_dim, Q = (size_t)config->num_queries, L = (size_t)config->dec_layers;
     arena->used = arena->num_named = 0;
     acts->height = height, acts->width = width;
-    acts->pixels = take_named(arena, (size_t)height * (size_t)width * 3, "pixels");
+    acts->pixels = (real *)take_named(arena, (size_t)height * (size_t)width * 3, 0, "pixels");
     plan_backbone(acts, model);
     int T = acts->map_height * acts->map_width;
     size_t tokens = (size_t)T;
     acts->positions = arena_take(arena, tokens * C);
-    acts->tokens = take_named(arena, tokens * C, "projected feature map");
+    acts->tokens = (real *)take_named(arena, tokens * C, 0, "projected feature map");
+    acts->tokens_operand = half ? arena_bytes(arena, tokens * C * bytes) : acts->tokens;
     const real *x = acts->tokens;
+    const void *operand = acts->tokens_operand;
     for (int l = 0; l < config->enc_layers; l++) {
         AttentionActivations *a = &acts->encoder_attention[l];
-        acts->encoder_query[l] = arena_take(arena, tokens * C);
+        acts->encoder_query[l] = arena_bytes(arena, tokens * C * bytes);
         plan_attention(acts, model, a, T, T, "encoder layer", l);
         plan_feed_forward(acts, model, &acts->encoder_ffn[l], T, "encoder feed forward", l);
         a->query_in = a->key_in = acts->encoder_query[l];
-        a->value_in = a->residual = x;
-        acts->encoder_ffn[l].in = a->out;
-        x = acts->encoder_ffn[l].out;
+        a->value_in = operand, a->residual = x;
+        acts->encoder_ffn[l].in = a->operand, acts->encoder_ffn[l].residual = a->out;
+        x = acts->encoder_ffn[l].out, operand = acts->encoder_ffn[l].operand;
     }
-    const real *memory = x;
-    acts->memory_query = arena_take(arena, tokens * C);
-    x = acts->target = arena_take(arena, Q * C);
+    const void *memory = operand;
+    acts->memory_query = arena_bytes(arena, tokens * C * bytes);
+    operand = x = acts->target = arena_take(arena, Q * C);
     for (int l = 0; l < config->dec_layers; l++) {
         AttentionActivations *self = &acts->decoder_self[l], *cross = &acts->decoder_cross[l];
-        acts->self_query[l] = arena_take(arena, Q * C);
-        acts->cross_query[l] = arena_take(arena, Q * C);
+        acts->self_query[l] = arena_bytes(arena, Q * C * bytes);
+        acts->cross_query[l] = arena_bytes(arena, Q * C * bytes);
         plan_attention(acts, model, self, config->num_queries, config->num_queries, "decoder self-attention", l);
         plan_attention(acts, model, cross, config->num_queries, T, "decoder cross-attention", l);
         plan_feed_forward(acts, model, &acts->decoder_ffn[l], config->num_queries, "decoder feed forward", l);
         self->query_in = self->key_in = acts->self_query[l];
-        self->value_in = self->residual = x;
+        self->value_in = operand, self->residual = x;
         cross->query_in = acts->cross_query[l];
         cross->key_in = acts->memory_query;
         cross->value_in = memory;
         cross->residual = self->out;
-        acts->decoder_ffn[l].in = cross->out;
-        x = acts->decoder_ffn[l].out;
+        acts->decoder_ffn[l].in = cross->operand, acts->decoder_ffn[l].residual = cross->out;
+        x = acts->decoder_ffn[l].out, operand = acts->decoder_ffn[l].operand;
     }
-    acts->states = take_named(arena, L * Q * C, "decoder states");
+    acts->states = (real *)take_named(arena, L * Q * C, 0, "decoder states");
     acts->state_mean = arena_take(arena, L * Q), acts->state_rstd = arena_take(arena, L * Q);
-    acts->logits = take_named(arena, L * Q * ((size_t)config->num_labels + 1), "logits");
-    for (int i = 0; i < 2; i++) acts->box_hidden[i] = take_named(arena, L * Q * C, "box head, layer %d", i);
-    acts->boxes = take_named(arena, L * Q * 4, "pred_boxes");
+    acts->logits = (real *)take_named(arena, L * Q * ((size_t)config->num_labels + 1), 0, "logits");
+    for (int i = 0; i < 2; i++) acts->box_hidden[i] = (real *)take_named(arena, L * Q * C, 0, "box head, layer %d", i);
+    acts->boxes = (real *)take_named(arena, L * Q * 4, 0, "pred_boxes");
+    acts->dlogits = (real *)take_named(arena, L * Q * ((size_t)config->num_labels + 1), 0, "gradient of the logits");
+    acts->dboxes = (real *)take_named(arena, L * Q * 4, 0, "gradient of the boxes");
     acts->match = (int *)arena_bytes(arena, L * Q * sizeof(int));
     acts->probabilities = (double *)arena_bytes(arena, ((size_t)config->num_labels + 1) * sizeof(double));
-    plan_scratch(acts, model, T);
 }
 
 static void activations_lists(Activations *acts, const Model *model, int training) {
@@ -2141,11 +2339,11 @@ static void activations_lists(Activations *acts, const Model *model, int trainin
     memset(acts, 0, sizeof *acts);
     acts->training = training;
     acts->blocks = (BlockActivations *)allocate((size_t)model->num_blocks * sizeof(BlockActivations));
-    acts->encoder_query = (real **)allocate(enc * sizeof(real *));
+    acts->encoder_query = (void **)allocate(enc * sizeof(void *));
     acts->encoder_attention = (AttentionActivations *)allocate(enc * sizeof(AttentionActivations));
     acts->encoder_ffn = (FeedForwardActivations *)allocate(enc * sizeof(FeedForwardActivations));
-    acts->self_query = (real **)allocate(dec * sizeof(real *));
-    acts->cross_query = (real **)allocate(dec * sizeof(real *));
+    acts->self_query = (void **)allocate(dec * sizeof(void *));
+    acts->cross_query = (void **)allocate(dec * sizeof(void *));
     acts->decoder_self = (AttentionActivations *)allocate(dec * sizeof(AttentionActivations));
     acts->decoder_cross = (AttentionActivations *)allocate(dec * sizeof(AttentionActivations));
     acts->decoder_ffn = (FeedForwardActivations *)allocate(dec * sizeof(FeedForwardActivations));
@@ -2184,10 +2382,15 @@ static void activations_create(Activations *acts, const Model *model, int max_he
     activations_plan(acts, model, max_height, max_width);
 }
 
-static void add_rows(real *y, const real *a, const real *b, size_t count) {
+static void round_rows(void *y, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) ((bf16 *)y)[i] = to_bf16((float)x[i]);
+}
+
+// y = a + b; half: y is bf16.
+static void add_rows(void *y, int half, const real *a, const real *b, size_t count) {
     const double begin = profile_begin();
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; i++) y[i] = a[i] + b[i];
+    for (size_t i = 0; i < count; i++) store_number(y, i, a[i] + b[i], half);
     profile_end(begin, "sums", "", 0, sizeof(real) * 3.0 * (double)count);
 }
 
@@ -2197,14 +2400,26 @@ static Dropout dropout_at(const Activations *acts, int site) {
     return dropout;
 }
 
+// Where a norm's output goes as an operand, if it is not the output itself.
+static bf16 *rounded(const Model *model, void *operand) { return model->config.half ? (bf16 *)operand : NULL; }
+
+// The gradient that reaches a sum, dsum, on its way through the sum's dropout, as an operand.
+static const void *dropout_backward(Activations *acts, const Model *model, const real *dsum, int rows,
+                                    Dropout dropout) {
+    const int half = model->config.half;
+    if (dropout.p == 0 && !half) return dsum;
+    dropout_forward(acts->dprojected, half, dsum, 0, (size_t)rows, (size_t)model->config.hidden_dim, dropout);
+    return acts->dprojected;
+}
+
 // sum = residual + dropout(x W + b)
-static void add_residual(real *sum, const real *residual, const real *x, const Layer *layer, int rows,
+static void add_residual(real *sum, const real *residual, const void *x, const Layer *layer, int rows,
                          Dropout dropout) {
     size_t C = (size_t)layer->shape.out_channels;
     layer_forward(sum, x, rows, 1, layer, 0, dropout.p > 0 ? NULL : residual);
     if (dropout.p > 0) {
-        dropout_forward(sum, sum, (size_t)rows, C, dropout);
-        add_rows(sum, sum, residual, (size_t)rows * C);
+        dropout_forward(sum, 0, sum, 0, (size_t)rows, C, dropout);
+        add_rows(sum, 0, sum, residual, (size_t)rows * C);
     }
 }
 
@@ -2216,10 +2431,10 @@ static void attention_block_forward(Activations *acts, const Model *model, const
     layer_forward(a->key, a->key_in, a->num_keys, 1, &block->key, 0, NULL);
     layer_forward(a->value, a->value_in, a->num_keys, 1, &block->value, 0, NULL);
     attention_forward(a->attended, a->lse, a->query, a->key, a->value, a->num_queries, a->num_keys, C,
-                      model->config.nheads, dropout_at(acts, site), acts->workspace);
+                      model->config.nheads, dropout_at(acts, site), model->config.half, acts->workspace);
     add_residual(a->sum, a->residual, a->attended, &block->output, a->num_queries, dropout_at(acts, site + 1));
-    layernorm_forward(a->out, a->mean, a->rstd, a->sum, block->norm.weight->value, block->norm.bias->value,
-                      a->num_queries, C);
+    layernorm_forward(a->out, rounded(model, a->operand), a->mean, a->rstd, a->sum, block->norm.weight->value,
+                      block->norm.bias->value, a->num_queries, C);
 }
 
 // The way back of the block above. dout: gradient of `out`, (queries, C). Written: dresidual, the gradient of
@@ -2233,14 +2448,11 @@ static void attention_block_backward(Activations *acts, const Model *model, cons
     Dropout dropout = dropout_at(acts, site + 1);
     layernorm_backward(dresidual, norm->weight->grad, norm->bias->grad, dout, a->sum, a->mean, a->rstd,
                        norm->weight->value, rows, C);
-    const real *dprojected = dresidual;
-    if (dropout.p > 0) {
-        dropout_forward(acts->dprojected, dresidual, (size_t)rows, (size_t)C, dropout);
-        dprojected = acts->dprojected;
-    }
+    const void *dprojected = dropout_backward(acts, model, dresidual, rows, dropout);
     layer_backward(acts->dattended, a->attended, dprojected, rows, 1, &block->output, NULL, NULL, acts->workspace);
     attention_backward(acts->dq, acts->dk, acts->dv, acts->dattended, a->query, a->key, a->value, a->attended, a->lse,
-                       rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), acts->workspace);
+                       rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), model->config.half,
+                       acts->workspace);
     layer_backward(dquery, a->query_in, acts->dq, rows, 1, &block->query, NULL, NULL, acts->workspace);
     layer_backward(dkey, a->key_in, acts->dk, a->num_keys, 1, &block->key, dkey, NULL, acts->workspace);
     layer_backward(dvalue, a->value_in, acts->dv, a->num_keys, 1, &block->value, dvalue, NULL, acts->workspace);
@@ -2252,37 +2464,35 @@ static void feed_forward_forward(Activations *acts, const Model *model, const Fe
     Dropout dropout = dropout_at(acts, site);
     layer_forward(f->hidden, f->in, f->rows, 1, &ffn->fc1, 1, NULL);
     if (dropout.p > 0)
-        dropout_forward(f->hidden, f->hidden, (size_t)f->rows, (size_t)model->config.dim_feedforward, dropout);
-    add_residual(f->sum, f->in, f->hidden, &ffn->fc2, f->rows, dropout_at(acts, site + 1));
-    layernorm_forward(f->out, f->mean, f->rstd, f->sum, ffn->norm.weight->value, ffn->norm.bias->value, f->rows,
-                      model->config.hidden_dim);
+        dropout_forward(f->hidden, model->config.half, f->hidden, model->config.half, (size_t)f->rows,
+                        (size_t)model->config.dim_feedforward, dropout);
+    add_residual(f->sum, f->residual, f->hidden, &ffn->fc2, f->rows, dropout_at(acts, site + 1));
+    layernorm_forward(f->out, rounded(model, f->operand), f->mean, f->rstd, f->sum, ffn->norm.weight->value,
+                      ffn->norm.bias->value, f->rows, model->config.hidden_dim);
 }
 
 // din: written, the gradient of `in`. The hidden units that ReLU or dropout silenced are those with hidden == 0, so one
-// mask serves both; what is left of dropout is its factor 1 / (1 - p).
+// mask serves both; what is left of dropout is its factor 1 / (1 - p). Their gradient takes the place of `hidden`.
 static void feed_forward_backward(Activations *acts, const Model *model, const FeedForward *ffn,
                                   const FeedForwardActivations *f, int site, real *din, const real *dout) {
-    int C = model->config.hidden_dim, F = model->config.dim_feedforward, rows = f->rows;
+    int C = model->config.hidden_dim, rows = f->rows, half = model->config.half;
+    size_t count = (size_t)rows * (size_t)model->config.dim_feedforward;
     Dropout dropout = dropout_at(acts, site + 1);
     layernorm_backward(acts->dsum, ffn->norm.weight->grad, ffn->norm.bias->grad, dout, f->sum, f->mean, f->rstd,
                        ffn->norm.weight->value, rows, C);
-    const real *dprojected = acts->dsum;
-    if (dropout.p > 0) {
-        dropout_forward(acts->dprojected, acts->dsum, (size_t)rows, (size_t)C, dropout);
-        dprojected = acts->dprojected;
-    }
-    layer_backward(acts->dhidden, f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden, acts->workspace);
+    const void *dprojected = dropout_backward(acts, model, acts->dsum, rows, dropout);
+    layer_backward(f->hidden, f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden, acts->workspace);
     if (dropout.p > 0) {
         real factor = (real)(1 / (1 - dropout.p));
 #pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < (size_t)rows * (size_t)F; i++) acts->dhidden[i] *= factor;
+        for (size_t i = 0; i < count; i++) store_number(f->hidden, i, load_number(f->hidden, i, half) * factor, half);
     }
-    layer_backward(din, f->in, acts->dhidden, rows, 1, &ffn->fc1, acts->dsum, NULL, acts->workspace);
+    layer_backward(din, f->in, f->hidden, rows, 1, &ffn->fc1, acts->dsum, NULL, acts->workspace);
 }
 
 static void block_forward(const Block *block, BlockActivations *b) {
     int h = b->height, w = b->width, last = block->num_convs - 1;
-    const real *x = b->in;
+    const void *x = b->in;
     if (block->has_shortcut) layer_forward(b->shortcut, b->in, h, w, &block->shortcut, 0, NULL);
     for (int j = 0; j < last; j++) {
         layer_forward(b->inner[j], x, h, w, &block->conv[j], 1, NULL);
@@ -2292,61 +2502,65 @@ static void block_forward(const Block *block, BlockActivations *b) {
     layer_forward(b->out, x, h, w, &block->conv[last], 1, b->shortcut);
 }
 
-// dout: gradient before the block's last ReLU, that is, masked by out > 0. din: the same for the block before, so it is
-// masked by in > 0; `in` of the first block is a maximum over ReLUs, for which the same holds.
-static void block_backward(Activations *acts, const Block *block, const BlockActivations *b, real *din,
-                           const real *dout) {
-    int last = block->num_convs - 1;
-    int heights[3] = {b->height, conv_size(b->height, block->conv[0].shape), b->out_height};
-    int widths[3] = {b->width, conv_size(b->width, block->conv[0].shape), b->out_width};
-    const real *dy = dout;
+// On the way in, b->out holds the gradient before the block's last ReLU, that is, masked by out > 0; on the way out
+// b->in holds the same for the block before, masked by in > 0. (`in` of the first block is a maximum over ReLUs, for
+// which the same holds.) The inner maps too are replaced by their gradients.
+static void block_backward(Activations *acts, const Block *block, const BlockActivations *b) {
+    const int last = block->num_convs - 1;
+    const int heights[3] = {b->height, conv_size(b->height, block->conv[0].shape), b->out_height};
+    const int widths[3] = {b->width, conv_size(b->width, block->conv[0].shape), b->out_width};
+    const void *dy = b->out;
     for (int j = last; j > 0; j--) {
-        real *dx = acts->dinner[j & 1];
-        layer_backward(dx, b->inner[j - 1], dy, heights[j], widths[j], &block->conv[j], NULL, b->inner[j - 1],
-                       acts->workspace);
-        dy = dx;
+        layer_backward(b->inner[j - 1], b->inner[j - 1], dy, heights[j], widths[j], &block->conv[j], NULL,
+                       b->inner[j - 1], acts->workspace);
+        dy = b->inner[j - 1];
     }
-    if (block->has_shortcut)
-        layer_backward(din, b->in, dout, b->height, b->width, &block->shortcut, NULL, NULL, acts->workspace);
-    layer_backward(din, b->in, dy, b->height, b->width, &block->conv[0], block->has_shortcut ? din : dout, b->in,
-                   acts->workspace);
+    const void *dshortcut = b->out;
+    if (block->has_shortcut) {
+        layer_backward(acts->dshortcut, b->in, b->out, b->height, b->width, &block->shortcut, NULL, NULL,
+                       acts->workspace);
+        dshortcut = acts->dshortcut;
+    }
+    layer_backward(b->in, b->in, dy, b->height, b->width, &block->conv[0], dshortcut, b->in, acts->workspace);
 }
 
 // The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
 static void network_forward(const Model *model, Activations *acts) {
     const ModelConfig *config = &model->config;
-    int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers;
+    int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers, half = config->half;
     layer_forward(acts->stem, acts->pixels, acts->height, acts->width, &model->stem, 1, NULL);
     maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_size(acts->height, model->stem.shape),
-                    conv_size(acts->width, model->stem.shape), config->stem_width);
+                    conv_size(acts->width, model->stem.shape), config->stem_width, half);
     for (int i = 0; i < model->num_blocks; i++) block_forward(&model->blocks[i], &acts->blocks[i]);
     size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
     layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
                   &model->input_projection, 0, NULL);
+    if (half) round_rows(acts->tokens_operand, acts->tokens, map_count);
     sine_positions(acts->positions, acts->map_height, acts->map_width, C);
 
     const real *x = acts->tokens;
     for (int l = 0; l < config->enc_layers; l++) {
-        add_rows(acts->encoder_query[l], x, acts->positions, map_count);
+        add_rows(acts->encoder_query[l], half, x, acts->positions, map_count);
         attention_block_forward(acts, model, &model->encoder_attention[l], &acts->encoder_attention[l], 4 * l);
         feed_forward_forward(acts, model, &model->encoder_ffn[l], &acts->encoder_ffn[l], 4 * l + 2);
         x = acts->encoder_ffn[l].out;
     }
-    add_rows(acts->memory_query, x, acts->positions, map_count);
+    add_rows(acts->memory_query, half, x, acts->positions, map_count);
 
     const real *queries = model->query_embeddings->value;
     memset(acts->target, 0, query_count * sizeof(real));
     x = acts->target;
     for (int l = 0; l < L; l++) {
         int site = 4 * config->enc_layers + 6 * l;
-        add_rows(acts->self_query[l], x, queries, query_count);
+        add_rows(acts->self_query[l], half, x, queries, query_count);
         attention_block_forward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site);
-        add_rows(acts->cross_query[l], acts->decoder_self[l].out, queries, query_count);
+        add_rows(acts->cross_query[l], half, acts->decoder_self[l].out, queries, query_count);
         attention_block_forward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2);
         feed_forward_forward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4);
         x = acts->decoder_ffn[l].out;
-        layernorm_forward(acts->states + (size_t)l * query_count, acts->state_mean + l * Q, acts->state_rstd + l * Q, x,
-                          model->decoder_norm.weight->value, model->decoder_norm.bias->value, Q, C);
+        layernorm_forward(acts->states + (size_t)l * query_count, NULL, acts->state_mean + l * Q,
+                          acts->state_rstd + l * Q, x, model->decoder_norm.weight->value,
+                          model->decoder_norm.bias->value, Q, C);
     }
     layer_forward(acts->logits, acts->states, L * Q, 1, &model->class_head, 0, NULL);
     layer_forward(acts->box_hidden[0], acts->states, L * Q, 1, &model->box_head[0], 1, NULL);
@@ -2360,11 +2574,10 @@ static void heads_backward(const Model *model, Activations *acts) {
     for (int i = 0; i < rows * 4; i++) acts->dboxes[i] *= acts->boxes[i] * (1 - acts->boxes[i]);  // through the sigmoid
     layer_backward(acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL,
                    acts->workspace);
-    layer_backward(acts->dbox_hidden[1], acts->box_hidden[1], acts->dboxes, rows, 1, &model->box_head[2], NULL,
-                   acts->box_hidden[1], acts->workspace);
-    layer_backward(acts->dbox_hidden[0], acts->box_hidden[0], acts->dbox_hidden[1], rows, 1, &model->box_head[1], NULL,
-                   acts->box_hidden[0], acts->workspace);
-    layer_backward(acts->dstates, acts->states, acts->dbox_hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL,
+    real **hidden = acts->box_hidden;  // their gradients take their place
+    layer_backward(hidden[1], hidden[1], acts->dboxes, rows, 1, &model->box_head[2], NULL, hidden[1], acts->workspace);
+    layer_backward(hidden[0], hidden[0], hidden[1], rows, 1, &model->box_head[1], NULL, hidden[0], acts->workspace);
+    layer_backward(acts->dstates, acts->states, hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL,
                    acts->workspace);
 }
 
@@ -2385,19 +2598,19 @@ static void decoder_backward(const Model *model, Activations *acts) {
         if (l == config->dec_layers - 1)
             memcpy(dx, dquery, query_count * sizeof(real));
         else
-            add_rows(dx, dx, dquery, query_count);
+            add_rows(dx, 0, dx, dquery, query_count);
         feed_forward_backward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4, dx, dx);
         attention_block_backward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2, dresidual,
                                  dquery, acts->dmemory_query, acts->dmemory, dx);
-        add_rows(acts->dquery_embeddings, acts->dquery_embeddings, dquery, query_count);
-        add_rows(dx, dresidual, dquery, query_count);
+        add_rows(acts->dquery_embeddings, 0, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dx, 0, dresidual, dquery, query_count);
         attention_block_backward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site, dresidual, dquery,
                                  dquery, dresidual, dx);
-        add_rows(acts->dquery_embeddings, acts->dquery_embeddings, dquery, query_count);
-        add_rows(dx, dresidual, dquery, query_count);
+        add_rows(acts->dquery_embeddings, 0, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dx, 0, dresidual, dquery, query_count);
     }
-    add_rows(model->query_embeddings->grad, model->query_embeddings->grad, acts->dquery_embeddings, query_count);
-    add_rows(acts->dmemory, acts->dmemory, acts->dmemory_query, map_count);
+    add_rows(model->query_embeddings->grad, 0, model->query_embeddings->grad, acts->dquery_embeddings, query_count);
+    add_rows(acts->dmemory, 0, acts->dmemory, acts->dmemory_query, map_count);
 }
 
 static void encoder_backward(const Model *model, Activations *acts) {
@@ -2407,26 +2620,27 @@ static void encoder_backward(const Model *model, Activations *acts) {
         feed_forward_backward(acts, model, &model->encoder_ffn[l], &acts->encoder_ffn[l], 4 * l + 2, dx, dx);
         attention_block_backward(acts, model, &model->encoder_attention[l], &acts->encoder_attention[l], 4 * l,
                                  acts->dsum, acts->dquery, acts->dquery, acts->dsum, dx);
-        add_rows(dx, acts->dsum, acts->dquery, map_count);
+        add_rows(dx, 0, acts->dsum, acts->dquery, map_count);
     }
 }
 
 static void backbone_backward(const Model *model, Activations *acts) {
-    real *dout = acts->dmap[0], *din = acts->dmap[1];
-    const real *map = acts->blocks[model->num_blocks - 1].out;
-    layer_backward(dout, map, acts->dmemory, acts->map_height, acts->map_width, &model->input_projection, NULL, map,
-                   acts->workspace);
-    for (int i = model->num_blocks - 1; i >= 0 && model->blocks[i].trained; i--) {
-        block_backward(acts, &model->blocks[i], &acts->blocks[i], din, dout);
-        real *swap = dout;
-        dout = din;
-        din = swap;
+    const int half = model->config.half;
+    void *map = acts->blocks[model->num_blocks - 1].out;
+    const void *dtokens = acts->dmemory;
+    if (half) {
+        round_rows(acts->dprojected, acts->dmemory,
+                   (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim);
+        dtokens = acts->dprojected;
     }
+    layer_backward(map, map, dtokens, acts->map_height, acts->map_width, &model->input_projection, NULL, map,
+                   acts->workspace);
+    for (int i = model->num_blocks - 1; i >= 0 && model->blocks[i].trained; i--)
+        block_backward(acts, &model->blocks[i], &acts->blocks[i]);
     if (model->stem.weight->trained) {
         int h = conv_size(acts->height, model->stem.shape), w = conv_size(acts->width, model->stem.shape);
-        maxpool_backward(acts->dstem, dout, acts->argmax, h, w, model->config.stem_width);
-        layer_backward(NULL, acts->pixels, acts->dstem, acts->height, acts->width, &model->stem, NULL, NULL,
-                       acts->workspace);
+        maxpool_backward(acts->dstem, acts->pooled, acts->argmax, h, w, model->config.stem_width, half);
+        layer_backward_weight(acts->pixels, acts->dstem, acts->height, acts->width, &model->stem, acts->workspace);
     }
 }
 
@@ -2776,21 +2990,23 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
         if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
 }
 
-static int is_finite_tensor(const real *data, size_t count) {
+static int is_finite_tensor(const void *data, size_t count, int half) {
     for (size_t i = 0; i < count; i++)
-        if (!isfinite((double)data[i])) return 0;
+        if (!isfinite((double)load_number(data, i, half))) return 0;
     return 1;
 }
 
-// Names the first tensor, in the order of computation, that holds a NaN or an infinity: weights, activations,
-// gradients.
+// Names the first tensor, in the order of computation, that holds a NaN or an infinity: weights, activations (acts, or
+// NULL after the way back, which takes their place), gradients.
 static const char *first_nonfinite(const Model *model, const Activations *acts) {
     for (int i = 0; i < model->num_params; i++)
-        if (!is_finite_tensor(model->params[i]->value, model->params[i]->count)) return model->params[i]->name;
-    for (size_t i = 0; i < acts->arena.num_named; i++)
-        if (!is_finite_tensor(acts->arena.named[i].data, acts->arena.named[i].count)) return acts->arena.named[i].name;
+        if (!is_finite_tensor(model->params[i]->value, model->params[i]->count, 0)) return model->params[i]->name;
+    for (size_t i = 0; acts && i < acts->arena.num_named; i++) {
+        const NamedTensor *tensor = &acts->arena.named[i];
+        if (!is_finite_tensor(tensor->data, tensor->count, tensor->half)) return tensor->name;
+    }
     for (int i = model->num_params - 1; i >= 0; i--)
-        if (model->params[i]->trained && !is_finite_tensor(model->params[i]->grad, model->params[i]->count))
+        if (model->params[i]->trained && !is_finite_tensor(model->params[i]->grad, model->params[i]->count, 0))
             return model->params[i]->name;
     return NULL;
 }
@@ -2814,14 +3030,6 @@ static void load_image(const Model *model, Activations *acts, const Image *image
     normalise_pixels(acts->pixels, image);
 }
 
-// Forward, loss and backward of the image in acts->pixels: adds to `losses` and to the gradients.
-static void image_gradients(Model *model, Activations *acts, Targets targets, LossDivisors divisors,
-                            const LossSettings *settings, Losses *losses) {
-    network_forward(model, acts);
-    set_loss(model, acts, targets, divisors, settings, losses);
-    network_backward(model, acts);
-}
-
 // One optimizer step over a batch: the gradients of its images are added up one after another, in order, with divisors
 // that hold for the whole batch. Samples without pixels (unreadable) are left out. On a loss or gradient that is not
 // finite the weights stay as they are, and -1 comes back with the name of the first bad tensor.
@@ -2840,7 +3048,8 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
         acts->dropout.step = (uint32_t)step, acts->dropout.image = (uint32_t)i;
         Targets targets = {samples[i].num_boxes, samples[i].boxes, samples[i].classes};
         load_image(model, acts, &samples[i].image);
-        image_gradients(model, acts, targets, divisors, loss_settings, losses);
+        network_forward(model, acts);
+        set_loss(model, acts, targets, divisors, loss_settings, losses);
         losses_finish(losses, model->config.dec_layers, loss_settings);
         if (!isfinite(losses->loss)) {
             const char *name = first_nonfinite(model, acts);
@@ -2849,11 +3058,12 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
                 "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
                 (long long)step + 1, i, losses->loss, name ? name : "none: the sum overflowed");
         }
+        network_backward(model, acts);
     }
     unfold_norms(model);
     losses->grad_norm = gradient_norm(model);
     if (!isfinite(losses->grad_norm)) {
-        const char *name = first_nonfinite(model, acts);
+        const char *name = first_nonfinite(model, NULL);
         return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
                     (long long)step + 1, name ? name : "none: the sum overflowed");
     }
@@ -2932,6 +3142,20 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
 // network that starts from random weights passes on signals of unit variance. It stays a frozen-norm network: no image
 // depends on another, and transformers opens it. norm scale and bias must be 1 and 0 (as initialised).
 static void calibrate_norms(Model *model, const Sample *samples, int count) {
+    if (model->config.half) {  // in 32 bits all the same: both precisions start from one network
+        Model twin;
+        ModelConfig config = model->config;
+        Error unused;
+        config.half = 0;
+        if (model_create(&twin, &config, 0, 0, 0, &unused) != 0) return;
+        for (int i = 0; i < twin.num_params; i++)
+            memcpy(twin.params[i]->value, model->params[i]->value, twin.params[i]->count * sizeof(real));
+        calibrate_norms(&twin, samples, count);
+        for (int i = 0; i < twin.num_params; i++)
+            memcpy(model->params[i]->value, twin.params[i]->value, twin.params[i]->count * sizeof(real));
+        model_free(&twin);
+        return;
+    }
     FeatureMap *maps = (FeatureMap *)allocate(3 * (size_t)count * sizeof(FeatureMap)), *inner = maps + count,
                *shortcut = inner + count;
     int images = 0;
@@ -2949,7 +3173,7 @@ static void calibrate_norms(Model *model, const Sample *samples, int count) {
         size_t pooled_count = (size_t)pooled.height * (size_t)pooled.width * (size_t)model->config.stem_width;
         unsigned char *argmax = (unsigned char *)allocate(pooled_count);
         pooled.data = (real *)allocate(pooled_count * sizeof(real));
-        maxpool_forward(pooled.data, argmax, maps[i].data, maps[i].height, maps[i].width, model->config.stem_width);
+        maxpool_forward(pooled.data, argmax, maps[i].data, maps[i].height, maps[i].width, model->config.stem_width, 0);
         free(argmax);
         free(maps[i].data);
         maps[i] = pooled;
@@ -3047,8 +3271,8 @@ int main(int argc, char **argv) {
         if (settings.num_arguments && settings.command != PREDICT)
             usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name,
                         argv[0], settings.command_name);
-        if (strcmp(flag_text(&settings, "precision"), "fp32") != 0)
-            usage_error("--precision %s is not computed on the CPU: leave it out", flag_text(&settings, "precision"));
+        if (strcmp(flag_text(&settings, "precision"), "fp16") == 0)
+            usage_error("--precision fp16 is for GPUs: on the CPU there are fp32 and bf16");
         status = COMMANDS[command].run(&settings, &error);
     }
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))

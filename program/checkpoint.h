@@ -75,6 +75,10 @@ static int same_backbone(const ModelConfig *a, const ModelConfig *b) {
 }
 
 // The network that the flags describe; num_labels is left 0. Status 2 if they do not go together.
+static int computes_in_bf16(const Settings *settings) {
+    return strcmp(flag_text(settings, "precision"), "bf16") == 0;
+}
+
 static ModelConfig config_from_flags(const Settings *settings) {
     ModelConfig config;
     memset(&config, 0, sizeof config);
@@ -87,6 +91,7 @@ static ModelConfig config_from_flags(const Settings *settings) {
     config.dim_feedforward = flag_int(settings, "dim_feedforward");
     config.num_queries = flag_int(settings, "num_queries");
     config.dropout = flag_number(settings, "dropout");
+    config.half = computes_in_bf16(settings);
     if (config.hidden_dim % 4 || config.hidden_dim % config.nheads)
         usage_error("--hidden_dim %d must be a multiple of 4 and of --nheads %d", config.hidden_dim, config.nheads);
     if (config.dilation && config.stem_width != 64)
@@ -594,9 +599,10 @@ static int moments_read(Model *model, const char *path, Error *error) {
 }
 
 // Opens a folder for eval and predict: a checkpoint of ours, whose classes have ids, or one that transformers wrote. 0,
-// or -1; the caller frees the network in either case.
-static int network_open(Network *network, const char *folder, Error *error) {
+// or -1; the caller frees the network in either case. half: it will compute in bf16.
+static int network_open(Network *network, const char *folder, int half, Error *error) {
     if (config_read(network, folder, error) != 0) return -1;
+    network->config.half = half;
     char *weights = fileset_path(folder, "model.safetensors"), *state = fileset_path(folder, "trainer_state.json");
     ConfigReader reader = {state, error, 0};
     yajl_val tree = is_file(state) ? json_read(state, error) : NULL, classes = json_member(tree, "classes");

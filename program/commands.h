@@ -330,6 +330,7 @@ static int training_begin(Training *run, Error *error) {
     run->from_scratch = pretrained == NULL;
     if (from_folder) {
         if (config_read(network, pretrained, error) != 0) return -1;
+        network->config.half = computes_in_bf16(settings);
         config_check_flags(&network->config, settings, pretrained);
         int missing = match_labels(run->train_labels, network, &run->train);
         keep_head = missing == 0;
@@ -376,6 +377,7 @@ static int training_resume(Training *run, Error *error) {
     char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt");
     size_t size;
     int status = config_read(&run->network, run->folder, error);
+    run->network.config.half = computes_in_bf16(run->settings);
     run->network.short_side = run->loader.short_side;
     run->network.max_size = run->loader.max_size;
     if (status == 0) status = state_read(run, state, error);
@@ -816,7 +818,7 @@ static int command_eval(Settings *settings, Error *error) {
     flag_require(settings, "resume");
     if (open_split(&set, settings, flag_text(settings, "split"), error) != 0) return -1;
     int *labels = (int *)allocate((size_t)set.num_categories * sizeof(int));
-    int status = network_open(&network, flag_text(settings, "resume"), error);
+    int status = network_open(&network, flag_text(settings, "resume"), computes_in_bf16(settings), error);
     if (status == 0) dataset_print_facts(stdout, &set);
     if (status == 0) status = eval_on(settings, &network, &acts, &set, labels, error);
     activations_free(&acts);
@@ -930,7 +932,7 @@ static int predict_all(Prediction *run, Error *error) {
     const char *json = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
                *dump = flag_text(settings, "dump");
     int height = 1, width = 1, status = 0;
-    if (network_open(&run->network, flag_text(settings, "resume"), error) != 0) return -1;
+    if (network_open(&run->network, flag_text(settings, "resume"), computes_in_bf16(settings), error) != 0) return -1;
     if (draw && make_directories(draw, error) != 0) return -1;
     if (json && !(run->json = fopen(json, "w"))) return fail(error, "%s: cannot be written: %s", json, strerror(errno));
     for (int i = 0; i < settings->num_arguments; i++) picture_files_find(&run->pictures, settings->arguments[i]);
@@ -1093,7 +1095,7 @@ static int command_bench(Settings *settings, Error *error) {
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
     profile.on = flag_on(settings, "profile");
-    double peak = measure_peak_gflops(), infer_seconds = 0,
+    double peak = measure_peak_gflops(config.half), infer_seconds = 0,
            train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, peak, error);
     double untrained, flops = forward_flops(&model, height, width, &untrained);
     struct rusage usage;
@@ -1105,7 +1107,10 @@ static int command_bench(Settings *settings, Error *error) {
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {
         printf("%s %dx%d, batch %d, %d threads, %s\n", flag_text(settings, "backbone"), height, width, batch,
-               omp_get_max_threads(), sizeof(real) == 4 ? "fp32" : "fp64");
+               omp_get_max_threads(),
+               config.half         ? "bf16"
+               : sizeof(real) == 4 ? "fp32"
+                                   : "fp64");
         printf("training step  %8.3f s  %7.1f Gflop/s  %.2f images/s\n", train_seconds,
                train_flops / train_seconds / 1e9, batch / train_seconds);
         printf("inference      %8.3f s  %7.1f Gflop/s\n", infer_seconds, flops / infer_seconds / 1e9);
