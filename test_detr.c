@@ -404,7 +404,7 @@ static void test_calibrate(void) {
                         int strided = j == convs - 1;  // what carries the block's stride comes before it
                         height = strided ? block->out_height : block->height;
                         width = strided ? block->out_width : block->width;
-                        x = j == 0 || j == convs ? block->in : block->inner[j - 1];
+                        x = (const real *)(j == 0 || j == convs ? block->in : block->inner[j - 1]);
                     }
                     pixels += add_moments(sums, layer, x, height, width);
                 }
