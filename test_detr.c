@@ -579,8 +579,7 @@ static void test_matmul_case(const MatmulCase *c, int number) {
         for (size_t i = 0; i < packed_size(s, 0); i++) packed[i] = NAN;  // all of it must be written
         for (size_t i = 0; i < packed_backward_size(s, 0); i++) packed_backward[i] = NAN;
         for (size_t i = 0; i < conv_backward_weight_workspace(s, threads); i++) workspace[i] = NAN;
-        pack_weights(packed, w, scale, s, 0);
-        pack_weights_backward(packed_backward, w, scale, s, 0);
+        pack_weights(packed, packed_backward, w, scale, s, 0);
         if (number % 3 == 0) memcpy(y, add, sizeof(real) * y_size), forward.add = y;  // add may be the result
         if (number % 3 == 0) memcpy(dx, add_in, sizeof(real) * x_size), backward.add = dx;
         conv_forward(y, x, c->height, c->width, packed, forward, s, 0);
@@ -628,14 +627,55 @@ static void test_matmul_nan(void) {
     int seen = 0;
     for (int i = 0; i < 14; i++) x[i] = i < 2 || i > 11 ? (real)NAN : 1;
     for (int i = 0; i < 140; i++) w[i] = -1;
-    pack_weights(packed, w, NULL, s, 0);
+    pack_weights(packed, NULL, w, NULL, s, 0);
     conv_forward(y, x, 7, 1, packed, relu, s, 0);
     for (int i = 0; i < 7 * 70; i++) seen += i / 70 % 6 == 0 ? isnan(y[i]) : y[i] == 0;
     check(seen == 7 * 70, "matmul: NaN passes ReLU, negative sums do not (%d of %d right)", seen, 7 * 70);
     free(packed);
 }
 
+// Packed weights, element by element, as reals and as pairs of bf16, at an address that is a vector's and one that is
+// not: columns past the last channel and the row of zeros are written, nothing beyond.
+static void test_packing(void) {
+    const ConvShape shapes[] = {{6, 70, 3, 1, 1, 1}, {130, 64, 1, 1, 0, 1}, {64, 128, 3, 2, 1, 1}};
+    for (int i = 0; i < 3 * 2 * 2; i++) {
+        const ConvShape s = shapes[i / 4];
+        const int half = i & 1, aligned = i / 2 & 1, unit = half ? 2 : 1, taps = s.kernel * s.kernel;
+        if (half && IS_DOUBLE) continue;
+        const long sizes[2] = {(long)packed_size(s, half), (long)packed_backward_size(s, half)};
+        real *w = matmul_random(taps * s.in_channels * (long)s.out_channels, i, 0);
+        real *scale = matmul_random(s.out_channels, i, 1);
+        size_t bytes = (sizeof(real) * (size_t)(sizes[0] + sizes[1]) / VECTOR_BYTES + 3) * VECTOR_BYTES;
+        char *memory = (char *)aligned_alloc(VECTOR_BYTES, bytes);
+        memset(memory, 0xFF, bytes);
+        real *packed[2] = {(real *)memory + !aligned, NULL};
+        packed[1] = packed[0] + sizes[0] + 1;
+        packed[1] += aligned ? LANES - (packed[1] - (real *)memory) % LANES : 0;
+        pack_weights(packed[0], packed[1], w, scale, s, half);
+        for (int backward = 0; backward < 2; backward++) {
+            const int inner = backward ? s.out_channels : s.in_channels,
+                      outer = backward ? s.in_channels : s.out_channels;
+            long wrong = 0, panels = (long)divide_up((size_t)outer, TILE_COLUMNS);
+            for (long at = 0; at < sizes[backward] * unit; at++) {
+                const long row = at / unit / TILE_COLUMNS * unit + at % unit;  // panel, tap, inner channel
+                const long column = row / (taps * inner) * TILE_COLUMNS + at / unit % TILE_COLUMNS;
+                const long n = backward ? row % inner : column, c = backward ? column : row % inner;
+                real value = 0;
+                if (at < panels * TILE_COLUMNS * taps * inner && column < outer)
+                    value = w[(n * taps + row / inner % taps) * s.in_channels + c] * scale[n];
+                const real found = load_number(packed[backward], (size_t)at, half);
+                wrong += found != (half ? (real)from_bf16(to_bf16((float)value)) : value);
+            }
+            check(wrong == 0 && isnan(packed[backward][sizes[backward]]),
+                  "packing %d->%d channels, kernel %d%s%s%s: %ld numbers are wrong", s.in_channels, s.out_channels,
+                  s.kernel, backward ? ", backward" : "", half ? ", bf16" : "", aligned ? ", aligned" : "", wrong);
+        }
+        free(memory), free(w), free(scale);
+    }
+}
+
 static void test_matmul(void) {
+    test_packing();
     for (int i = 0; i < (int)(sizeof matmul_cases / sizeof *matmul_cases); i++) test_matmul_case(&matmul_cases[i], i);
     test_matmul_nan();
 }

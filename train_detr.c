@@ -194,6 +194,29 @@ typedef real vec_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof
 static inline vec vec_load(const real *from) { return *(const vec_memory *)from; }
 static inline void vec_store(real *to, vec value) { *(vec_memory *)to = value; }
 
+// Writes past the caches what nobody reads before it would have left them anyway: memory need not be read first. Only
+// where `to` lies on VECTOR_BYTES. Other threads see it after stream_end().
+INLINE void vec_stream(real *to, vec value) {
+#if defined __AVX512F__
+    if ((uintptr_t)to % VECTOR_BYTES == 0) {
+        _mm512_stream_si512((__m512i *)to, (__m512i)value);
+        return;
+    }
+#elif defined __AVX__
+    if ((uintptr_t)to % VECTOR_BYTES == 0) {
+        _mm256_stream_si256((__m256i *)to, (__m256i)value);
+        return;
+    }
+#endif
+    vec_store(to, value);
+}
+
+INLINE void stream_end(void) {
+#if defined __x86_64__
+    _mm_sfence();
+#endif
+}
+
 INLINE vec fill(real x) {
     const vec zero = {0};
     return zero + x;
@@ -243,6 +266,13 @@ INLINE void store_bf16(bf16 *to, vec value) {
     const pairs kept = (rounded | (nan & (bits | 0x00400000u))) & (~tiny | 0x80000000u);
     *(bf16_memory *)to = __builtin_convertvector(kept >> 16, bf16_memory);
 #endif
+}
+
+// Pairs of the two operands' numbers, rounded.
+INLINE pairs round_pairs(vec even, vec odd) {
+    bf16 low[VECTOR_BYTES / 4], high[VECTOR_BYTES / 4];
+    store_bf16(low, even), store_bf16(high, odd);
+    return (pairs)load_bf16(low) >> 16 | (pairs)load_bf16(high);
 }
 
 static inline float from_bf16(bf16 x) {
@@ -379,69 +409,68 @@ static size_t packed_backward_size(ConvShape s, int half) {
     return divide_up(s.in_channels, TILE_COLUMNS) * TILE_COLUMNS * inner + s.out_channels;
 }
 
-// packed[panel][tap, in channel][column] = w[n][tap, in channel] * scale[n], where n = panel * TILE_COLUMNS + column;
-// columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. packed should
-// lie on VECTOR_BYTES (for speed only).
-static void pack_weights(real *packed, const real *w, const real *scale, ConvShape s, int half) {
-    if (half) {
-        bf16 *to = (bf16 *)packed;
-        memset(packed, 0, packed_size(s, 1) * sizeof(real));
-        for (int n = 0; n < s.out_channels; n++)
-            for (size_t k = 0; k < patch_size(s); k++)
-                to[((n / TILE_COLUMNS * patch_size(s) / 2 + k / 2) * TILE_COLUMNS + n % TILE_COLUMNS) * 2 + k % 2] =
-                    to_bf16((float)(w[n * patch_size(s) + k] * (scale ? scale[n] : 1)));
-        return;
-    }
-    long inner = (long)patch_size(s), panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
-    long parts = (long)divide_up(inner, LANES);  // a part: one cache line of each row of w
-    memset(packed + panels * TILE_COLUMNS * inner, 0, sizeof(real) * s.kernel * s.in_channels);
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
-        for (long part = 0; part < parts; part++) {
-            long first = part * LANES, last = first + LANES < inner ? first + LANES : inner;
-            real *out = packed + panel * TILE_COLUMNS * inner;
-            for (int column = 0; column < TILE_COLUMNS; column++) {
-                long n = panel * TILE_COLUMNS + column;
-                real factor = n < s.out_channels && scale ? scale[n] : 1;
-                __builtin_prefetch(w + n * inner + last);  // the next part
-                for (long k = first; k < last; k++)
-                    out[k * TILE_COLUMNS + column] = n < s.out_channels ? w[n * inner + k] * factor : 0;
-            }
-        }
-    }
+// A row of packed weights; half: from two neighbours of the inner dimension, rounded, else from `even` alone.
+INLINE void pack_row(real *to, const real *even, const real *odd, int half) {
+#pragma GCC unroll 8
+    for (int j = 0; j < TILE_COLUMNS; j += LANES)
+        vec_stream(to + j, half ? (vec)round_pairs(vec_load(even + j), vec_load(odd + j)) : vec_load(even + j));
 }
 
-// packed[panel][tap, out channel n][column] = w[n][tap][panel * TILE_COLUMNS + column] * scale[n], zero past the end.
-static void pack_weights_backward(real *packed, const real *w, const real *scale, ConvShape s, int half) {
-    if (half) {
-        bf16 *to = (bf16 *)packed;
-        const int taps = s.kernel * s.kernel;
-        memset(packed, 0, packed_backward_size(s, 1) * sizeof(real));
-        for (int n = 0; n < s.out_channels; n++)
-            for (int tap = 0; tap < taps; tap++)
-                for (int c = 0; c < s.in_channels; c++)
-                    to[(((size_t)(c / TILE_COLUMNS * taps + tap) * s.out_channels / 2 + n / 2) * TILE_COLUMNS +
-                        c % TILE_COLUMNS) *
-                           2 +
-                       n % 2] =
-                        to_bf16((float)(w[((size_t)n * taps + tap) * s.in_channels + c] * (scale ? scale[n] : 1)));
-        return;
+// One tap of TILE_COLUMNS out channels by TILE_COLUMNS in channels, of which there are `rows` and `columns`, through
+// the L1 cache. w: its first weight; the next out channel lies `row` further. scale: of its first channel, or NULL.
+static void pack_block(real *packed, real *packed_backward, const real *w, size_t row, const real *scale, int rows,
+                       int columns, int half) {
+    const int step = half ? 2 : 1;
+    real block[TILE_COLUMNS][TILE_COLUMNS], line[2][TILE_COLUMNS];
+    for (int n = 0; n < TILE_COLUMNS; n++) {
+        const int count = n < rows ? columns : 0;
+        const real *from = w + (n < rows ? n : 0) * row;
+        const real factor = n < rows && scale ? scale[n] : 1;
+        for (int j = 0; j < TILE_COLUMNS; j += LANES) __builtin_prefetch(from + columns + j);  // the next block
+        for (int j = 0; j < count; j++) block[n][j] = from[j] * factor;
+        for (int j = count; j < TILE_COLUMNS; j++) block[n][j] = 0;
     }
-    long taps = s.kernel * s.kernel, panels = (long)divide_up(s.in_channels, TILE_COLUMNS);
-    memset(packed + panels * TILE_COLUMNS * taps * s.out_channels, 0, sizeof(real) * s.out_channels);
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
-        for (long n = 0; n < s.out_channels; n++) {
-            long first = panel * TILE_COLUMNS;
-            int columns = s.in_channels - first < TILE_COLUMNS ? (int)(s.in_channels - first) : TILE_COLUMNS;
-            real factor = scale ? scale[n] : 1;
+    for (int c = 0; c < columns; c += step) {
+        for (int i = 0; i < step; i++) {
+#pragma GCC unroll 64
+            for (int n = 0; n < TILE_COLUMNS; n++) line[i][n] = block[n][c + i];
+        }
+        pack_row(packed + c / step * TILE_COLUMNS, line[0], line[1], half);
+    }
+    for (int n = 0; packed_backward && n < rows; n += step)
+        pack_row(packed_backward + n / step * TILE_COLUMNS, block[n], block[n + step - 1], half);
+}
+
+// Weights w (out_channels, kernel, kernel, in_channels) for forward and, unless packed_backward is NULL, for backward:
+//   packed[panel][tap][in channel c][column] = w[n][tap][c] * scale[n], where n = panel * TILE_COLUMNS + column
+//   packed_backward[panel][tap][out channel n][column] = the same, where c = panel * TILE_COLUMNS + column
+// Columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. half: rows 2i
+// and 2i + 1 of a tap become one of pairs of bf16, so their number must be even. For speed both should lie on
+// VECTOR_BYTES.
+static void pack_weights(real *packed, real *packed_backward, const real *w, const real *scale, ConvShape s, int half) {
+    const long taps = (long)s.kernel * s.kernel, in = s.in_channels, out = s.out_channels, step = half ? 2 : 1;
+    const long out_panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
+    memset(packed + out_panels * taps * in / step * TILE_COLUMNS, 0, sizeof(real) * s.kernel * in / step);
+    if (packed_backward)
+        memset(packed_backward + in_panels * taps * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
+#pragma omp parallel
+    {
+#pragma omp for collapse(3) schedule(static) nowait
+        for (long out_panel = 0; out_panel < out_panels; out_panel++) {
             for (long tap = 0; tap < taps; tap++) {
-                real *out = packed + ((panel * taps + tap) * s.out_channels + n) * TILE_COLUMNS;
-                const real *row = w + (n * taps + tap) * s.in_channels + first;
-                for (int j = 0; j < columns; j++) out[j] = row[j] * factor;
-                for (int j = columns; j < TILE_COLUMNS; j++) out[j] = 0;
+                for (long in_panel = 0; in_panel < in_panels; in_panel++) {
+                    const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS;
+                    real *forward = packed + ((out_panel * taps + tap) * in + c) / step * TILE_COLUMNS;
+                    real *backward = packed_backward
+                                         ? packed_backward + ((in_panel * taps + tap) * out + n) / step * TILE_COLUMNS
+                                         : NULL;
+                    pack_block(forward, backward, w + (n * taps + tap) * in + c, (size_t)(taps * in),
+                               scale ? scale + n : NULL, (int)(out - n < TILE_COLUMNS ? out - n : TILE_COLUMNS),
+                               (int)(in - c < TILE_COLUMNS ? in - c : TILE_COLUMNS), half);
+                }
             }
         }
+        stream_end();
     }
 }
 
@@ -647,7 +676,7 @@ static void conv_forward(void *y, const void *x, int height, int width, const re
 }
 
 // dx: (height * width, in_channels), by the epilogue, whose add and mask have dx's shape. dy: (out height * out width,
-// out_channels). packed: by pack_weights_backward(). half: dy and packed are bf16, out_channels is even.
+// out_channels). packed: by pack_weights(). half: dy and packed are bf16, out_channels is even.
 //
 // Pixel (iy, ix) was read by tap (ky, kx) of output (oy, ox) where oy * stride = iy + padding - ky * dilation, and the
 // same in x. With stride 2 a tap fits only every second row: the pixels fall into stride * stride classes by their
@@ -1994,11 +2023,10 @@ static void layer_pack(Layer *layer) {
             layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
         }
     }
-    pack_weights(layer->packed, layer->weight->value, layer->scale, layer->shape, layer->half);
-    if (layer->packed_backward)
-        pack_weights_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
+    pack_weights(layer->packed, layer->packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
     profile_end(begin, "packing of weights", "", 0,
-                sizeof(real) * (layer->packed_backward ? 4.0 : 2.0) * (double)layer->weight->count);
+                (sizeof(real) + (layer->packed_backward ? 2.0 : 1.0) * (double)number_bytes(layer->half)) *
+                    (double)layer->weight->count);
 }
 
 // Where element i of a tensor as the checkpoint orders it lies in memory: (out, in, k, k) against (out, k, k, in).
@@ -2906,11 +2934,31 @@ static void zero_gradients(Model *model) {
     profile_end(begin, "gradients to zero", "", 0, sizeof(real) * (double)model->num_trained);
 }
 
+// The sum of a[i] * b[i], in an order that depends on count alone. Products of floats are exact in double; a sum of
+// squares has a relative error of at most (count / (2 * U64_LANES) + 2 * U64_LANES) * 2^-53.
+static double dot_product(const real *a, const real *b, size_t count) {
+    typedef double dvec __attribute__((vector_size(VECTOR_BYTES)));
+    typedef real few __attribute__((vector_size(U64_LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
+    dvec sums[2] = {{0}, {0}};
+    size_t i = 0;
+    for (; i + 2 * U64_LANES <= count; i += 2 * U64_LANES) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            sums[j] += __builtin_convertvector(*(const few *)(a + i + j * U64_LANES), dvec) *
+                       __builtin_convertvector(*(const few *)(b + i + j * U64_LANES), dvec);
+    }
+    double sum = 0;
+    for (int lane = 0; lane < U64_LANES; lane++) sum += sums[0][lane] + sums[1][lane];
+    for (; i < count; i++) sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
 // From the gradients of folded weights W' = scale W, b' = norm_bias - mean scale to those of what is stored. A row n of
 // the weights shares one scale[n] = norm_weight[n] r[n], r = 1 / sqrt(variance + 1e-5):
 //   dnorm_weight = r (sum over k of dW'[n, k] W[n, k] - mean db'),  dnorm_bias = db',  dW = scale dW'
 static void unfold_norms(Model *model) {
     const double begin = profile_begin();
+    double bytes = 0;
     for (int i = 0; i < model->num_layers; i++) {
         Layer *layer = model->layers[i];
         if (!layer->norm_weight || !layer->weight->trained) continue;
@@ -2918,18 +2966,18 @@ static void unfold_norms(Model *model) {
 #pragma omp parallel for schedule(static)
         for (int n = 0; n < layer->shape.out_channels; n++) {
             real *dw = layer->weight->grad + (size_t)n * row;
-            const real *w = layer->weight->value + (size_t)n * row;
-            double product = 0;
-            for (size_t k = 0; k < row; k++) product += (double)dw[k] * (double)w[k];
+            const real scale = layer->scale[n];
             if (layer->norm_weight->trained) {
+                double product = dot_product(dw, layer->weight->value + (size_t)n * row, row);
                 double r = 1 / sqrt((double)layer->norm_variance->value[n] + 1e-5);
                 layer->norm_weight->grad[n] =
                     (real)(r * (product - (double)layer->norm_mean->value[n] * (double)layer->norm_bias->grad[n]));
             }
-            for (size_t k = 0; k < row; k++) dw[k] *= layer->scale[n];
+            for (size_t k = 0; k < row; k++) dw[k] *= scale;
         }
+        bytes += sizeof(real) * (layer->norm_weight->trained ? 3.0 : 2.0) * (double)layer->weight->count;
     }
-    profile_end(begin, "frozen norms unfolded", "backward", 0, 0);
+    profile_end(begin, "frozen norms unfolded", "backward", 0, bytes);
 }
 
 // The norm of all gradients together. Chunks of fixed size are summed on any thread and added up in order, so the
@@ -2937,27 +2985,24 @@ static void unfold_norms(Model *model) {
 static double gradient_norm(const Model *model) {
     enum { CHUNK = 16384, MAX_CHUNKS = 4096 };
     static double partial[MAX_CHUNKS];
-    const double begin_all = profile_begin();
+    const double begin = profile_begin();
     double total = 0;
     for (int i = 0; i < model->num_params; i++) {
         const Param *param = model->params[i];
         if (!param->trained) continue;
         for (size_t first = 0; first < param->count; first += (size_t)CHUNK * MAX_CHUNKS) {
-            size_t left = param->count - first;
-            int chunks = left > (size_t)CHUNK * MAX_CHUNKS ? MAX_CHUNKS : (int)((left + CHUNK - 1) / CHUNK);
-#pragma omp parallel for schedule(static)
-            for (int c = 0; c < chunks; c++) {
-                size_t begin = first + (size_t)c * CHUNK,
-                       end = begin + CHUNK < param->count ? begin + CHUNK : param->count;
-                double lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-                for (size_t k = begin; k < end; k++) lanes[k & 7] += (double)param->grad[k] * (double)param->grad[k];
-                partial[c] =
-                    ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+            const real *grad = param->grad + first;
+            const size_t left = param->count - first, chunks = divide_up(left, CHUNK);
+            const int count = chunks < MAX_CHUNKS ? (int)chunks : MAX_CHUNKS;
+#pragma omp parallel for schedule(static) if (count > 1)
+            for (int c = 0; c < count; c++) {
+                const size_t at = (size_t)c * CHUNK, size = left - at < CHUNK ? left - at : CHUNK;
+                partial[c] = dot_product(grad + at, grad + at, size);
             }
-            for (int c = 0; c < chunks; c++) total += partial[c];
+            for (int c = 0; c < count; c++) total += partial[c];
         }
     }
-    profile_end(begin_all, "norm of the gradient", "", 0, sizeof(real) * (double)model->num_trained);
+    profile_end(begin, "norm of the gradient", "", 0, sizeof(real) * (double)model->num_trained);
     return sqrt(total);
 }
 
@@ -2977,7 +3022,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
         const real *grad = param->grad;
         const real beta1 = (real)0.9, beta2 = (real)0.999, rest1 = (real)(1 - 0.9), rest2 = (real)(1 - 0.999),
                    eps = (real)1e-8;
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (param->count > 16384)
         for (size_t k = 0; k < param->count; k++) {
             real g = grad[k] * factor;
             m[k] = beta1 * m[k] + rest1 * g;
