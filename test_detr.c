@@ -753,8 +753,7 @@ static void test_bf16_case(const MatmulCase *c, int number) {
     real *packed_backward = (real *)allocate(sizeof(real) * packed_backward_size(s, 1));
     memset(packed, 0xFF, sizeof(real) * packed_size(s, 1));  // all of it must be written
     memset(packed_backward, 0xFF, sizeof(real) * packed_backward_size(s, 1));
-    pack_weights(packed, w, scale, s, 1);
-    pack_weights_backward(packed_backward, w, scale, s, 1);
+    pack_weights(packed, packed_backward, w, scale, s, 1);
 
     const int threads_before = omp_get_max_threads();
     for (int threads = 1; threads <= 3; threads += 2) {
