@@ -2,8 +2,10 @@
 #
 # Variables:
 #   REAL=float|double   the type of every number in the network (float); `make test` runs both unless it is given
-#   PORTABLE=1          leave out -march=native, which lets the compiler use everything that this very processor has:
-#                       a binary made with it may not run on another machine
+#   PORTABLE=1          one binary for every processor of this architecture. Without it the compiler may use everything
+#                       that this very processor has (-march=native), and the binary may not run on another. On x86-64
+#                       a portable one holds the program four times and picks what fits when it starts
+#                       (program/portable.c); elsewhere it is compiled for the compiler's own baseline
 #   SANITIZE=1          with AddressSanitizer and UndefinedBehaviorSanitizer
 #   WERROR=1            warnings are errors
 #   CC, CPPFLAGS, CFLAGS, LDFLAGS as usual; CFLAGS comes last, so it wins
@@ -20,7 +22,9 @@ endif
 comma := ,
 # -fno-math-errno lets sqrtf become an instruction; -ffast-math would break the checks for NaN and infinity.
 OPTIMIZE := $(if $(SANITIZE),-O1,-O3)
-FLAGS := -std=gnu11 $(OPTIMIZE) -g $(if $(PORTABLE)$(SANITIZE),,-march=native) -ffp-contract=fast -fno-math-errno \
+NATIVE := $(if $(PORTABLE)$(SANITIZE),,$(firstword $(foreach flag,-march=native -mcpu=native,\
+          $(shell $(CC) $(flag) -E -x c /dev/null >/dev/null 2>&1 && echo $(flag)))))
+FLAGS := -std=gnu11 $(OPTIMIZE) -g $(NATIVE) -ffp-contract=fast -fno-math-errno \
          -fopenmp -pthread -Wall -Wextra $(if $(WERROR),-Werror) -DREAL=$(REAL) \
          $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 LIBS := -ljpeg -lpng -lyajl -lexpat -lm
@@ -29,6 +33,13 @@ BREW := $(shell brew --prefix 2>/dev/null)
 CPPFLAGS += -I$(BREW)/include
 LDFLAGS += -L$(BREW)/lib
 endif
+
+# What a portable x86-64 program holds, and the instructions of each; program/portable.c asks for exactly these.
+LEVELS := $(if $(PORTABLE),$(if $(filter x86_64-%,$(shell $(CC) -dumpmachine)),sse2 avx2 avx512 avx512bf16))
+FLAGS_sse2 :=
+FLAGS_avx2 := -mavx2 -mfma
+FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 
 # One folder for each way to build, so that float and double never mix.
 VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)
@@ -41,14 +52,15 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-asan test-valgrind mutants determinism dumps check-python bench demo install-deps format \
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench demo install-deps format \
         check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
 	@echo "make test           every check of numbers, in float and in double (REAL=float or REAL=double: only that one)"
-	@echo "make train_detr     the trainer (-march=native: for this machine; PORTABLE=1 for others)"
+	@echo "make train_detr     the trainer, for this machine's processor; PORTABLE=1: one binary for others as well"
 	@echo "make test_detr      the tests, not run"
+	@echo "make test-levels    the tests with each of the kernels in a portable binary that this machine can run"
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
@@ -77,12 +89,29 @@ $(B)/flags: FORCE
 	@echo '$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $(LDFLAGS) $(LIBS)' | cmp -s - $@ || \
 	    echo '$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $(LDFLAGS) $(LIBS)' > $@
 
-$(B)/train_detr: train_detr.c $(HEADERS) $(B)/flags | build/libraries
-	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
-
 # The tests leave out main, and with it the one caller of some functions.
-$(B)/test_detr: test_detr.c train_detr.c $(HEADERS) $(B)/flags | build/libraries
-	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+FLAGS_train_detr :=
+FLAGS_test_detr := -Wno-unused-function
+SOURCES := train_detr.c $(HEADERS) $(B)/flags
+
+# What a build for this very machine is, in a line.
+ANNOUNCE = @echo "train_detr: for this processor only ($(NATIVE): $$($@ --help | sed -n 's/^Kernel: \([^.]*\).*/\1/p'));" \
+           "PORTABLE=1 makes one for others as well"
+
+ifeq ($(LEVELS),)
+$(B)/train_detr $(B)/test_detr: $(B)/%: %.c $(SOURCES) | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) $(FLAGS_$*) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+	$(if $(NATIVE),$(if $(filter train_detr,$*),$(ANNOUNCE)))
+else
+define LEVEL
+$(B)/train_detr-$(1).o $(B)/test_detr-$(1).o: $(B)/%-$(1).o: %.c $(SOURCES) | build/libraries
+	$$(CC) $$(CPPFLAGS) $$(FLAGS) $(FLAGS_$(1)) $$(FLAGS_$$*) -DMAIN=main_$(1) $$(CFLAGS) -c $$< -o $$@
+endef
+$(foreach level,$(LEVELS),$(eval $(call LEVEL,$(level))))
+
+$(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEVELS),$(B)/%-$(level).o)
+	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
+endif
 
 # The programs at the top are copies of the variant that was asked for last.
 train_detr test_detr: %: $(B)/% FORCE
@@ -100,13 +129,24 @@ test:
 	@$(MAKE) --no-print-directory REAL=float test
 endif
 
+# Kernels that the processor lacks end with status 2 and are left out.
+ifeq ($(PORTABLE),)
+test-levels:
+	@$(MAKE) --no-print-directory PORTABLE=1 test-levels
+else
+test-levels: $(B)/test_detr
+	@for level in $(or $(LEVELS),baseline); do \
+	    TRAIN_DETR_CPU=$$level $(B)/test_detr $(TESTS) || [ $$? = 2 ] || exit 1; \
+	done
+endif
+
 # LeakSanitizer watches too. The sanitized programs stay under build/. With OMP_WAIT_POLICY set the programs do not start
 # themselves a second time, which a tool that follows one process would have to follow.
 test-asan:
 	@$(MAKE) --no-print-directory SANITIZE=1 REAL=$(REAL) build/$(REAL)-sanitize/test_detr
 	OMP_WAIT_POLICY=passive build/$(REAL)-sanitize/test_detr $(TESTS)
 
-# valgrind knows no AVX-512, hence the portable build.
+# valgrind knows no AVX-512, and says so to a portable build.
 test-valgrind:
 	@command -v valgrind >/dev/null || { echo "valgrind is missing: apt-get install valgrind" >&2; exit 1; }
 	@$(MAKE) --no-print-directory PORTABLE=1 REAL=float build/float-portable/train_detr
@@ -164,10 +204,10 @@ install-deps:
 # House-keeping
 
 format:
-	clang-format -i *.c data/*.h program/*.h
+	clang-format -i *.c data/*.h program/*.[ch]
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.h
+	clang-format --dry-run -Werror *.c data/*.h program/*.[ch]
 
 clean:
 	rm -rf build train_detr test_detr

@@ -1522,10 +1522,10 @@ static const Test TESTS[] = {
     {"eval", test_eval},
 };
 
-int main(int argc, char **argv) {
+int MAIN(int argc, char **argv) {
     wait_passively(argv);
     int num_tests = (int)(sizeof TESTS / sizeof TESTS[0]);
-    printf("numbers are %s\n", IS_DOUBLE ? "double" : "float");
+    printf("numbers are %s, kernel: %s\n", IS_DOUBLE ? "double" : "float", KERNEL);
     for (int i = 0; i < num_tests; i++) {
         int wanted = argc < 2;
         for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;

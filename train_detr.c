@@ -174,6 +174,23 @@ enum { VECTOR_BYTES = 16, TILE_VECTORS = 4 };
 enum { VECTOR_BYTES = 16, TILE_VECTORS = 2 };
 #endif
 
+// The instructions that this was compiled for, in words.
+#if defined __AVX512BF16__
+static const char KERNEL[] = "AVX-512, bf16 instructions";
+#elif defined __AVX512F__
+static const char KERNEL[] = "AVX-512";
+#elif defined __AVX2__ && defined __FMA__
+static const char KERNEL[] = "AVX2";
+#elif defined __AVX__
+static const char KERNEL[] = "AVX";
+#elif defined __aarch64__
+static const char KERNEL[] = "NEON";
+#elif defined __SSE2__
+static const char KERNEL[] = "SSE2";
+#else
+static const char KERNEL[] = "what the compiler makes of it";
+#endif
+
 enum {
     LANES = VECTOR_BYTES / sizeof(real),
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
@@ -3293,8 +3310,12 @@ static void wait_passively(char **argv) {
 #include "program/checkpoint.h"  // config.json, tensors
 #include "program/commands.h"    // train, eval, predict, score, bench
 
+#ifndef MAIN
+#define MAIN main  // program/portable.c chooses among several, each of another name
+#endif
+
 #ifndef TRAIN_DETR_NO_MAIN
-int main(int argc, char **argv) {
+int MAIN(int argc, char **argv) {
     wait_passively(argv);
     Error error;
     int command = -1, help = 0;

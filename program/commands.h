@@ -724,6 +724,7 @@ static int training_run(Training *run, Error *error) {
     size_t parameters = 0;
     for (int i = 0; i < model->num_params; i++)
         parameters += model->params[i]->group == GROUP_STATISTICS ? 0 : model->params[i]->count;
+    printf("kernel     %s, %d threads\n", KERNEL, omp_get_max_threads());
     printf("model      %.2f million parameters, %.2f million of them trained; %d queries, %d + 1 classes\n",
            (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
            model->config.num_labels);
@@ -1106,11 +1107,9 @@ static int command_bench(Settings *settings, Error *error) {
     double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {
-        printf("%s %dx%d, batch %d, %d threads, %s\n", flag_text(settings, "backbone"), height, width, batch,
-               omp_get_max_threads(),
-               config.half         ? "bf16"
-               : sizeof(real) == 4 ? "fp32"
-                                   : "fp64");
+        const char *precision = config.half ? "bf16" : sizeof(real) == 4 ? "fp32" : "fp64";
+        printf("%s %dx%d, batch %d, %d threads, %s, %s\n", flag_text(settings, "backbone"), height, width, batch,
+               omp_get_max_threads(), precision, KERNEL);
         printf("training step  %8.3f s  %7.1f Gflop/s  %.2f images/s\n", train_seconds,
                train_flops / train_seconds / 1e9, batch / train_seconds);
         printf("inference      %8.3f s  %7.1f Gflop/s\n", infer_seconds, flops / infer_seconds / 1e9);
@@ -1171,6 +1170,8 @@ static void print_help(const Settings *settings, int command) {
         settings_print_presets(settings);
     }
     printf("\nExit status: 0 done, 1 failed, 2 wrong call. OMP_NUM_THREADS sets the number of threads.\n");
+    printf("Kernel: %s. Built with PORTABLE=1, TRAIN_DETR_CPU=sse2, avx2, avx512 or avx512bf16 asks for another.\n",
+           KERNEL);
 }
 
 #endif
