@@ -1017,15 +1017,15 @@ static void test_dropout(void) {
         dropout.p = 0.3, dropout.seed = 0xFEDCBA9876543210ull, dropout.site = 9, dropout.step = 1000, dropout.image = 1;
         double worst = 0;
         for (size_t j = 0; j < n; j++) x[j] = (real)test_number(3, j);
-        dropout_forward(y, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(y, 0, x, 0, NULL, shapes[i][0], shapes[i][1], dropout);
         for (size_t j = 0; j < n; j++) {
             worst = fmax(worst, fabs(y[j] - x[j] * test_factor(dropout, j)) / (fabs(x[j]) + 1e-9));
         }
-        dropout_forward(x, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(x, 0, x, 0, NULL, shapes[i][0], shapes[i][1], dropout);
         check(worst < (IS_DOUBLE ? 1e-15 : 2e-7), "dropout of %zu elements: differs by %.2e", n, worst);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout of %zu elements in place differs", n);
         dropout.p = 0;
-        dropout_forward(y, 0, x, 0, shapes[i][0], shapes[i][1], dropout);
+        dropout_forward(y, 0, x, 0, NULL, shapes[i][0], shapes[i][1], dropout);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout with p = 0 is not the identity");
         free(x);
     }

@@ -466,6 +466,7 @@ static void pack_block(real *packed, real *packed_backward, const real *w, size_
 // VECTOR_BYTES.
 static void pack_weights(real *packed, real *packed_backward, const real *w, const real *scale, ConvShape s, int half) {
     const long taps = (long)s.kernel * s.kernel, in = s.in_channels, out = s.out_channels, step = half ? 2 : 1;
+    const long width = TILE_COLUMNS;
     const long out_panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
     memset(packed + out_panels * taps * in / step * TILE_COLUMNS, 0, sizeof(real) * s.kernel * in / step);
     if (packed_backward)
@@ -482,8 +483,8 @@ static void pack_weights(real *packed, real *packed_backward, const real *w, con
                                          ? packed_backward + ((in_panel * taps + tap) * out + n) / step * TILE_COLUMNS
                                          : NULL;
                     pack_block(forward, backward, w + (n * taps + tap) * in + c, (size_t)(taps * in),
-                               scale ? scale + n : NULL, (int)(out - n < TILE_COLUMNS ? out - n : TILE_COLUMNS),
-                               (int)(in - c < TILE_COLUMNS ? in - c : TILE_COLUMNS), half);
+                               scale ? scale + n : NULL, (int)(out - n < width ? out - n : width),
+                               (int)(in - c < width ? in - c : width), half);
                 }
             }
         }
@@ -948,6 +949,21 @@ INLINE real lane_sum(vec x) {
     return sum;
 }
 
+// load_lanes() and store_lanes() where only n numbers are left; lanes past the last are 0.
+INLINE vec load_rest(const void *from, size_t at, size_t n, int half) {
+    if (n >= LANES) return load_lanes(from, at, half);
+    real lanes[LANES] = {0};
+    for (size_t i = 0; i < n; i++) lanes[i] = load_number(from, at + i, half);
+    return vec_load(lanes);
+}
+INLINE void store_rest(void *to, size_t at, vec value, size_t n, int half) {
+    if (n >= LANES) {
+        store_lanes(to, at, value, half);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) store_number(to, at + i, value[i], half);
+}
+
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // exp(x) for x <= 88 (709 in double), 0 below -87.3 (-708.3), NaN for NaN; the relative error is below 1e-7 (1e-15).
@@ -1017,35 +1033,44 @@ INLINE void dropout_words(u64vec word[4], Dropout dropout, u64vec group) {
 
 static inline uint64_t dropout_threshold(Dropout dropout) { return (uint32_t)(dropout.p * 4294967296.0); }
 
-// y = dropout(x), both (rows, channels); may be in place. The map is linear, so its backward pass is the same function
-// with x = dy.
-static void dropout_forward(void *y, int half_y, const void *x, int half_x, size_t rows, size_t channels,
-                            Dropout dropout) {
+enum { DROPOUT_ELEMENTS = 4 * U64_LANES };  // of one dropout_words()
+
+// Bit i: is element DROPOUT_ELEMENTS * block + i kept?
+INLINE uint32_t dropout_keep_bits(Dropout dropout, uint64_t block) {
+    const u64vec zero = {0}, threshold = zero + (dropout_threshold(dropout) << 32);
+    u64vec lane, word[4], bits = zero;
+    for (int i = 0; i < U64_LANES; i++) lane[i] = (uint64_t)i;
+    dropout_words(word, dropout, lane + block * U64_LANES);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) bits |= (u64vec)(word[i] << 32 >= threshold) & ((uint64_t)1 << i);
+    bits <<= 4 * lane;
+    uint64_t all = 0;
+    for (int i = 0; i < U64_LANES; i++) all |= bits[i];
+    return (uint32_t)all;
+}
+
+// y = dropout(x) + add, all (rows, channels); add may be NULL, y may be x or add. half_y, half_x: y, x are bf16.
+// Dropout is linear: the gradient of x is dropout_forward of dy.
+static void dropout_forward(void *y, int half_y, const void *x, int half_x, const real *add, size_t rows,
+                            size_t channels, Dropout dropout) {
     const double begin = profile_begin();
-    enum { STRIDE = 4 * U64_LANES };
-    const int64_t count = (int64_t)(rows * channels);
-    if (dropout.p == 0) {
-        for (int64_t i = 0; i < count; i++) store_number(y, (size_t)i, load_number(x, (size_t)i, half_x), half_y);
-        return;
-    }
-    const uint64_t threshold = dropout_threshold(dropout);
-    const real scale = (real)(1 / (1 - dropout.p));
+    const size_t count = rows * channels;
+    const int64_t blocks = (int64_t)divide_up(count, DROPOUT_ELEMENTS);
+    const vec scale = fill((real)(1 / (1 - dropout.p)));
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma omp parallel for schedule(static) if (count > 16384)
-    for (int64_t start = 0; start < count; start += STRIDE) {
-        u64vec group, word[4];
-        for (int lane = 0; lane < U64_LANES; lane++) group[lane] = (uint64_t)start / 4 + (uint64_t)lane;
-        dropout_words(word, dropout, group);
-        uint32_t words[STRIDE];
-        for (int lane = 0; lane < U64_LANES; lane++) {
-            for (int j = 0; j < 4; j++) words[4 * lane + j] = (uint32_t)word[j][lane];
-        }
-        const int n = count - start < STRIDE ? (int)(count - start) : STRIDE;
-        for (int i = 0; i < n; i++) {
-            const size_t at = (size_t)(start + i);
-            store_number(y, at, words[i] >= threshold ? load_number(x, at, half_x) * scale : 0, half_y);
+    for (int64_t block = 0; block < blocks; block++) {
+        uint32_t keep = dropout.p > 0 ? dropout_keep_bits(dropout, (uint64_t)block) : 0xFFFFFFFFu;
+        size_t at = (size_t)block * DROPOUT_ELEMENTS;
+        for (int i = 0; i < DROPOUT_ELEMENTS && at < count; i += LANES, at += LANES) {
+            const ivec kept = -((((ivec)fill(0) + (int)(keep >> i)) >> lane) & 1);
+            vec value = (vec)((ivec)(load_rest(x, at, count - at, half_x) * scale) & kept);
+            if (add) value += load_rest(add, at, count - at, 0);
+            store_rest(y, at, value, count - at, half_y);
         }
     }
-    profile_end(begin, "dropout", "", 0, sizeof(real) * 2.0 * (double)count);
+    profile_end(begin, "dropout", "", 0, (double)(number_bytes(half_x) + number_bytes(half_y)) * (double)count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1507,9 +1532,13 @@ static void layernorm_forward(real *y, bf16 *rounded, real *mean, real *rstd, co
         sum = lane_sum(lanes);
         for (int c = whole; c < C; c++) sum += (from[c] - center) * (from[c] - center);
         const real scale = (real)(1 / sqrt(sum / C + 1e-5));
-        for (int c = 0; c < C; c++) to[c] = (from[c] - center) * scale * weight[c] + bias[c];
-        if (rounded)
-            for (int c = 0; c < C; c++) rounded[(size_t)row * C + c] = to_bf16((float)to[c]);
+        for (int c = 0; c < C; c += LANES) {
+            const size_t left = (size_t)(C - c);
+            const vec normed = (load_rest(from, c, left, 0) - center) * scale;
+            const vec value = normed * load_rest(weight, c, left, 0) + load_rest(bias, c, left, 0);
+            store_rest(to, c, value, left, 0);
+            if (rounded) store_rest(rounded, (size_t)row * C + c, value, left, 1);
+        }
         mean[row] = center;
         rstd[row] = scale;
     }
@@ -1571,8 +1600,10 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
 // ---------------------------------------------------------------------------------------------------------------------
 // Max pooling, 3 x 3, stride 2, padding 1
 
-// x (H, W, C) to y ((H + 1) / 2, (W + 1) / 2, C). argmax: 3 * ky + kx of the greatest pixel of the window, the first
-// one among equals, in rows, as PyTorch chooses; a NaN counts as greater than all.
+typedef unsigned char lane_bytes __attribute__((vector_size(LANES)));
+
+// x (H, W, C) to y ((H + 1) / 2, (W + 1) / 2, C), both bf16 with half. argmax: 3 * ky + kx of the greatest pixel of the
+// window, the first one among equals, in rows, as PyTorch chooses; a NaN counts as greater than all.
 static void maxpool_forward(void *y, unsigned char *argmax, const void *x, int H, int W, int C, int half) {
     const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
@@ -1581,37 +1612,51 @@ static void maxpool_forward(void *y, unsigned char *argmax, const void *x, int H
         for (int ox = 0; ox < out_W; ox++) {
             const int ky0 = oy == 0, kx0 = ox == 0;  // the first and one past the last tap inside the picture
             const int ky1 = 2 * oy + 1 < H ? 3 : 2, kx1 = 2 * ox + 1 < W ? 3 : 2;
-            const size_t out = ((size_t)oy * out_W + ox) * C;
-            for (int c = 0; c < C; c++) {
-                real best = 0;
+            for (int c = 0; c < C; c += LANES) {
+                const size_t left = (size_t)(C - c), out = ((size_t)oy * out_W + ox) * C + c;
+                vec best = fill(0);
+                ivec which = (ivec)fill(0);
                 for (int ky = ky0; ky < ky1; ky++) {
                     for (int kx = kx0; kx < kx1; kx++) {
-                        real v = load_number(x, ((size_t)(2 * oy - 1 + ky) * W + 2 * ox - 1 + kx) * C + c, half);
-                        if ((ky == ky0 && kx == kx0) || v > best || v != v) best = v, argmax[out + c] = 3 * ky + kx;
+                        const size_t at = ((size_t)(2 * oy - 1 + ky) * W + 2 * ox - 1 + kx) * C + c;
+                        const vec pixel = load_rest(x, at, left, half);
+                        const ivec is_first = (ivec)fill(0) - (ky == ky0 && kx == kx0);
+                        const ivec better = is_first | (pixel > best) | (pixel != pixel);
+                        best = where(better, pixel, best);
+                        which = (better & (3 * ky + kx)) | (~better & which);
                     }
                 }
-                store_number(y, out + c, best, half);
+                store_rest(y, out, best, left, half);
+                const lane_bytes taps = __builtin_convertvector(which, lane_bytes);
+                memcpy(argmax + out, &taps, left < sizeof taps ? left : sizeof taps);
             }
         }
     }
     profile_end(begin, "max pooling", "forward", 0, sizeof(real) * 1.25 * H * W * C);
 }
 
-// dx (H, W, C), written: a pixel gathers dy from the up to four windows that hold it and chose it, in their order.
+// dx (H, W, C), written; dy is bf16 with half. A pixel gathers dy from the up to four windows that hold it and chose
+// it, in their order.
 static void maxpool_backward(real *dx, const void *dy, const unsigned char *argmax, int H, int W, int C, int half) {
     const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
     for (int iy = 0; iy < H; iy++) {
         for (int ix = 0; ix < W; ix++) {
-            real *to = dx + ((size_t)iy * W + ix) * C;
-            memset(to, 0, (size_t)C * sizeof(real));
-            for (int oy = iy / 2; oy <= (iy + 1) / 2 && oy < out_H; oy++) {
-                for (int ox = ix / 2; ox <= (ix + 1) / 2 && ox < out_W; ox++) {
-                    const int tap = 3 * (iy + 1 - 2 * oy) + (ix + 1 - 2 * ox);
-                    const size_t at = ((size_t)oy * out_W + ox) * C;
-                    for (int c = 0; c < C; c++) to[c] += argmax[at + c] == tap ? load_number(dy, at + c, half) : 0;
+            for (int c = 0; c < C; c += LANES) {
+                const size_t left = (size_t)(C - c);
+                vec sum = fill(0);
+                for (int oy = iy / 2; oy <= (iy + 1) / 2 && oy < out_H; oy++) {
+                    for (int ox = ix / 2; ox <= (ix + 1) / 2 && ox < out_W; ox++) {
+                        const int tap = 3 * (iy + 1 - 2 * oy) + (ix + 1 - 2 * ox);
+                        const size_t at = ((size_t)oy * out_W + ox) * C + c;
+                        lane_bytes taps = {0};
+                        memcpy(&taps, argmax + at, left < sizeof taps ? left : sizeof taps);
+                        const ivec chosen = __builtin_convertvector(taps, ivec) == tap;
+                        sum += (vec)(chosen & (ivec)load_rest(dy, at, left, half));
+                    }
                 }
+                store_rest(dx, ((size_t)iy * W + ix) * C + c, sum, left, 0);
             }
         }
     }
@@ -2427,16 +2472,23 @@ static void activations_create(Activations *acts, const Model *model, int max_he
     activations_plan(acts, model, max_height, max_width);
 }
 
-static void round_rows(void *y, const real *x, size_t count) {
-    for (size_t i = 0; i < count; i++) ((bf16 *)y)[i] = to_bf16((float)x[i]);
-}
-
-// y = a + b; half: y is bf16.
+// y = a + b; b may be NULL, y may be a or b. half: y is bf16.
 static void add_rows(void *y, int half, const real *a, const real *b, size_t count) {
     const double begin = profile_begin();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; i++) store_number(y, i, a[i] + b[i], half);
-    profile_end(begin, "sums", "", 0, sizeof(real) * 3.0 * (double)count);
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (size_t i = 0; i < count; i += LANES) {
+        vec sum = load_rest(a, i, count - i, 0);
+        if (b) sum += load_rest(b, i, count - i, 0);
+        store_rest(y, i, sum, count - i, half);
+    }
+    profile_end(begin, "sums", "", 0, ((b ? 2.0 : 1.0) * sizeof(real) + (double)number_bytes(half)) * (double)count);
+}
+
+// y *= factor; half: y is bf16.
+static void scale_rows(void *y, int half, real factor, size_t count) {
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (size_t i = 0; i < count; i += LANES)
+        store_rest(y, i, load_rest(y, i, count - i, half) * factor, count - i, half);
 }
 
 static Dropout dropout_at(const Activations *acts, int site) {
@@ -2453,7 +2505,7 @@ static const void *dropout_backward(Activations *acts, const Model *model, const
                                     Dropout dropout) {
     const int half = model->config.half;
     if (dropout.p == 0 && !half) return dsum;
-    dropout_forward(acts->dprojected, half, dsum, 0, (size_t)rows, (size_t)model->config.hidden_dim, dropout);
+    dropout_forward(acts->dprojected, half, dsum, 0, NULL, (size_t)rows, (size_t)model->config.hidden_dim, dropout);
     return acts->dprojected;
 }
 
@@ -2462,10 +2514,7 @@ static void add_residual(real *sum, const real *residual, const void *x, const L
                          Dropout dropout) {
     size_t C = (size_t)layer->shape.out_channels;
     layer_forward(sum, x, rows, 1, layer, 0, dropout.p > 0 ? NULL : residual);
-    if (dropout.p > 0) {
-        dropout_forward(sum, 0, sum, 0, (size_t)rows, C, dropout);
-        add_rows(sum, 0, sum, residual, (size_t)rows * C);
-    }
+    if (dropout.p > 0) dropout_forward(sum, 0, sum, 0, residual, (size_t)rows, C, dropout);
 }
 
 // out = norm(residual + dropout(output projection of attention)). `site`: the first of this block's two dropouts.
@@ -2509,7 +2558,7 @@ static void feed_forward_forward(Activations *acts, const Model *model, const Fe
     Dropout dropout = dropout_at(acts, site);
     layer_forward(f->hidden, f->in, f->rows, 1, &ffn->fc1, 1, NULL);
     if (dropout.p > 0)
-        dropout_forward(f->hidden, model->config.half, f->hidden, model->config.half, (size_t)f->rows,
+        dropout_forward(f->hidden, model->config.half, f->hidden, model->config.half, NULL, (size_t)f->rows,
                         (size_t)model->config.dim_feedforward, dropout);
     add_residual(f->sum, f->residual, f->hidden, &ffn->fc2, f->rows, dropout_at(acts, site + 1));
     layernorm_forward(f->out, rounded(model, f->operand), f->mean, f->rstd, f->sum, ffn->norm.weight->value,
@@ -2517,21 +2566,19 @@ static void feed_forward_forward(Activations *acts, const Model *model, const Fe
 }
 
 // din: written, the gradient of `in`. The hidden units that ReLU or dropout silenced are those with hidden == 0, so one
-// mask serves both; what is left of dropout is its factor 1 / (1 - p). Their gradient takes the place of `hidden`.
+// mask serves both; what is left of dropout is its factor 1 / (1 - p), which is multiplied in before fc2's weights:
+// there are fewer channels there. The gradient of `hidden` takes its place.
 static void feed_forward_backward(Activations *acts, const Model *model, const FeedForward *ffn,
                                   const FeedForwardActivations *f, int site, real *din, const real *dout) {
-    int C = model->config.hidden_dim, rows = f->rows, half = model->config.half;
-    size_t count = (size_t)rows * (size_t)model->config.dim_feedforward;
+    int C = model->config.hidden_dim, rows = f->rows;
     Dropout dropout = dropout_at(acts, site + 1);
     layernorm_backward(acts->dsum, ffn->norm.weight->grad, ffn->norm.bias->grad, dout, f->sum, f->mean, f->rstd,
                        ffn->norm.weight->value, rows, C);
     const void *dprojected = dropout_backward(acts, model, acts->dsum, rows, dropout);
-    layer_backward(f->hidden, f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden, acts->workspace);
-    if (dropout.p > 0) {
-        real factor = (real)(1 / (1 - dropout.p));
-#pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < count; i++) store_number(f->hidden, i, load_number(f->hidden, i, half) * factor, half);
-    }
+    layer_backward_weight(f->hidden, dprojected, rows, 1, &ffn->fc2, acts->workspace);
+    if (dropout.p > 0)
+        scale_rows(acts->dprojected, model->config.half, (real)(1 / (1 - dropout.p)), (size_t)rows * (size_t)C);
+    layer_backward_data(f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden);
     layer_backward(din, f->in, f->hidden, rows, 1, &ffn->fc1, acts->dsum, NULL, acts->workspace);
 }
 
@@ -2580,7 +2627,7 @@ static void network_forward(const Model *model, Activations *acts) {
     size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
     layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
                   &model->input_projection, 0, NULL);
-    if (half) round_rows(acts->tokens_operand, acts->tokens, map_count);
+    if (half) add_rows(acts->tokens_operand, 1, acts->tokens, NULL, map_count);
     sine_positions(acts->positions, acts->map_height, acts->map_width, C);
 
     const real *x = acts->tokens;
@@ -2674,8 +2721,8 @@ static void backbone_backward(const Model *model, Activations *acts) {
     void *map = acts->blocks[model->num_blocks - 1].out;
     const void *dtokens = acts->dmemory;
     if (half) {
-        round_rows(acts->dprojected, acts->dmemory,
-                   (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim);
+        add_rows(acts->dprojected, 1, acts->dmemory, NULL,
+                 (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim);
         dtokens = acts->dprojected;
     }
     layer_backward(map, map, dtokens, acts->map_height, acts->map_width, &model->input_projection, NULL, map,
@@ -2946,8 +2993,7 @@ typedef struct {
 
 static void zero_gradients(Model *model) {
     const double begin = profile_begin();
-    for (int i = 0; i < model->num_params; i++)
-        if (model->params[i]->trained) memset(model->params[i]->grad, 0, model->params[i]->count * sizeof(real));
+    memset(model->optimizer.base, 0, model->optimizer.used / 3);  // they lie together, as Adam's two moments do
     profile_end(begin, "gradients to zero", "", 0, sizeof(real) * (double)model->num_trained);
 }
 
@@ -3000,21 +3046,22 @@ static void unfold_norms(Model *model) {
 // The norm of all gradients together. Chunks of fixed size are summed on any thread and added up in order, so the
 // result does not depend on the number of threads.
 static double gradient_norm(const Model *model) {
-    enum { CHUNK = 16384, MAX_CHUNKS = 4096 };
+    enum { MAX_CHUNKS = 4096 };
+    const size_t chunk = 16384;
     static double partial[MAX_CHUNKS];
     const double begin = profile_begin();
     double total = 0;
     for (int i = 0; i < model->num_params; i++) {
         const Param *param = model->params[i];
         if (!param->trained) continue;
-        for (size_t first = 0; first < param->count; first += (size_t)CHUNK * MAX_CHUNKS) {
+        for (size_t first = 0; first < param->count; first += chunk * MAX_CHUNKS) {
             const real *grad = param->grad + first;
-            const size_t left = param->count - first, chunks = divide_up(left, CHUNK);
+            const size_t left = param->count - first, chunks = divide_up(left, chunk);
             const int count = chunks < MAX_CHUNKS ? (int)chunks : MAX_CHUNKS;
 #pragma omp parallel for schedule(static) if (count > 1)
             for (int c = 0; c < count; c++) {
-                const size_t at = (size_t)c * CHUNK, size = left - at < CHUNK ? left - at : CHUNK;
-                partial[c] = dot_product(grad + at, grad + at, size);
+                const size_t at = (size_t)c * chunk;
+                partial[c] = dot_product(grad + at, grad + at, left - at < chunk ? left - at : chunk);
             }
             for (int c = 0; c < count; c++) total += partial[c];
         }
