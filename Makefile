@@ -22,9 +22,11 @@ endif
 comma := ,
 # -fno-math-errno lets sqrtf become an instruction; -ffast-math would break the checks for NaN and infinity.
 OPTIMIZE := $(if $(SANITIZE),-O1,-O3)
-NATIVE := $(if $(PORTABLE)$(SANITIZE),,$(firstword $(foreach flag,-march=native -mcpu=native,\
-          $(shell $(CC) $(flag) -E -x c /dev/null >/dev/null 2>&1 && echo $(flag)))))
-FLAGS := -std=gnu11 $(OPTIMIZE) -g $(NATIVE) -ffp-contract=fast -fno-math-errno \
+accepted = $(shell $(CC) -Werror $(1) -E -x c /dev/null >/dev/null 2>&1 && echo $(1))
+NATIVE := $(if $(PORTABLE)$(SANITIZE),,$(firstword $(call accepted,-march=native) $(call accepted,-mcpu=native)))
+# gcc for ARM would load numbers so early that they push the tile out of its registers (for x86-64 it does not anyway).
+SCHEDULE := $(call accepted,-fno-schedule-insns)
+FLAGS := -std=gnu11 $(OPTIMIZE) -g $(NATIVE) $(SCHEDULE) -ffp-contract=fast -fno-math-errno \
          -fopenmp -pthread -Wall -Wextra $(if $(WERROR),-Werror) -DREAL=$(REAL) \
          $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 LIBS := -ljpeg -lpng -lyajl -lexpat -lm
