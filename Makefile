@@ -54,8 +54,8 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench demo install-deps format \
-        check-format clean FORCE
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench ladder \
+        demo install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -71,6 +71,7 @@ help:
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
 	@echo "make bench          one training step and one inference beside PyTorch's (python3, downloads PyTorch)"
+	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
@@ -189,6 +190,15 @@ $(VENV)/bench-ready: dev/requirements-bench.txt $(VENV)/ready
 bench: $(VENV)/bench-ready train_detr
 	$(VENV)/bin/python dev/bench.py
 
+# Always float, for this processor, on one thread. LADDER=--quick only checks.
+LADDER ?=
+ladder:
+	@$(MAKE) --no-print-directory REAL=float PORTABLE= SANITIZE= build/float/ladder
+	build/float/ladder $(LADDER)
+
+$(B)/ladder: dev/cpu/ladder.c dev/cpu/trainer.c train_detr.c $(HEADERS) $(B)/flags | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function $(CFLAGS) dev/cpu/ladder.c dev/cpu/trainer.c -o $@ $(LDFLAGS) $(LIBS)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo. A run that is there already goes on where it stopped; nothing there is ever removed.
 
@@ -206,10 +216,10 @@ install-deps:
 # House-keeping
 
 format:
-	clang-format -i *.c data/*.h program/*.[ch]
+	clang-format -i *.c data/*.h program/*.[ch] dev/cpu/*.c
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.[ch]
+	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/cpu/*.c
 
 clean:
 	rm -rf build train_detr test_detr

@@ -650,8 +650,8 @@ static void weight_blocks(float *dw, const float *dy, const Conv *v, float *room
 // The last rungs: train_detr.c's kernels, in trainer.c beside this file, a file of its own because many names are the
 // same. The trainer's weights are (out, taps, in), the transpose of the ones here; packing counts as above.
 
-// c = a b; packed: inner * (columns + 1) floats
-void trainer_matmul(float *c, const float *a, const float *b_transposed, int rows, int inner, int columns,
+// c = a b; half: a is bf16; packed: inner * (columns + 1) floats
+void trainer_matmul(float *c, const void *a, const float *b_transposed, int rows, int inner, int columns, int half,
                     float *packed);
 // y as above; packed: 9 * in * (out + 1) floats
 void trainer_conv(float *y, const float *x, const float *w_transposed, const float *bias, const float *residual,
@@ -731,13 +731,15 @@ static int matmul_ladder(int rows, int inner, int columns, double peak, double p
     RUNG(&ladder, "a tile in registers", matmul_tiles(c, a, b, rows, inner, columns));
     RUNG(&ladder, "b packed in panels", matmul_packed(c, a, b, rows, inner, columns, packed));
     RUNG(&ladder, "blocks of rows", matmul_blocks(c, a, b, rows, inner, columns, packed));
-    RUNG(&ladder, "`conv_forward()` of train_detr.c", trainer_matmul(c, a, b_transposed, rows, inner, columns, packed));
+    RUNG(&ladder, "`conv_forward()` of train_detr.c",
+         trainer_matmul(c, a, b_transposed, rows, inner, columns, 0, packed));
     ladder.peak = peak_bf16;
     RUNG(&ladder, "bf16, widened by shifts", matmul_pairs_by_shifts(c, pairs, b, rows, inner, columns, (Pair *)packed));
 #ifdef __AVX512BF16__
     RUNG(&ladder, "bf16, dot products of pairs",
          matmul_pairs_by_instruction(c, pairs, b, rows, inner, columns, (Pair *)packed));
 #endif
+    RUNG(&ladder, "`conv_forward()` on bf16", trainer_matmul(c, pairs, b_transposed, rows, inner, columns, 1, packed));
     free(a), free(b), free(c), free(packed), free(b_transposed), free(pairs), free(expected);
     return ladder.failed;
 }
