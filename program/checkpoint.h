@@ -75,9 +75,7 @@ static int same_backbone(const ModelConfig *a, const ModelConfig *b) {
 }
 
 // The network that the flags describe; num_labels is left 0. Status 2 if they do not go together.
-static int computes_in_bf16(const Settings *settings) {
-    return strcmp(flag_text(settings, "precision"), "bf16") == 0;
-}
+static int computes_in_bf16(const Settings *settings) { return strcmp(flag_text(settings, "precision"), "bf16") == 0; }
 
 static ModelConfig config_from_flags(const Settings *settings) {
     ModelConfig config;
