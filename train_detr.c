@@ -273,15 +273,30 @@ INLINE vec load_bf16(const bf16 *from) {
     return (vec)(__builtin_convertvector(*(const bf16_memory *)from, pairs) << 16);
 }
 
+// The bits of `value` rounded to bf16, in the upper half of each lane; the lower half is meaningless.
+INLINE pairs round_bf16(vec value) {
+    const pairs bits = (pairs)value, magnitude = bits & 0x7FFFFFFFu;
+    const pairs tiny = (pairs)(magnitude < 0x00800000u), nan = (pairs)(magnitude > 0x7F800000u);
+    const pairs rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) & ~nan;
+    return (rounded | (nan & (bits | 0x00400000u))) & (~tiny | 0x80000000u);
+}
+
 INLINE void store_bf16(bf16 *to, vec value) {
 #ifdef __AVX512BF16__
     *(bf16_memory *)to = (bf16_memory)_mm512_cvtneps_pbh((__m512)value);
 #else
-    const pairs bits = (pairs)value, magnitude = bits & 0x7FFFFFFFu;
-    const pairs tiny = (pairs)(magnitude < 0x00800000u), nan = (pairs)(magnitude > 0x7F800000u);
-    const pairs rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) & ~nan;
-    const pairs kept = (rounded | (nan & (bits | 0x00400000u))) & (~tiny | 0x80000000u);
-    *(bf16_memory *)to = __builtin_convertvector(kept >> 16, bf16_memory);
+    *(bf16_memory *)to = __builtin_convertvector(round_bf16(value) >> 16, bf16_memory);
+#endif
+}
+
+// Lane by lane the pair (even, odd).
+INLINE pairs make_pairs(vec even, vec odd) {
+#ifdef __AVX512BF16__
+    const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x10001)));
+    return (pairs)_mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
+    return round_bf16(even) >> 16 | (round_bf16(odd) & 0xFFFF0000u);
 #endif
 }
 
@@ -935,12 +950,20 @@ static double measure_peak_gflops(int half) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of the layers: exp and random numbers, beside what the Matmul room has
 
-typedef __typeof__(*(vec *)0 < *(vec *)0) ivec;  // integers as wide as real; all ones is true, 0 is false
+typedef __typeof__((*(vec *)0 < *(vec *)0)[0]) lane_int;  // as wide as real
+typedef lane_int ivec __attribute__((vector_size(VECTOR_BYTES)));  // all ones is true, 0 is false
 typedef uint64_t u64vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t i64vec __attribute__((vector_size(VECTOR_BYTES)));
 enum { U64_LANES = VECTOR_BYTES / 8 };
 
-INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec vec_max(vec x, vec y) {  // y where x is NaN
+#ifdef __AVX512F__
+    return sizeof(real) == 4 ? (vec)_mm512_max_ps((__m512)x, (__m512)y) : (vec)_mm512_max_pd((__m512d)x, (__m512d)y);
+#else
+    const ivec greater = x > y;
+    return (vec)((greater & (ivec)x) | (~greater & (ivec)y));
+#endif
+}
 
 // The lanes' sum, always in the same order.
 INLINE real lane_sum(vec x) {
@@ -1081,149 +1104,37 @@ static void dropout_forward(void *y, int half_y, const void *x, int half_x, cons
 // lanes are queries. Then the softmax's maximum and sum run down the rows, lane by lane, with no sum across a vector,
 // and the operand of the products that is not a vector is read in place, one number at a time.
 //
+// With `half` all tensors but lse are bf16. Scores, sums, maxima and exponentials are floats all the same; a product's
+// two operands are rows of units, where a unit is a pair of bf16 that are neighbours along the inner dimension, and
+// else one real. The probabilities and their gradients are rounded to bf16 when they become an operand.
+//
 // Blocks and their order depend on the shapes alone and each output has one owner, so any number of threads gives the
-// same bits. Inside, head_dim is padded with zeros to `padded_dim`, Tk to whole K_BLOCKs, Tq to whole Q_BLOCKs.
+// same bits. Inside, head_dim is padded with zeros to `padded_dim`, Tk to whole K_BLOCKs, Tq to whole Q_BLOCKs; of the
+// last block of queries only the vectors that have queries are computed.
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { WIDE_ROWS = 8, TALL_ROWS = 12 };  // tiles of 8 x 3 and 12 x 2 vectors: 24 sums in 32 registers
 #else
 enum { WIDE_ROWS = 4, TALL_ROWS = 6 };  // 12 sums in 16 registers
 #endif
-enum { WIDE = 3, TALL = 2, Q_BLOCK = WIDE * VECTOR_BYTES / (int)sizeof(real), K_BLOCK = 96, K_UNIT = 24 };
-
-// c[i][j] = c[i][j] * keep[j] + sum over t < depth of a[i * a_row + t * a_step] * b[t * b_step + j], for i < rows and
-// j < vectors * LANES; keep NULL stands for zeros. rows and vectors are constants where this is called.
-INLINE void attention_tile(int rows, int vectors, real *c, size_t c_row, const real *a, size_t a_row, size_t a_step,
-                           const real *b, size_t b_step, int depth, const real *keep) {
-    vec sum[12][3];
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; j++) sum[i][j] = fill(0);
-    }
-#pragma GCC unroll 1
-    for (int t = 0; t < depth; t++, a += a_step, b += b_step) {
-        vec x[3];
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; j++) x[j] = vec_load(b + j * LANES);
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; i++) {
-            const real factor = a[(size_t)i * a_row];
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++) sum[i][j] += factor * x[j];
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; j++) {
-            real *to = c + (size_t)i * c_row + j * LANES;
-            vec_store(to, keep ? vec_load(to) * vec_load(keep + j * LANES) + sum[i][j] : sum[i][j]);
-        }
-    }
-}
-
-// scores (keys, Q_BLOCK) = rows (keys, padded_dim) times columns (head_dim, Q_BLOCK); keys a multiple of WIDE_ROWS.
-static void attention_scores(real *scores, const real *rows, const real *columns, int keys, int head_dim,
-                             int padded_dim) {
-    for (int k = 0; k < keys; k += WIDE_ROWS) {
-        attention_tile(WIDE_ROWS, WIDE, scores + k * Q_BLOCK, Q_BLOCK, rows + (size_t)k * padded_dim, padded_dim, 1,
-                       columns, Q_BLOCK, head_dim, NULL);
-    }
-}
-
-// sums (padded_dim, Q_BLOCK) = sums * keep (Q_BLOCK) + transposed rows (keys, padded_dim) times weights (keys, Q_BLOCK)
-static void attention_sum_keys(real *sums, const real *rows, const real *weights, int keys, int padded_dim,
-                               const real *keep) {
-    for (int d = 0; d < padded_dim; d += WIDE_ROWS) {
-        attention_tile(WIDE_ROWS, WIDE, sums + d * Q_BLOCK, Q_BLOCK, rows + d, 1, padded_dim, weights, Q_BLOCK, keys,
-                       keep);
-    }
-}
-
-// sums (keys, padded_dim) += weights (keys, Q_BLOCK) times rows (Q_BLOCK, padded_dim); keys a multiple of TALL_ROWS
-static void attention_sum_queries(real *sums, const real *weights, const real *rows, int keys, int padded_dim,
-                                  const real *ones) {
-    for (int k = 0; k < keys; k += TALL_ROWS) {
-        real *to = sums + (size_t)k * padded_dim;
-        int d = 0;
-        for (; d + TALL * LANES <= padded_dim; d += TALL * LANES) {
-            attention_tile(TALL_ROWS, TALL, to + d, padded_dim, weights + k * Q_BLOCK, Q_BLOCK, 1, rows + d, padded_dim,
-                           Q_BLOCK, ones);
-        }
-        for (; d < padded_dim; d += LANES) {
-            attention_tile(TALL_ROWS, 1, to + d, padded_dim, weights + k * Q_BLOCK, Q_BLOCK, 1, rows + d, padded_dim,
-                           Q_BLOCK, ones);
-        }
-    }
-}
-
-// Rows `first` .. of one head, x (rows, C), into `to` (count, padded_dim), times `scale`; zeros beside and below.
-static void attention_pack(real *to, const real *x, int first, int count, int rows, int head, int head_dim,
-                           int padded_dim, int C, real scale) {
-    memset(to, 0, (size_t)count * padded_dim * sizeof(real));
-    for (int i = 0; i < count && first + i < rows; i++) {
-        const real *from = x + (size_t)(first + i) * C + (size_t)head * head_dim;
-        for (int d = 0; d < head_dim; d++) to[(size_t)i * padded_dim + d] = from[d] * scale;
-    }
-}
-
-// The same, transposed: `to` is (padded_dim, Q_BLOCK).
-static void attention_pack_transposed(real *to, const real *x, int first, int rows, int head, int head_dim,
-                                      int padded_dim, int C, real scale) {
-    memset(to, 0, (size_t)padded_dim * Q_BLOCK * sizeof(real));
-    for (int i = 0; i < Q_BLOCK && first + i < rows; i++) {
-        const real *from = x + (size_t)(first + i) * C + (size_t)head * head_dim;
-        for (int d = 0; d < head_dim; d++) to[d * Q_BLOCK + i] = from[d] * scale;
-    }
-}
-
-// Bit r of lane i in keep[w][j]: is key 32 w + r of the block kept for query LANES * j + i? `element` is the number of
-// the first query's first key here, a query has `Tk` elements. A query's 4-word groups need not start at the block's
-// first key: its bits pass through a window that is shifted by what is left of the first group.
-static void attention_keep_bits(ivec keep[K_BLOCK / 32][WIDE], Dropout dropout, uint64_t element, int Tk, int keys) {
-    enum { PARTS = 8 / sizeof(real) };  // a float lane is half of a 64-bit lane: even queries, then odd ones
-    const uint64_t low_half = 0xFFFFFFFFu;
-    const i64vec zero = {0}, threshold = zero + (int64_t)dropout_threshold(dropout);
-    memset(keep, 0, sizeof(ivec) * WIDE * (K_BLOCK / 32));
-    for (int j = 0; j < WIDE; j++) {
-        for (int part = 0; part < PARTS; part++) {
-            u64vec first, window = {0};
-            for (int i = 0; i < U64_LANES; i++) {
-                first[i] = element + (uint64_t)(j * LANES + i * PARTS + part) * (uint64_t)Tk;
-            }
-            const u64vec shift = first & 3, group = first >> 2;
-            for (int w = 0; 32 * w < keys; w++) {
-                for (int g = w == 0 ? 0 : 1; g <= 8; g++) {
-                    u64vec word[4], bits = {0};
-                    dropout_words(word, dropout, group + (uint64_t)(8 * w + g));
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++) {
-                        bits |= (u64vec)((i64vec)(word[i] & low_half) >= threshold) & ((uint64_t)1 << i);
-                    }
-                    window |= bits << (4 * g);
-                }
-                keep[w][j] |= (ivec)(((window >> shift) & low_half) << (32 * part));
-                window >>= 32;
-            }
-        }
-    }
-}
+enum { WIDE = 3, TALL = 2, Q_BLOCK = WIDE * VECTOR_BYTES / (int)sizeof(real), K_BLOCK = 96 };
 
 typedef struct {
-    int Tq, Tk, C, heads;
+    int Tq, Tk, C, heads, half;
     int head_dim, padded_dim;  // padded_dim: a multiple of LANES and of WIDE_ROWS
+    int dim_units;             // a row of one head in units: half of head_dim if half
     int padded_queries, padded_keys;
     int chunks, chunk;  // the backward pass deals keys out in so many chunks of so many keys
     real scale;
     size_t head_queries, head_keys, thread_scratch;  // reals: one head's packed q, one head's packed k
 } AttentionPlan;
 
-static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads) {
+static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads, int half) {
     AttentionPlan plan;
-    plan.Tq = Tq, plan.Tk = Tk, plan.C = C, plan.heads = heads;
+    plan.Tq = Tq, plan.Tk = Tk, plan.C = C, plan.heads = heads, plan.half = half;
     plan.head_dim = C / heads;
     plan.padded_dim = (int)round_up(round_up((size_t)plan.head_dim, LANES), WIDE_ROWS);  // both powers of two
+    plan.dim_units = half ? (plan.head_dim + 1) / 2 : plan.head_dim;
     plan.padded_queries = (int)round_up((size_t)Tq, Q_BLOCK);
     plan.padded_keys = (int)round_up((size_t)Tk, K_BLOCK);
     plan.chunks = Tk < 512 ? 1 : Tk < 1024 ? 2 : 4;
@@ -1238,271 +1149,562 @@ static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads) {
     return plan;
 }
 
-// Reals of workspace that attention_forward and attention_backward need with at most `threads` OpenMP threads.
+// Reals of workspace that attention_forward and attention_backward need with at most `threads` OpenMP threads; of bf16
+// they need no more.
 static size_t attention_workspace(int Tq, int Tk, int C, int heads, int threads) {
-    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, 0);
     return (size_t)heads *
                (2 * plan.head_keys + (4 + (size_t)plan.chunks) * plan.head_queries + 2 * (size_t)plan.padded_queries) +
            (size_t)threads * plan.thread_scratch;
 }
 
-// A block of keys and values, packed.
-static void attention_pack_keys(real *keys, real *values, const real *k, const real *v, int head, int first,
-                                const AttentionPlan *plan) {
-    const size_t at = head * plan->head_keys + (size_t)first * plan->padded_dim;
-    attention_pack(keys + at, k, first, K_BLOCK, plan->Tk, head, plan->head_dim, plan->padded_dim, plan->C, 1);
-    attention_pack(values + at, v, first, K_BLOCK, plan->Tk, head, plan->head_dim, plan->padded_dim, plan->C, 1);
+// c[i][j] = c[i][j] * keep[j] + sum over t < depth of a[i * a_row + t * a_step] * b[t * b_step + j], for i < rows and
+// j < vectors * LANES; keep NULL stands for zeros. a and b are units, two products each if half. rows, vectors and
+// half are constants where this is called.
+INLINE void attention_tile(int rows, int vectors, real *c, size_t c_row, const real *a, size_t a_row, size_t a_step,
+                           const real *b, size_t b_step, int depth, const real *keep, int half) {
+    vec sum[12][3];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) sum[i][j] = fill(0);
+    }
+#pragma GCC unroll 1
+    for (int t = 0; t < depth; t++, a += a_step, b += b_step) {
+        vec x[3];
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) x[j] = vec_load(b + j * LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            if (half) {
+                const pairs factor = *(const pair_memory *)&a[(size_t)i * a_row] + (pairs){0};
+#pragma GCC unroll 3
+                for (int j = 0; j < vectors; j++) sum[i][j] = (vec)dot_pairs((fvec)sum[i][j], factor, (pairs)x[j]);
+            } else {
+                const real factor = a[(size_t)i * a_row];
+#pragma GCC unroll 3
+                for (int j = 0; j < vectors; j++) sum[i][j] += factor * x[j];
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 3
+        for (int j = 0; j < vectors; j++) {
+            real *to = c + (size_t)i * c_row + j * LANES;
+            vec_store(to, keep ? vec_load(to) * vec_load(keep + j * LANES) + sum[i][j] : sum[i][j]);
+        }
+    }
 }
 
-// One block of queries of one head. As keys pass by, `top` is the greatest score so far, `total` the sum of
-// exp(score - top) and `sums` that of exp(score - top) v; where the maximum grows, what was summed shrinks by
-// exp(old maximum - its successor). scratch: scores (K_BLOCK, Q_BLOCK), queries and sums (padded_dim, Q_BLOCK).
-static void attention_forward_block(real *out, real *lse, const real *q, const real *keys, const real *values, int head,
-                                    int first, const AttentionPlan *plan, Dropout dropout, real *scratch) {
-    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tq = plan->Tq, Tk = plan->Tk, C = plan->C;
-    real *scores = scratch, *queries = scores + K_BLOCK * Q_BLOCK, *sums = queries + (size_t)Q_BLOCK * padded_dim;
-    vec top[WIDE], total[WIDE];
-    for (int j = 0; j < WIDE; j++) {  // not -inf: -inf - -inf would be NaN
-        top[j] = fill(sizeof(real) == 4 ? (real)-3.4e38 : (real)-1.7e308);
+// scores (keys, Q_BLOCK) = rows (keys, padded_dim) times columns (dim_units, Q_BLOCK), of the first `wide` vectors;
+// keys is rounded up to WIDE_ROWS.
+INLINE void attention_scores(real *scores, const real *rows, const real *columns, int keys, const AttentionPlan *plan,
+                             int wide, int half) {
+    const size_t row = (size_t)plan->padded_dim / (half ? 2 : 1);
+    for (int k = 0; k < keys; k += WIDE_ROWS) {
+        attention_tile(WIDE_ROWS, wide, scores + k * Q_BLOCK, Q_BLOCK, rows + (size_t)k * row, row, 1, columns, Q_BLOCK,
+                       plan->dim_units, NULL, half);
+    }
+}
+
+// sums (padded_dim, Q_BLOCK) = sums * keep (Q_BLOCK) + transposed rows (units, padded_dim) times weights
+// (units, Q_BLOCK), of the first `wide` vectors and of head_dim rows, rounded up to WIDE_ROWS; a unit is a key or two.
+INLINE void attention_sum_keys(real *sums, const real *rows, const real *weights, int units, const real *keep,
+                               const AttentionPlan *plan, int wide, int half) {
+    for (int d = 0; d < plan->head_dim; d += WIDE_ROWS) {
+        attention_tile(WIDE_ROWS, wide, sums + d * Q_BLOCK, Q_BLOCK, rows + d, 1, (size_t)plan->padded_dim, weights,
+                       Q_BLOCK, units, keep, half);
+    }
+}
+
+INLINE void attention_sum_queries_tile(int tall, real *sums, const real *weights, const real *rows, int units,
+                                       int padded_dim, const real *keep, int half) {
+    int d = 0;
+    for (; d + TALL * LANES <= padded_dim; d += TALL * LANES) {
+        attention_tile(tall, TALL, sums + d, (size_t)padded_dim, weights, Q_BLOCK, 1, rows + d, (size_t)padded_dim, units,
+                       keep, half);
+    }
+    for (; d < padded_dim; d += LANES) {
+        attention_tile(tall, 1, sums + d, (size_t)padded_dim, weights, Q_BLOCK, 1, rows + d, (size_t)padded_dim, units,
+                       keep, half);
+    }
+}
+
+// sums (keys, padded_dim) = sums * keep + weights (keys, Q_BLOCK) times rows (units, padded_dim); keys is rounded up to
+// WIDE_ROWS, a unit is a query or two, keep is ones (TALL * LANES) or NULL.
+INLINE void attention_sum_queries(real *sums, const real *weights, const real *rows, int keys, int units,
+                                  const real *keep, const AttentionPlan *plan, int half) {
+    const int padded_dim = plan->padded_dim, last = (int)round_up((size_t)keys, WIDE_ROWS);
+    int k = 0;
+    for (; k + TALL_ROWS <= last; k += TALL_ROWS) {
+        attention_sum_queries_tile(TALL_ROWS, sums + (size_t)k * padded_dim, weights + k * Q_BLOCK, rows, units,
+                                   padded_dim, keep, half);
+    }
+    for (; k < last; k += TALL_ROWS / 3) {
+        attention_sum_queries_tile(TALL_ROWS / 3, sums + (size_t)k * padded_dim, weights + k * Q_BLOCK, rows, units,
+                                   padded_dim, keep, half);
+    }
+}
+
+// The channels of one head in row `row` of a tensor (rows, C).
+INLINE const char *attention_row(const void *x, int row, int head, const AttentionPlan *plan) {
+    return (const char *)x + ((size_t)row * plan->C + (size_t)head * plan->head_dim) * number_bytes(plan->half);
+}
+
+// Rows `first` .. of one head, x (rows, C), into `to` (count, padded_dim); zeros beside and below.
+static void attention_pack_rows(real *to, const void *x, int first, int count, int rows, int head,
+                                const AttentionPlan *plan) {
+    const size_t bytes = plan->head_dim * number_bytes(plan->half), row = plan->padded_dim * number_bytes(plan->half);
+    for (int i = 0; i < count; i++) {
+        char *out = (char *)to + i * row;
+        const char *from = first + i < rows ? attention_row(x, first + i, head, plan) : NULL;
+        size_t at = 0;
+        for (; from && at + VECTOR_BYTES <= bytes; at += VECTOR_BYTES) memcpy(out + at, from + at, VECTOR_BYTES);
+        if (from) memcpy(out + at, from + at, bytes - at);
+        memset(out + (from ? bytes : 0), 0, row - (from ? bytes : 0));
+    }
+}
+
+// The same as units along the rows: with bf16 a row of `to` (count / 2, padded_dim) holds pairs out of two rows of x.
+static void attention_pack_units(real *to, const void *x, int first, int count, int rows, int head,
+                                 const AttentionPlan *plan) {
+    enum { PAIRS = VECTOR_BYTES / 4 };
+    if (!plan->half) {
+        attention_pack_rows(to, x, first, count, rows, head, plan);
+        return;
+    }
+    for (int i = 0; i < count; i += 2) {
+        pair_memory *out = (pair_memory *)to + (size_t)(i / 2) * plan->padded_dim;
+        bf16 row[2][PAIRS];
+        for (int d = 0; d < plan->padded_dim; d += PAIRS) {
+            const int n = plan->head_dim - d < PAIRS ? plan->head_dim - d : PAIRS;
+            const bf16_memory *from[2];
+            for (int r = 0; r < 2; r++) {
+                const char *source = attention_row(x, first + i + r, head, plan) + d * sizeof(bf16);
+                from[r] = (const bf16_memory *)source;
+                if (n == PAIRS && first + i + r < rows) continue;
+                memset(row[r], 0, sizeof row[r]);
+                if (n > 0 && first + i + r < rows) memcpy(row[r], source, n * sizeof(bf16));
+                from[r] = (const bf16_memory *)row[r];
+            }
+            const pairs two = __builtin_convertvector(*from[0], pairs) | __builtin_convertvector(*from[1], pairs) << 16;
+            memcpy(out + d, &two, sizeof two);
+        }
+    }
+}
+
+// Q_BLOCK rows of one head transposed, `to` (dim_units, Q_BLOCK), zeros beyond the last row.
+static void attention_pack_columns(real *to, const void *x, int first, int rows, int head, const AttentionPlan *plan) {
+    const int count = rows - first < Q_BLOCK ? rows - first : Q_BLOCK;
+    if (count < Q_BLOCK) memset(to, 0, sizeof(real) * plan->dim_units * Q_BLOCK);
+    for (int i = 0; i < count; i++) {
+        const char *from = attention_row(x, first + i, head, plan);
+        if (plan->half) {
+            pair_memory *out = (pair_memory *)to + i;
+            for (int d = 0; d < plan->head_dim / 2; d++) out[d * Q_BLOCK] = ((const pair_memory *)from)[d];
+            if (plan->head_dim % 2) out[plan->head_dim / 2 * Q_BLOCK] = ((const bf16 *)from)[plan->head_dim - 1];
+        } else {
+            for (int d = 0; d < plan->head_dim; d++) to[d * Q_BLOCK + i] = ((const real *)from)[d];
+        }
+    }
+}
+
+// Row `row` of one head of y (rows, C) = from[d * step] * factor, d < head_dim.
+INLINE void attention_unpack(void *y, int row, int head, const real *from, size_t step, real factor,
+                             const AttentionPlan *plan) {
+    char *to = (char *)attention_row(y, row, head, plan);
+    int d = 0;
+    for (; step == 1 && d + LANES <= plan->head_dim; d += LANES)
+        store_lanes(to, d, vec_load(from + d) * factor, plan->half);
+    for (; d < plan->head_dim; d++) store_number(to, d, from[d * step] * factor, plan->half);
+}
+
+
+// Is a key kept? Key 32 w + r of the block, query LANES * j + i: bit r from the top, lane i of keep[w][j]. `element` is
+// the number of the first query's first key here, a query has `Tk` elements. A query's groups of 4 words need not start
+// at the block's first key: its bits are shifted by what is left of the first group.
+static void attention_keep_bits(ivec keep[K_BLOCK / 32][WIDE], Dropout dropout, uint64_t element, int Tk, int keys,
+                                int wide) {
+    enum { PARTS = 8 / sizeof(real) };  // a float lane is half of a 64-bit lane: even queries, then odd ones
+    const uint64_t low_half = 0xFFFFFFFFu, threshold = dropout_threshold(dropout);
+    const int groups = (keys + 31) / 32 * 8;
+    for (int j = 0; j < wide; j++) {
+        u64vec group[PARTS], shift = {0};
+        for (int part = 0; part < PARTS; part++) {
+            u64vec first;
+            for (int i = 0; i < U64_LANES; i++)
+                first[i] = element + (uint64_t)(j * LANES + i * PARTS + part) * (uint64_t)Tk;
+            shift |= (first & 3) << (32 * part);
+            group[part] = first >> 2;
+        }
+        ivec bits = {0}, next = {0};  // of the groups before the last, of the last
+        for (int g = 0; g <= groups; g++) {
+            u64vec word[2][4];
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; part++) dropout_words(word[part], dropout, group[part] + (uint64_t)g);
+            bits = bits << 4 | next;
+            next = bits ^ bits;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const u64vec words = word[0][i] & low_half;
+                const ivec kept = PARTS == 1 ? (ivec)(words >= threshold)
+                                             : (ivec)((pairs)(words | word[PARTS - 1][i] << 32) >= (uint32_t)threshold);
+                next |= kept & (lane_int)((lane_int)8 >> i) << (8 * (int)sizeof(real) - 32);
+            }
+            if (g % 8 == 0 && g > 0) {
+                keep[g / 8 - 1][j] = bits << (ivec)shift | next >> (4 - (ivec)shift);
+                bits = bits ^ bits;
+            }
+        }
+    }
+}
+
+// All ones where key i of a block is kept for the queries of vector j.
+INLINE ivec attention_kept(ivec keep[K_BLOCK / 32][WIDE], int i, int j) {
+    return (keep[i / 32][j] & (lane_int)(1ull << (8 * sizeof(real) - 1 - (i & 31)))) != 0;
+}
+
+// Stores two rows of a block of `half` as operands: a vector of pairs (even, odd); as reals: both rows.
+INLINE void attention_store_units(real *block, int i, int j, vec even, vec odd, int half) {
+    if (half) {
+        const pairs two = make_pairs(even, odd);
+        memcpy(block + i / 2 * Q_BLOCK + j * LANES, &two, sizeof two);
+    } else {
+        vec_store(block + i * Q_BLOCK + j * LANES, even);
+        vec_store(block + (i + 1) * Q_BLOCK + j * LANES, odd);
+    }
+}
+
+// Where the number of keys is odd their rows' last pair is completed by a key with the weight exp(-inf) = 0.
+INLINE void attention_complete_pair(real *scores, int keys, int wide) {
+    for (int j = 0; keys % 2 && j < wide; j++) vec_store(scores + keys * Q_BLOCK + j * LANES, fill((real)-INFINITY));
+}
+
+typedef struct {
+    void *out;
+    real *lse;
+    const void *q;
+    const real *keys, *values;  // packed: keys as rows, values as units along the keys
+    Dropout dropout;
+    AttentionPlan plan;
+} AttentionForward;
+
+// From a block's scores to the weights exp(scale score - base) that v meets, in place, where base is the greatest scaled
+// score so far; total: their sum before dropout. shrink (Q_BLOCK): the factor of what was summed with the old base.
+INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE], vec total[WIDE],
+                                     const AttentionForward *f, uint64_t element, int keys, int wide, int half) {
+    const real scale = f->plan.scale;
+    ivec keep[K_BLOCK / 32][WIDE];
+    vec top[WIDE], block_total[WIDE];
+    if (f->dropout.p > 0) attention_keep_bits(keep, f->dropout, element, f->plan.Tk, keys, wide);
+#pragma GCC unroll 3
+    for (int j = 0; j < wide; j++) top[j] = vec_load(scores + j * LANES), block_total[j] = fill(0);
+    for (int i = 0; i < keys; i++) {
+#pragma GCC unroll 3
+        for (int j = 0; j < wide; j++) top[j] = vec_max(vec_load(scores + i * Q_BLOCK + j * LANES), top[j]);
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < wide; j++) {
+        const vec old = base[j];
+        base[j] = vec_max(top[j] * scale, old);
+        top[j] = exp_lanes(old - base[j]);
+        vec_store(shrink + j * LANES, top[j]);
+    }
+    attention_complete_pair(scores, keys, wide);
+    for (int i = 0; i < keys; i += 2) {
+#pragma GCC unroll 3
+        for (int j = 0; j < wide; j++) {
+            const real *score = scores + i * Q_BLOCK + j * LANES;
+            vec even = exp_lanes(vec_load(score) * scale - base[j]);
+            vec odd = exp_lanes(vec_load(score + Q_BLOCK) * scale - base[j]);
+            block_total[j] += even + odd;
+            if (f->dropout.p > 0) {
+                even = (vec)((ivec)even & attention_kept(keep, i, j));
+                odd = (vec)((ivec)odd & attention_kept(keep, i + 1, j));
+            }
+            attention_store_units(scores, i, j, even, odd, half);
+        }
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < wide; j++) total[j] = total[j] * top[j] + block_total[j];
+}
+
+// One block of queries of one head, of which the first `wide` vectors are in use. As keys pass by, `base` is the
+// greatest scaled score so far, `total` the sum of exp(score - base) and `sums` that of exp(score - base) v.
+// scratch: scores (K_BLOCK, Q_BLOCK), queries and sums (padded_dim, Q_BLOCK).
+INLINE void attention_forward_tiles(const AttentionForward *f, int head, int first, real *scratch, int wide, int half) {
+    const AttentionPlan *plan = &f->plan;
+    const size_t padded_dim = (size_t)plan->padded_dim;
+    real *scores = scratch, *queries = scores + K_BLOCK * Q_BLOCK, *sums = queries + Q_BLOCK * padded_dim;
+    real shrink[Q_BLOCK], *start = NULL;
+    vec base[WIDE], total[WIDE];
+    for (int j = 0; j < wide; j++) {  // not -inf: -inf - -inf would be NaN
+        base[j] = fill(sizeof(real) == 4 ? (real)-3.4e38 : (real)-1.7e308);
         total[j] = fill(0);
     }
-    attention_pack_transposed(queries, q, first, Tq, head, head_dim, padded_dim, C, plan->scale);
-    memset(sums, 0, (size_t)padded_dim * Q_BLOCK * sizeof(real));
-    for (int key = 0; key < Tk; key += K_BLOCK) {
-        const int count = Tk - key < K_BLOCK ? Tk - key : K_BLOCK;
-        const size_t key_at = head * plan->head_keys + (size_t)key * padded_dim;
-        ivec keep[K_BLOCK / 32][WIDE];
-        vec old_top[WIDE], block_total[WIDE];
-        real shrink[Q_BLOCK];
-        attention_scores(scores, keys + key_at, queries, (int)round_up((size_t)count, WIDE_ROWS), head_dim, padded_dim);
-        if (dropout.p > 0) attention_keep_bits(keep, dropout, ((uint64_t)head * Tq + first) * Tk + key, Tk, count);
-        for (int j = 0; j < WIDE; j++) old_top[j] = top[j], block_total[j] = fill(0);
-        for (int i = 0; i < count; i++) {
-            for (int j = 0; j < WIDE; j++) {
-                const vec score = vec_load(scores + i * Q_BLOCK + j * LANES);
-                top[j] = where(score > top[j], score, top[j]);
-            }
-        }
-        for (int i = 0; i < count; i++) {
-            for (int j = 0; j < WIDE; j++) {
-                real *at = scores + i * Q_BLOCK + j * LANES;
-                vec weight = exp_lanes(vec_load(at) - top[j]);
-                block_total[j] += weight;
-                if (dropout.p > 0) weight = (vec)((ivec)weight & -((keep[i / 32][j] >> (i & 31)) & 1));
-                vec_store(at, weight);
-            }
-        }
-        for (int j = 0; j < WIDE; j++) {
-            const vec factor = exp_lanes(old_top[j] - top[j]);
-            vec_store(shrink + j * LANES, factor);
-            total[j] = total[j] * factor + block_total[j];
-        }
-        attention_sum_keys(sums, values + key_at, scores, count, padded_dim, shrink);
+    attention_pack_columns(queries, f->q, first, plan->Tq, head, plan);
+    for (int key = 0; key < plan->Tk; key += K_BLOCK) {
+        const int count = plan->Tk - key < K_BLOCK ? plan->Tk - key : K_BLOCK;
+        const size_t at = (head * plan->head_keys + key * padded_dim) / (half ? 2 : 1);
+        attention_scores(scores, f->keys + at, queries, count, plan, wide, half);
+        attention_forward_scores(scores, shrink, base, total, f, ((uint64_t)head * plan->Tq + first) * plan->Tk + key,
+                                 count, wide, half);
+        attention_sum_keys(sums, f->values + at, scores, half ? (count + 1) / 2 : count, start, plan, wide, half);
+        start = shrink;
     }
-    for (int i = 0; i < Q_BLOCK && first + i < Tq; i++) {
+    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
         const real sum = total[i / LANES][i % LANES];
-        const real factor = (real)(1 / (sum * (1 - dropout.p)));
-        real *to = out + (size_t)(first + i) * C + (size_t)head * head_dim;
-        for (int d = 0; d < head_dim; d++) to[d] = sums[d * Q_BLOCK + i] * factor;
-        lse[(size_t)head * Tq + first + i] = top[i / LANES][i % LANES] + (real)log((double)sum);
+        const real factor = (real)(1 / (sum * (1 - f->dropout.p)));
+        attention_unpack(f->out, first + i, head, sums + i, Q_BLOCK, factor, plan);
+        f->lse[(size_t)head * plan->Tq + first + i] = base[i / LANES][i % LANES] + (real)log((double)sum);
+    }
+}
+
+// Vectors in use in the block of queries that begins with `first`.
+static int attention_vectors(int first, int Tq) {
+    return Tq - first < Q_BLOCK ? (int)divide_up((size_t)(Tq - first), LANES) : WIDE;
+}
+
+static void attention_forward_block(const AttentionForward *f, int head, int first, real *scratch) {
+    const int wide = attention_vectors(first, f->plan.Tq);
+    if (sizeof(real) == 4 && f->plan.half) {
+        if (wide == 1) attention_forward_tiles(f, head, first, scratch, 1, 1);
+        if (wide == 2) attention_forward_tiles(f, head, first, scratch, 2, 1);
+        if (wide == 3) attention_forward_tiles(f, head, first, scratch, 3, 1);
+    } else {
+        if (wide == 1) attention_forward_tiles(f, head, first, scratch, 1, 0);
+        if (wide == 2) attention_forward_tiles(f, head, first, scratch, 2, 0);
+        if (wide == 3) attention_forward_tiles(f, head, first, scratch, 3, 0);
     }
 }
 
 // out (Tq, C) from q (Tq, C), k (Tk, C), v (Tk, C); C = heads * head_dim, a head has head_dim adjacent channels.
 // lse (heads, Tq): logarithm of the softmax's denominator, sum over keys of exp(score). All of out and lse is written.
 // dropout: on the probabilities, element (head * Tq + query) * Tk + key. A NaN in q, k or v comes out as NaN.
-// workspace: attention_workspace() reals.
-static void attention_forward(void *out_, real *lse, const void *q_, const void *k_, const void *v_, int Tq, int Tk,
-                              int C, int heads, Dropout dropout, int half, real *workspace) {
+// half: out, q, k and v are bf16. workspace: attention_workspace() reals.
+static void attention_forward(void *out, real *lse, const void *q, const void *k, const void *v, int Tq, int Tk, int C,
+                              int heads, Dropout dropout, int half, real *workspace) {
     const double begin = profile_begin();
-    real *q = widen(q_, (size_t)Tq * C, half), *k = widen(k_, (size_t)Tk * C, half),
-         *v = widen(v_, (size_t)Tk * C, half);
-    real *out = half ? (real *)malloc(sizeof(real) * Tq * C) : (real *)out_;
-    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
-    real *keys = workspace, *values = keys + heads * plan.head_keys, *scratch = values + heads * plan.head_keys;
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, half);
+    const size_t all_keys = heads * plan.head_keys;
+    real *keys = workspace, *values = keys + all_keys, *scratch = values + all_keys;
+    const AttentionForward f = {out, lse, q, keys, values, dropout, plan};
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
             for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
-                attention_pack_keys(keys, values, k, v, head, first, &plan);
+                const size_t at = (head * plan.head_keys + (size_t)first * plan.padded_dim) / (half ? 2 : 1);
+                attention_pack_rows(keys + at, k, first, K_BLOCK, Tk, head, &plan);
+                attention_pack_units(values + at, v, first, K_BLOCK, Tk, head, &plan);
             }
         }
         real *mine = scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
-                attention_forward_block(out, lse, q, keys, values, head, first, &plan, dropout, mine);
-            }
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK)
+                attention_forward_block(&f, head, first, mine);
         }
     }
-    narrow(out_, out, (size_t)Tq * C, half);
-    if (half) free(q), free(k), free(v);
-    profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, sizeof(real) * 2.0 * (Tq + Tk) * C);
+    profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, (double)number_bytes(half) * 2.0 * (Tq + Tk) * C);
 }
 
-// What attention_backward keeps in its workspace: q and dout of a head as rows (padded_queries, padded_dim), and block
-// by block transposed (padded_dim, Q_BLOCK); q is scaled, dout divided by 1 - p. dots: D of attention_backward.
+// What attention_backward works with. Packed, for each head: keys, values (rows, and key_units as units along the keys),
+// queries and douts as units along the queries, and block by block as columns. dots: D of attention_backward.
 typedef struct {
-    real *keys, *values, *queries, *queries_transposed, *douts, *douts_transposed;
+    void *dq, *dk, *dv;
+    real *keys, *values, *key_units, *queries, *query_columns, *douts, *dout_columns;
     real *dq_parts;    // (chunks, heads, query blocks, padded_dim, Q_BLOCK)
     real *dots, *lse;  // (heads, padded_queries)
     real *scratch;
-} AttentionWork;
+    Dropout dropout;
+    AttentionPlan plan;
+} AttentionBackward;
 
 // Packs one block of queries of one head.
-static void attention_backward_pack(const AttentionWork *work, const real *dout, const real *q, const real *out,
-                                    const real *lse, int head, int first, const AttentionPlan *plan,
-                                    real inverse_keep) {
-    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tq = plan->Tq, C = plan->C;
-    const size_t at = head * plan->head_queries + (size_t)first * padded_dim;
-    attention_pack(work->queries + at, q, first, Q_BLOCK, Tq, head, head_dim, padded_dim, C, plan->scale);
-    attention_pack(work->douts + at, dout, first, Q_BLOCK, Tq, head, head_dim, padded_dim, C, inverse_keep);
-    attention_pack_transposed(work->queries_transposed + at, q, first, Tq, head, head_dim, padded_dim, C, plan->scale);
-    attention_pack_transposed(work->douts_transposed + at, dout, first, Tq, head, head_dim, padded_dim, C,
-                              inverse_keep);
+static void attention_backward_pack(const AttentionBackward *b, const void *dout, const void *q, const void *out,
+                                    const real *lse, int head, int first) {
+    const AttentionPlan *plan = &b->plan;
+    const int head_dim = plan->head_dim, Tq = plan->Tq, half = plan->half;
+    const size_t at = (head * plan->head_queries + (size_t)first * plan->padded_dim) / (half ? 2 : 1);
+    attention_pack_units(b->queries + at, q, first, Q_BLOCK, Tq, head, plan);
+    attention_pack_units(b->douts + at, dout, first, Q_BLOCK, Tq, head, plan);
+    attention_pack_columns(b->query_columns + at, q, first, Tq, head, plan);
+    attention_pack_columns(b->dout_columns + at, dout, first, Tq, head, plan);
     for (int i = first; i < first + Q_BLOCK; i++) {
-        const size_t row = (size_t)i * C + (size_t)head * head_dim;
+        const size_t row = (size_t)i * plan->C + (size_t)head * head_dim;
         double dot = 0;
-        for (int d = 0; d < head_dim && i < Tq; d++) dot += (double)dout[row + d] * out[row + d];
-        work->dots[(size_t)head * plan->padded_queries + i] = (real)dot;
-        work->lse[(size_t)head * plan->padded_queries + i] = i < Tq ? lse[(size_t)head * Tq + i] : 0;
+        for (int d = 0; d < head_dim && i < Tq; d++)
+            dot += (double)load_number(dout, row + d, half) * load_number(out, row + d, half);
+        b->dots[(size_t)head * plan->padded_queries + i] = (real)dot;
+        b->lse[(size_t)head * plan->padded_queries + i] = i < Tq ? lse[(size_t)head * Tq + i] : 0;
     }
 }
 
-// From a block's scores S^T and dA^T = v dout^T (both (keys, Q_BLOCK)) to the weights A^T that v met and to dS^T, in
-// place. lse and dots (Q_BLOCK); element as in attention_keep_bits.
-static void attention_backward_scores(real *scores, real *dscores, const real *lse, const real *dots, int keys,
-                                      Dropout dropout, uint64_t element, int Tk) {
+// From a block's raw scores and dA^T = v dout^T (both (keys, Q_BLOCK)) to the weights A^T that v met and to dS^T, as
+// operands of the products with rows of queries: in place; with half both are in `scores`, row by row one beside the
+// other, and dS^T is in `dscores` once more as units along the keys. lse and dots (Q_BLOCK).
+INLINE void attention_backward_scores(real *scores, real *dscores, const real *lse, const real *dots, int keys,
+                                      const AttentionBackward *b, uint64_t element, int wide, int half) {
+    const real scale = b->plan.scale, inverse_keep = (real)(1 / (1 - b->dropout.p));
     ivec keep[K_BLOCK / 32][WIDE];
-    if (dropout.p > 0) attention_keep_bits(keep, dropout, element, Tk, keys);
-    for (int i = 0; i < keys; i++) {
-        for (int j = 0; j < WIDE; j++) {
-            real *score = scores + i * Q_BLOCK + j * LANES, *dscore = dscores + i * Q_BLOCK + j * LANES;
-            const vec weight = exp_lanes(vec_load(score) - vec_load(lse + j * LANES));
-            vec kept = weight, dweight = vec_load(dscore);
-            if (dropout.p > 0) {
-                const ivec mask = -((keep[i / 32][j] >> (i & 31)) & 1);
-                kept = (vec)((ivec)weight & mask);
-                dweight = (vec)((ivec)dweight & mask);
+    if (b->dropout.p > 0) attention_keep_bits(keep, b->dropout, element, b->plan.Tk, keys, wide);
+    attention_complete_pair(scores, keys, wide);
+    for (int i = 0; i < keys; i += 2) {
+        vec kept[2][WIDE], dscore[2][WIDE];
+#pragma GCC unroll 3
+        for (int j = 0; j < wide; j++) {
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; r++) {
+                const int at = (i + r) * Q_BLOCK + j * LANES;
+                const vec weight = exp_lanes(vec_load(scores + at) * scale - vec_load(lse + j * LANES));
+                vec dweight = vec_load(dscores + at);
+                kept[r][j] = weight;
+                if (b->dropout.p > 0) {
+                    const ivec mask = attention_kept(keep, i + r, j);
+                    kept[r][j] = (vec)((ivec)weight & mask);
+                    dweight = (vec)((ivec)dweight & mask);
+                }
+                dscore[r][j] = weight * (dweight * inverse_keep - vec_load(dots + j * LANES));
             }
-            vec_store(score, kept);
-            vec_store(dscore, weight * (dweight - vec_load(dots + j * LANES)));
+        }
+#pragma GCC unroll 3
+        for (int j = 0; j < wide; j++) {
+            attention_store_units(dscores, i, j, dscore[0][j], dscore[1][j], half);
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; r++) {
+                real *row = scores + (i + r) * Q_BLOCK;
+                store_lanes(row, (size_t)j * LANES, kept[r][j], half);
+                if (half) store_lanes(row + Q_BLOCK / 2, (size_t)j * LANES, dscore[r][j], half);
+            }
         }
     }
 }
 
-// One head and one chunk of keys with all queries: five products for a block, none of them done twice. Rows past the
-// last key are zeros that are multiplied with zeros and left out at the end. scratch: scores and dscores
-// (K_BLOCK, Q_BLOCK), dkeys and dvalues (chunk, padded_dim).
-static void attention_backward_chunk(real *dk, real *dv, const AttentionWork *work, int head, int chunk,
-                                     const AttentionPlan *plan, Dropout dropout, real *scratch) {
-    const int head_dim = plan->head_dim, padded_dim = plan->padded_dim, Tk = plan->Tk;
+// One head, one chunk of keys and one block of queries: five products for a block of keys, none of them done twice.
+// Rows past the last key are zeros that are multiplied with zeros and left out at the end. scratch: scores and dscores
+// (K_BLOCK, Q_BLOCK), dkeys and dvalues (chunk, padded_dim), sums over the blocks of queries.
+INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int chunk, int first, real *scratch, int wide,
+                                     int half) {
+    const AttentionPlan *plan = &b->plan;
+    const int padded_dim = plan->padded_dim, Tq = plan->Tq, Tk = plan->Tk;
     const int start = chunk * plan->chunk, end = start + plan->chunk < Tk ? start + plan->chunk : Tk;
+    const int queries = Tq - first < Q_BLOCK ? Tq - first : Q_BLOCK, query_units = half ? (queries + 1) / 2 : queries;
+    const size_t block = head * plan->head_queries + (size_t)first * padded_dim, at = block / (half ? 2 : 1);
+    const size_t lanes = (size_t)head * plan->padded_queries + first;
     real *scores = scratch, *dscores = scores + K_BLOCK * Q_BLOCK, *dkeys = dscores + K_BLOCK * Q_BLOCK;
     real *dvalues = dkeys + (size_t)plan->chunk * padded_dim, ones[Q_BLOCK];
+    real *dq_part = b->dq_parts + chunk * plan->heads * plan->head_queries + block;
     for (int i = 0; i < Q_BLOCK; i++) ones[i] = 1;
-    memset(dkeys, 0, 2 * (size_t)plan->chunk * padded_dim * sizeof(real));
-    for (int first = 0; first < plan->padded_queries; first += Q_BLOCK) {
-        const size_t at = head * plan->head_queries + (size_t)first * padded_dim;
-        const size_t lanes = (size_t)head * plan->padded_queries + first;
-        real *dq_part = work->dq_parts + chunk * plan->heads * plan->head_queries + at;
-        memset(dq_part, 0, (size_t)Q_BLOCK * padded_dim * sizeof(real));
-        for (int key = start; key < end; key += K_BLOCK) {
-            const int count = end - key < K_BLOCK ? end - key : K_BLOCK, rows = (int)round_up((size_t)count, K_UNIT);
-            const size_t key_at = head * plan->head_keys + (size_t)key * padded_dim;
-            const size_t chunk_at = (size_t)(key - start) * padded_dim;
-            attention_scores(scores, work->keys + key_at, work->queries_transposed + at, rows, head_dim, padded_dim);
-            attention_scores(dscores, work->values + key_at, work->douts_transposed + at, rows, head_dim, padded_dim);
-            attention_backward_scores(scores, dscores, work->lse + lanes, work->dots + lanes, count, dropout,
-                                      ((uint64_t)head * plan->Tq + first) * Tk + key, Tk);
-            attention_sum_queries(dvalues + chunk_at, scores, work->douts + at, rows, padded_dim, ones);
-            attention_sum_queries(dkeys + chunk_at, dscores, work->queries + at, rows, padded_dim, ones);
-            attention_sum_keys(dq_part, work->keys + key_at, dscores, count, padded_dim, ones);
+    for (int key = start; key < end; key += K_BLOCK) {
+        const int count = end - key < K_BLOCK ? end - key : K_BLOCK;
+        const size_t key_at = (head * plan->head_keys + (size_t)key * padded_dim) / (half ? 2 : 1);
+        const size_t chunk_at = (size_t)(key - start) * padded_dim;
+        attention_scores(scores, b->keys + key_at, b->query_columns + at, count, plan, wide, half);
+        attention_scores(dscores, b->values + key_at, b->dout_columns + at, count, plan, wide, half);
+        attention_backward_scores(scores, dscores, b->lse + lanes, b->dots + lanes, count, b,
+                                  ((uint64_t)head * Tq + first) * Tk + key, wide, half);
+        attention_sum_queries(dvalues + chunk_at, scores, b->douts + at, count, query_units, first ? ones : NULL, plan,
+                              half);
+        attention_sum_queries(dkeys + chunk_at, half ? scores + Q_BLOCK / 2 : dscores, b->queries + at, count,
+                              query_units, first ? ones : NULL, plan, half);
+        attention_sum_keys(dq_part, b->key_units + key_at, dscores, half ? (count + 1) / 2 : count,
+                           key > start ? ones : NULL, plan, wide, half);
+    }
+}
+
+// One head and one chunk of keys with all queries.
+static void attention_backward_chunk(const AttentionBackward *b, int head, int chunk, real *scratch) {
+    const AttentionPlan *plan = &b->plan;
+    for (int first = 0; first < plan->Tq; first += Q_BLOCK) {
+        const int wide = attention_vectors(first, plan->Tq);
+        if (sizeof(real) == 4 && plan->half) {
+            if (wide == 1) attention_backward_tiles(b, head, chunk, first, scratch, 1, 1);
+            if (wide == 2) attention_backward_tiles(b, head, chunk, first, scratch, 2, 1);
+            if (wide == 3) attention_backward_tiles(b, head, chunk, first, scratch, 3, 1);
+        } else {
+            if (wide == 1) attention_backward_tiles(b, head, chunk, first, scratch, 1, 0);
+            if (wide == 2) attention_backward_tiles(b, head, chunk, first, scratch, 2, 0);
+            if (wide == 3) attention_backward_tiles(b, head, chunk, first, scratch, 3, 0);
         }
     }
-    for (int key = start; key < end; key++) {
-        const size_t to = (size_t)key * plan->C + (size_t)head * head_dim, from = (size_t)(key - start) * padded_dim;
-        memcpy(dk + to, dkeys + from, (size_t)head_dim * sizeof(real));
-        memcpy(dv + to, dvalues + from, (size_t)head_dim * sizeof(real));
+    const real *dkeys = scratch + 2 * K_BLOCK * Q_BLOCK, *dvalues = dkeys + (size_t)plan->chunk * plan->padded_dim;
+    const real inverse_keep = (real)(1 / (1 - b->dropout.p));
+    for (int i = 0, key = chunk * plan->chunk; i < plan->chunk && key < plan->Tk; i++, key++) {
+        attention_unpack(b->dk, key, head, dkeys + (size_t)i * plan->padded_dim, 1, plan->scale, plan);
+        attention_unpack(b->dv, key, head, dvalues + (size_t)i * plan->padded_dim, 1, inverse_keep, plan);
     }
 }
 
 // One block of dq: the chunks' parts, added up in their order.
-static void attention_backward_sum(real *dq, const AttentionWork *work, int head, int first,
-                                   const AttentionPlan *plan) {
-    real *sum = work->dq_parts + head * plan->head_queries + (size_t)first * plan->padded_dim;
+static void attention_backward_sum(const AttentionBackward *b, int head, int first) {
+    const AttentionPlan *plan = &b->plan;
+    real *sum = b->dq_parts + head * plan->head_queries + (size_t)first * plan->padded_dim;
     for (int chunk = 1; chunk < plan->chunks; chunk++) {
         const real *part = sum + chunk * plan->heads * plan->head_queries;
-        for (int i = 0; i < Q_BLOCK * plan->padded_dim; i++) sum[i] += part[i];
+        for (int i = 0; i < Q_BLOCK * plan->head_dim; i++) sum[i] += part[i];
     }
-    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
-        real *to = dq + (size_t)(first + i) * plan->C + (size_t)head * plan->head_dim;
-        for (int d = 0; d < plan->head_dim; d++) to[d] = sum[d * Q_BLOCK + i] * plan->scale;
-    }
+    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++)
+        attention_unpack(b->dq, first + i, head, sum + i, Q_BLOCK, plan->scale, plan);
 }
 
 // dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout is what it was there.
+// half: all of them but lse are bf16.
 //
 // With scores S = q k^T scale, P = softmax(S), A = M P (M: 1 / (1 - p) where kept, else 0) and out = A v:
 //   dv = A^T dout,  dA = dout v^T,  dP = M dA,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q
 // where D_i = sum_j P_ij dP_ij = sum_j P_ij M_ij (dout_i . v_j) = dout_i . sum_j A_ij v_j = dout_i . out_i, dropout or
-// not: no pass over the keys is needed to get it. P = exp(S - lse) is made again block by block.
+// not: no pass over the keys is needed to get it. P = exp(S - lse) is made again block by block. Factors that a whole
+// tensor has in common are left to the end, so that operands are rounded once.
 //
 // A task is one head and one chunk of keys: it owns its rows of dk and dv, and its part of dq.
-static void attention_backward(void *dq_, void *dk_, void *dv_, const void *dout_, const void *q_, const void *k_,
-                               const void *v_, const void *out_, const real *lse, int Tq, int Tk, int C, int heads,
+static void attention_backward(void *dq, void *dk, void *dv, const void *dout, const void *q, const void *k,
+                               const void *v, const void *out, const real *lse, int Tq, int Tk, int C, int heads,
                                Dropout dropout, int half, real *workspace) {
-    size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C;
-    real *q = widen(q_, nq, half), *k = widen(k_, nk, half), *v = widen(v_, nk, half), *out = widen(out_, nq, half),
-         *dout = widen(dout_, nq, half);
-    real *dq = widen(dq_, nq, half), *dk = widen(dk_, nk, half), *dv = widen(dv_, nk, half);
     const double begin = profile_begin();
-    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads);
+    AttentionBackward b;
+    const AttentionPlan plan = b.plan = attention_plan(Tq, Tk, C, heads, half);
     const size_t all_keys = heads * plan.head_keys, all_queries = heads * plan.head_queries;
-    const real inverse_keep = (real)(1 / (1 - dropout.p));
-    AttentionWork work;
-    work.keys = workspace;
-    work.values = work.keys + all_keys;
-    work.queries = work.values + all_keys;
-    work.queries_transposed = work.queries + all_queries;
-    work.douts = work.queries_transposed + all_queries;
-    work.douts_transposed = work.douts + all_queries;
-    work.dq_parts = work.douts_transposed + all_queries;
-    work.dots = work.dq_parts + plan.chunks * all_queries;
-    work.lse = work.dots + (size_t)heads * plan.padded_queries;
-    work.scratch = work.lse + (size_t)heads * plan.padded_queries;
+    b.dq = dq, b.dk = dk, b.dv = dv, b.dropout = dropout;
+    b.keys = workspace;
+    b.values = b.keys + all_keys;
+    b.key_units = half ? b.keys + all_keys / 2 : b.keys;
+    b.queries = b.values + all_keys;
+    b.query_columns = b.queries + all_queries;
+    b.douts = b.query_columns + all_queries;
+    b.dout_columns = b.douts + all_queries;
+    b.dq_parts = b.dout_columns + all_queries;
+    b.dots = b.dq_parts + plan.chunks * all_queries;
+    b.lse = b.dots + (size_t)heads * plan.padded_queries;
+    b.scratch = b.lse + (size_t)heads * plan.padded_queries;
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static) nowait
         for (int head = 0; head < heads; head++) {
             for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
-                attention_pack_keys(work.keys, work.values, k, v, head, first, &plan);
+                const size_t at = (head * plan.head_keys + (size_t)first * plan.padded_dim) / (half ? 2 : 1);
+                attention_pack_rows(b.keys + at, k, first, K_BLOCK, Tk, head, &plan);
+                attention_pack_rows(b.values + at, v, first, K_BLOCK, Tk, head, &plan);
+                if (half) attention_pack_units(b.key_units + at, k, first, K_BLOCK, Tk, head, &plan);
             }
         }
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
-                attention_backward_pack(&work, dout, q, out, lse, head, first, &plan, inverse_keep);
-            }
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK)
+                attention_backward_pack(&b, dout, q, out, lse, head, first);
         }
-        real *mine = work.scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
+        real *mine = b.scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int head = 0; head < heads; head++) {
-            for (int chunk = 0; chunk < plan.chunks; chunk++) {
-                attention_backward_chunk(dk, dv, &work, head, chunk, &plan, dropout, mine);
-            }
+            for (int chunk = 0; chunk < plan.chunks; chunk++) attention_backward_chunk(&b, head, chunk, mine);
         }
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) {
-                attention_backward_sum(dq, &work, head, first, &plan);
-            }
+            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) attention_backward_sum(&b, head, first);
         }
     }
-    narrow(dq_, dq, nq, half), narrow(dk_, dk, nk, half), narrow(dv_, dv, nk, half);
-    if (half) free(q), free(k), free(v), free(out), free(dout);
-    profile_end(begin, "attention", "backward", 10.0 * Tq * Tk * C, sizeof(real) * 4.0 * (Tq + Tk) * C);
+    profile_end(begin, "attention", "backward", 10.0 * Tq * Tk * C, (double)number_bytes(half) * 4.0 * (Tq + Tk) * C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
