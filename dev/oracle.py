@@ -21,7 +21,7 @@ comparison is from a tie, and `first_step_margin` how far every gradient is from
 direction. A case that comes too near is refused.
 
 How far a float32 program may be from the truth is measured on PyTorch itself, whose float32 runs are draws from a
-distribution: `float32_runs` draws twelve of them.
+distribution: `float32_runs` draws twelve of them. Its autocast to bf16 is the measure of --precision bf16: `bf16_errors`.
 """
 import argparse
 import os
@@ -234,18 +234,23 @@ def trained_parameters(model, settings):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def run_image(model, pixel_values):
-    """(1, 3, H, W) -> logits (layers, queries, classes + 1) and boxes (layers, queries, 4) of every decoder layer."""
+def run_image(model, pixel_values, autocast=False):
+    """
+    (1, 3, H, W) -> logits (layers, queries, classes + 1) and boxes (layers, queries, 4) of every decoder layer, in the
+    type of pixel_values. With autocast to bf16 on the way.
+    """
     states = []
     hooks = [layer.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
              for layer in model.model.decoder.layers]
-    final = model(pixel_values)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        final = model(pixel_values)
+        normed = model.model.decoder.layernorm(torch.cat(states))
+        logits, pred_boxes = model.class_labels_classifier(normed), model.bbox_predictor(normed).sigmoid()
     for hook in hooks:
         hook.remove()
-    normed = model.model.decoder.layernorm(torch.cat(states))
-    logits, pred_boxes = model.class_labels_classifier(normed), model.bbox_predictor(normed).sigmoid()
-    assert torch.allclose(logits[-1:], final.logits, atol=1e-5) and torch.allclose(pred_boxes[-1:], final.pred_boxes, atol=1e-5)
-    return logits, pred_boxes
+    for ours, theirs in ((logits, final.logits), (pred_boxes, final.pred_boxes)):
+        assert torch.allclose(ours[-1:], theirs, atol=0.05 if autocast else 1e-5)
+    return logits.to(pixel_values.dtype), pred_boxes.to(pixel_values.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,10 +288,11 @@ def match(logits, pred_boxes, labels, boxes, settings, margins):
     return torch.from_numpy(np.array(sorted(zip(rows, columns)), np.int64))
 
 
-def criterion(logits, pred_boxes, targets, settings, margins):
+def criterion(logits, pred_boxes, targets, settings, margins, given=None):
     """
     logits (images, layers, queries, classes + 1), pred_boxes (images, layers, queries, 4), targets: (labels, boxes) of
-    each image without crowds. Returns the loss that is minimised, everything that is logged, matches[image][layer].
+    each image without crowds; given[image][layer]: the pairs, where they are not to be looked for. Returns the loss that
+    is minimised, everything that is logged, matches[image][layer].
     """
     images, layers, queries, classes = logits.shape
     num_boxes = max(1, sum(len(labels) for labels, _ in targets))
@@ -298,7 +304,8 @@ def criterion(logits, pred_boxes, targets, settings, margins):
         wanted = torch.full((images, queries), classes - 1)
         l1 = giou = correct = cardinality_error = 0
         for image, (labels, boxes) in enumerate(targets):
-            pairs = match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins)
+            pairs = (given[image][layer] if given else
+                     match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins))
             matches[image].append(pairs)
             query, target = pairs[:, 0], pairs[:, 1]
             wanted[image, query] = labels[target]
@@ -350,27 +357,32 @@ NEEDED_MARGINS = {"matching": 1e-4, "class": 1e-4, "box": 1e-4, "edge": 1e-5, "r
 # ---------------------------------------------------------------------------------------------------------------------
 # Two training steps
 
-def disturb(values, generator):
+def disturb(values, generator, units=1):
     """
-    Moves each float32 in the array to the one above or below it, each with probability 1/24. That is one rounding more:
-    to the nearest float32 it is uniform within half a unit in the last place (2^-24 of the value), of variance 1/12.
+    Moves each float32 in the array up or down by `units` in its last place, each with probability 1/24. That is one
+    rounding more: to the nearest it is uniform within half a unit, of variance 1/12. A bf16's last unit is 2^16 of
+    a float32's.
     """
     draws, values = generator.random(values.shape), values.astype(np.float32)
-    moved = np.where(draws < 1 / 24, np.nextafter(values, np.float32(np.inf)), values)
-    return np.where(draws > 23 / 24, np.nextafter(values, np.float32(-np.inf)), moved)
+    unit = np.spacing(np.abs(values)) * np.float32(units)
+    return values + unit * (draws < 1 / 24) - unit * (draws > 23 / 24)
 
 
-def train(case, folder, batches, dtype, channels_last=False, margins=None, generator=None):
+def train(case, folder, batches, dtype, channels_last=False, margins=None, generator=None, autocast=None):
     """
     Returns {entry of the dump: array}, all that depends on the arithmetic (inputs and settings are not in it). With a
-    generator the start weights and the pixels are disturbed by one rounding.
+    generator the start weights and the pixels are disturbed by one rounding. autocast: the truth, whose matches are used
+    while the network runs under autocast to bf16; what is disturbed then is what autocast rounds, by such a rounding.
     """
     settings = settings_of(case)
     model = open_model(folder, dtype)
+    units = 2**16 if autocast else 1
     if generator:
+        products = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
         with torch.no_grad():
-            for tensor in model.state_dict().values():
-                tensor.copy_(torch.from_numpy(disturb(tensor.numpy(), generator)))
+            for module in products if autocast else [model]:
+                for tensor in module.state_dict().values():
+                    tensor.copy_(torch.from_numpy(disturb(tensor.numpy(), generator, units)))
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     trained = trained_parameters(model, settings)
@@ -385,16 +397,17 @@ def train(case, folder, batches, dtype, channels_last=False, margins=None, gener
         outputs, targets = [], []
         for index, image in enumerate(images):
             dropout.begin(settings["seed"], step, index)
-            pixels = disturb(image["pixel_values"], generator) if generator else image["pixel_values"]
+            pixels = disturb(image["pixel_values"], generator, units) if generator else image["pixel_values"]
             pixels = torch.from_numpy(pixels).to(dtype).permute(2, 0, 1)[None]
             pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-            outputs.append(run_image(model, pixels))
+            outputs.append(run_image(model, pixels, autocast is not None))
             sites = 4 * detr["encoder_layers"] + 6 * detr["decoder_layers"] if settings["dropout"] else 0
             assert dropout.site == sites, f"{dropout.site} dropout sites, {sites} expected"
             target = image["iscrowd"] == 0
             targets.append((torch.from_numpy(image["labels"][target]), torch.from_numpy(image["boxes"][target]).to(dtype)))
         logits, pred_boxes = (torch.stack(each) for each in zip(*outputs))
-        loss, log, matches = criterion(logits, pred_boxes, targets, settings, margins)
+        given = autocast and [torch.from_numpy(autocast[f"s{step}.i{index}.matches"]) for index in range(len(images))]
+        loss, log, matches = criterion(logits, pred_boxes, targets, settings, margins, given)
         optimizer.zero_grad()
         loss.backward()
         for index in range(len(images)):
@@ -435,9 +448,9 @@ def relative_error(truth, other, name):
     return norm(other[name] - truth[name]) / (scale or 1.0)
 
 
-def float32_runs(case, folder, batches):
+def float32_runs(case, folder, batches, autocast=None):
     """
-    Twelve runs in float32: two implementations of the convolutions times two layouts in memory, which add in different
+    Twelve runs in float32 (autocast: of train()): two implementations of the convolutions times two layouts in memory, which add in different
     orders, each once as it is and twice from a start that is disturbed by one rounding. One run would be one draw from
     the distribution of rounding errors, and four that start from the same numbers share much of theirs; a program that
     adds in yet another order is another draw, which may well lie outside so few. One tail no such number of runs
@@ -449,7 +462,7 @@ def float32_runs(case, folder, batches):
         generator = np.random.default_rng(draw) if draw else None
         for mkldnn in (True, False):
             with torch.backends.mkldnn.flags(enabled=mkldnn):
-                runs += [train(case, folder, batches, torch.float32, channels_last, generator=generator)
+                runs += [train(case, folder, batches, torch.float32, channels_last, None, generator, autocast)
                          for channels_last in (False, True)]
     return runs
 
@@ -468,20 +481,21 @@ def first_step_margin(truth, runs, settings):
     return margin
 
 
-def float32_errors(truth, runs):
+def errors_of(truth, runs, names):
     """
-    {entry: the relative error that float32 arithmetic makes in it}: the largest of the runs, at least the unit
-    roundoff. One number can be right by luck, so the losses of a step share the
-    largest error among them, the gradient's norm has the error of the gradient as a vector, and parameters whose
-    gradient is nothing but rounding, which Adam blows up, share theirs.
+    {name: the relative error that the runs' arithmetic makes in this entry}: the largest of the runs, at least float32's
+    unit roundoff. One number can be right by luck, so the losses of a step share the largest error among them, the
+    gradient's norm has the error of the gradient as a vector, and parameters whose gradient is nothing but rounding,
+    which Adam blows up, share theirs.
     """
-    errors = {name: max([ROUNDOFF32] + [relative_error(truth, run, name) for run in runs])
-              for name, value in truth.items() if value.dtype == np.float64}
+    errors = {name: max([ROUNDOFF32] + [relative_error(truth, run, name) for run in runs]) for name in names}
     noise = [name for name in errors if name.startswith("after.") and any(
         norm(truth[f"s{s}.grad.{name[6:]}"]) < ZERO * whole_gradient(truth, s) for s in (0, 1))]
     groups = [noise]
     for step in (0, 1):
-        gradients = [name for name in truth if name.startswith(f"s{step}.grad.")]
+        gradients = [name for name in errors if name.startswith(f"s{step}.grad.")]
+        if not gradients:
+            continue
         off = max(sum(norm(run[name] - truth[name]) ** 2 for name in gradients) ** 0.5 for run in runs)
         errors[f"s{step}.grad_norm"] = off / whole_gradient(truth, step)
         logged = tuple(f"s{step}.{kind}" for kind in ("loss", "class_error", "cardinality_error"))
@@ -490,6 +504,25 @@ def float32_errors(truth, runs):
         worst = max((errors[name] for name in group), default=0)
         errors.update({name: worst for name in group})
     return errors
+
+
+def float32_errors(truth, runs):
+    """{entry of the dump: error}, for each that is a result."""
+    return {f"float32_error.{name}": error for name, error in errors_of(
+        truth, runs, [name for name, value in truth.items() if value.dtype == np.float64]).items()}
+
+
+def bf16_errors(case, folder, batches, truth):
+    """
+    {entry of the dump: error} of PyTorch's autocast to bf16, for what varies smoothly. It rounds to 8 bits, which may
+    well change a match, so the truth's matches are used; class and cardinality error count decisions too and are left
+    out. After the first step there is no truth to compare with: Adam's step is lr times the gradient's sign, and
+    gradients are too far off for the sign of every element.
+    """
+    runs = float32_runs(case, folder, batches[:1], autocast=truth)
+    names = [name for name, value in truth.items() if value.dtype == np.float64 and name.startswith("s0.")
+             and not name.startswith(("s0.class_error", "s0.cardinality_error"))]
+    return {f"bf16_error.{name}": error for name, error in errors_of(truth, runs, names).items()}
 
 
 def write_case(name, case, outdir):
@@ -513,7 +546,8 @@ def write_case(name, case, outdir):
     for run in runs:
         assert all(np.array_equal(run[n], truth[n]) for n in truth if n.endswith("matches"))
     entries = dict(truth)
-    entries.update({f"float32_error.{n}": np.array([error]) for n, error in float32_errors(truth, runs).items()})
+    errors = {**float32_errors(truth, runs), **bf16_errors(case, folder, batches, truth)}
+    entries.update({key: np.array([error]) for key, error in errors.items()})
     entries.update({f"settings.{key}": np.array([float(value)]) for key, value in settings_of(case).items()})
     for step, images in enumerate(batches):
         for index, image in enumerate(images):
@@ -531,7 +565,9 @@ def compare(a, b):
     Lists what differs. Start weights, inputs, settings and matches must be equal. A result in double may differ by what
     rounding makes: float32 makes the error e (kept in the dump) with a unit roundoff of 2^-24; the same arithmetic with
     2^-53 makes 2^-29 e; two runs that add in different orders are allowed 16 times that, each being one draw from
-    the distribution of which e is another. float32_error entries are such draws themselves: within a factor of 16.
+    the distribution of which e is another. The errors of float32 and bf16 are such draws themselves: within a factor of
+    16. (Another processor adds in other orders, and may round where this one does not: without instructions for bf16
+    PyTorch computes parts of autocast by other ways.)
     """
     problems, largest = [], 0.0
     for name in CASES:
@@ -546,7 +582,7 @@ def compare(a, b):
             other = two[key]
             if value.shape != other.shape or value.dtype != other.dtype:
                 problems.append(f"{name}: {key}: shape or type")
-            elif key.startswith("float32_error."):
+            elif key.startswith(("float32_error.", "bf16_error.")):
                 ratio = float(value[0] / other[0])
                 if not 1 / 16 < ratio < 16:
                     problems.append(f"{name}: {key}: {value[0]:.3g} and {other[0]:.3g}")
