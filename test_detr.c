@@ -5,7 +5,8 @@ test_detr.c: every check of numbers. It includes the trainer with its main left 
     ./test_detr NAME ...       runs only the tests whose names begin so
 
 The truth in dev/dumps/ was made by PyTorch (dev/oracle.py). In double everything must agree with PyTorch's float64 to
-1e-10: a wrong formula cannot hide. In float the yardstick is PyTorch's own float32 error, which the dumps carry, and for
+1e-10: a wrong formula cannot hide. In float the yardstick is PyTorch's own float32 error, which the dumps carry, and
+for
 --precision bf16 the error of its autocast to bf16.
 The last line is "N passed, N failed"; the exit status is 1 when anything failed.
 */
@@ -1375,8 +1376,8 @@ static int load_dump_model(Model *model, const char *folder, int from_scratch, d
     return status;
 }
 
-// The steps of one dump. In bf16 only the first: Adam's first step is lr times the gradient's sign, and gradients are too
-// far off to tell the sign of every element, so the second step starts from other weights than PyTorch's.
+// The steps of one dump. In bf16 only the first: Adam's first step is lr times the gradient's sign, and gradients are
+// too far off to tell the sign of every element, so the second step starts from other weights than PyTorch's.
 static void test_dump(const char *folder, int half) {
     TruthDump dump;
     Error error;
@@ -1407,8 +1408,8 @@ static void test_dump(const char *folder, int half) {
     for (int i = 0; i < model.num_params; i++)
         if (!half && model.params[i]->trained)
             compare_param(&dump, "after.", model.params[i], model.params[i]->value, 0, 1e-9);
-    printf("  %s%s: the largest error is %.2g of what is allowed (%s)\n", folder, half ? ", bf16" : "", dump.worst_ratio,
-           dump.worst);
+    printf("  %s%s: the largest error is %.2g of what is allowed (%s)\n", folder, half ? ", bf16" : "",
+           dump.worst_ratio, dump.worst);
     model_free(&model);
     safetensors_close(&dump.truth);
 }

@@ -292,8 +292,10 @@ INLINE void store_bf16(bf16 *to, vec value) {
 // Lane by lane the pair (even, odd).
 INLINE pairs make_pairs(vec even, vec odd) {
 #ifdef __AVX512BF16__
-    const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x10001)));
+    const __m512i lanes =
+        _mm512_add_epi32(_mm512_set1_epi32(16 << 16),
+                         _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(0x10001)));
     return (pairs)_mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 #else
     return round_bf16(even) >> 16 | (round_bf16(odd) & 0xFFFF0000u);
@@ -398,11 +400,6 @@ static real *widen(const void *x, size_t n, int half) {
     real *r = (real *)malloc(n * sizeof(real));
     for (size_t i = 0; i < n; i++) r[i] = load_number(x, i, 1);
     return r;
-}
-static void narrow(void *y, real *x, size_t n, int half) {
-    if (!half) return;
-    for (size_t i = 0; i < n; i++) store_number(y, i, x[i], 1);
-    free(x);
 }
 
 // A square kernel. Activations are (height * width, channels), weights (out_channels, kernel, kernel, in_channels).
@@ -950,7 +947,7 @@ static double measure_peak_gflops(int half) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of the layers: exp and random numbers, beside what the Matmul room has
 
-typedef __typeof__((*(vec *)0 < *(vec *)0)[0]) lane_int;  // as wide as real
+typedef __typeof__((*(vec *)0 < *(vec *)0)[0]) lane_int;           // as wide as real
 typedef lane_int ivec __attribute__((vector_size(VECTOR_BYTES)));  // all ones is true, 0 is false
 typedef uint64_t u64vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t i64vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -964,6 +961,8 @@ INLINE vec vec_max(vec x, vec y) {  // y where x is NaN
     return (vec)((greater & (ivec)x) | (~greater & (ivec)y));
 #endif
 }
+
+INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
 // The lanes' sum, always in the same order.
 INLINE real lane_sum(vec x) {
@@ -1222,8 +1221,8 @@ INLINE void attention_sum_queries_tile(int tall, real *sums, const real *weights
                                        int padded_dim, const real *keep, int half) {
     int d = 0;
     for (; d + TALL * LANES <= padded_dim; d += TALL * LANES) {
-        attention_tile(tall, TALL, sums + d, (size_t)padded_dim, weights, Q_BLOCK, 1, rows + d, (size_t)padded_dim, units,
-                       keep, half);
+        attention_tile(tall, TALL, sums + d, (size_t)padded_dim, weights, Q_BLOCK, 1, rows + d, (size_t)padded_dim,
+                       units, keep, half);
     }
     for (; d < padded_dim; d += LANES) {
         attention_tile(tall, 1, sums + d, (size_t)padded_dim, weights, Q_BLOCK, 1, rows + d, (size_t)padded_dim, units,
@@ -1320,7 +1319,6 @@ INLINE void attention_unpack(void *y, int row, int head, const real *from, size_
     for (; d < plan->head_dim; d++) store_number(to, d, from[d * step] * factor, plan->half);
 }
 
-
 // Is a key kept? Key 32 w + r of the block, query LANES * j + i: bit r from the top, lane i of keep[w][j]. `element` is
 // the number of the first query's first key here, a query has `Tk` elements. A query's groups of 4 words need not start
 // at the block's first key: its bits are shifted by what is left of the first group.
@@ -1390,8 +1388,9 @@ typedef struct {
     AttentionPlan plan;
 } AttentionForward;
 
-// From a block's scores to the weights exp(scale score - base) that v meets, in place, where base is the greatest scaled
-// score so far; total: their sum before dropout. shrink (Q_BLOCK): the factor of what was summed with the old base.
+// From a block's scores to the weights exp(scale score - base) that v meets, in place, where base is the greatest
+// scaled score so far; total: their sum before dropout. shrink (Q_BLOCK): the factor of what was summed with the old
+// base.
 INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE], vec total[WIDE],
                                      const AttentionForward *f, uint64_t element, int keys, int wide, int half) {
     const real scale = f->plan.scale;
@@ -1510,8 +1509,8 @@ static void attention_forward(void *out, real *lse, const void *q, const void *k
     profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, (double)number_bytes(half) * 2.0 * (Tq + Tk) * C);
 }
 
-// What attention_backward works with. Packed, for each head: keys, values (rows, and key_units as units along the keys),
-// queries and douts as units along the queries, and block by block as columns. dots: D of attention_backward.
+// What attention_backward works with. Packed, for each head: keys, values (rows, and key_units as units along the
+// keys), queries and douts as units along the queries, and block by block as columns. dots: D of attention_backward.
 typedef struct {
     void *dq, *dk, *dv;
     real *keys, *values, *key_units, *queries, *query_columns, *douts, *dout_columns;
@@ -1585,8 +1584,8 @@ INLINE void attention_backward_scores(real *scores, real *dscores, const real *l
 // One head, one chunk of keys and one block of queries: five products for a block of keys, none of them done twice.
 // Rows past the last key are zeros that are multiplied with zeros and left out at the end. scratch: scores and dscores
 // (K_BLOCK, Q_BLOCK), dkeys and dvalues (chunk, padded_dim), sums over the blocks of queries.
-INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int chunk, int first, real *scratch, int wide,
-                                     int half) {
+INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int chunk, int first, real *scratch,
+                                     int wide, int half) {
     const AttentionPlan *plan = &b->plan;
     const int padded_dim = plan->padded_dim, Tq = plan->Tq, Tk = plan->Tk;
     const int start = chunk * plan->chunk, end = start + plan->chunk < Tk ? start + plan->chunk : Tk;
