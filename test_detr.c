@@ -1009,6 +1009,38 @@ static void test_attention(void) {
     check(exp_lanes(fill(0))[0] == 1 && isnan(exp_lanes(fill((real)NAN))[0]), "exp(0) is not 1, or exp(NaN) not NaN");
 }
 
+// dropout(x) + add within rounding, x + add and x * factor to the bit, in reals or bf16; nothing is written past the
+// end.
+static void test_dropout_sum(size_t rows, size_t channels, int half) {
+    const size_t n = rows * channels;
+    real *x = (real *)allocate((4 * n + 1) * sizeof(real)), *add = x + n, *truth = add + n, *y = truth + n;
+    const Dropout dropout = {0.3, 5, 9, 1000, 1};
+    int wrong[3] = {0, 0, 0};
+    for (size_t i = 0; i < n; i++) add[i] = (real)test_number(5, i);
+    for (int round = 0; round < 3; round++) {
+        for (size_t i = 0; i < n; i++) {
+            store_number(x, i, (real)test_number(3, i), half && round != 1);
+            const real value = load_number(x, i, half && round != 1);
+            const real kept = test_factor(dropout, i) != 0 ? value * (real)(1 / (1 - dropout.p)) : 0;
+            store_number(truth, i, round == 0 ? kept + add[i] : round == 1 ? value + add[i] : value * 3, half);
+        }
+        y[n] = 42;
+        if (half) ((bf16 *)y)[n] = 42;
+        if (round == 0) dropout_forward(y, half, x, half, add, rows, channels, dropout);
+        if (round == 1) add_rows(y, half, x, add, n);
+        if (round == 2) memcpy(y, x, n * number_bytes(half)), scale_rows(y, half, 3, n);
+        for (size_t i = 0; i < n; i++) {
+            const double difference = load_number(y, i, half) - load_number(truth, i, half);
+            wrong[round] += fabs(difference) > (round == 0 ? (half ? 8e-3 : 1e-6) * (1 + fabs(add[i])) : 0);
+        }
+        wrong[round] += y[n] != 42 || (half && ((bf16 *)y)[n] != 42);
+    }
+    check(!wrong[0] && !wrong[1] && !wrong[2],
+          "%zu elements%s: dropout with a sum has %d wrong, a sum %d, a multiple %d", n, half ? " of bf16" : "",
+          wrong[0], wrong[1], wrong[2]);
+    free(x);
+}
+
 static void test_dropout(void) {
     const size_t shapes[][2] = {{1, 1}, {3, 7}, {5, 36}, {200, 256}};
     for (int i = 0; i < 4; i++) {
@@ -1030,6 +1062,7 @@ static void test_dropout(void) {
         dropout_forward(y, 0, x, 0, NULL, shapes[i][0], shapes[i][1], dropout);
         check(memcmp(x, y, n * sizeof(real)) == 0, "dropout with p = 0 is not the identity");
         free(x);
+        for (int half = 0; half <= !IS_DOUBLE; half++) test_dropout_sum(shapes[i][0], shapes[i][1], half);
     }
 }
 
@@ -1073,6 +1106,15 @@ static void test_layernorm(void) {
         }
         omp_set_num_threads(threads);
         check(memcmp(result[0], result[1], (size_t)results * sizeof(real)) == 0, "layernorm: 1 and 3 threads differ");
+        if (!IS_DOUBLE) {  // y once more as bf16
+            bf16 *rounded = (bf16 *)allocate(((size_t)n + 1) * sizeof(bf16));
+            rounded[n] = 42;
+            layernorm_forward(result[1], rounded, mean, rstd, ours, weight, bias, rows, C);
+            int wrong = memcmp(result[0], result[1], (size_t)n * sizeof(real)) != 0 || rounded[n] != 42;
+            for (int i = 0; i < n; i++) wrong += rounded[i] != to_bf16((float)result[0][i]);
+            check(wrong == 0, "layernorm %dx%d: %d numbers of bf16 are wrong", rows, C, wrong);
+            free(rounded);
+        }
         const double worst = worst_difference(result[0], y, (size_t)n, 0);
         check(worst < (IS_DOUBLE ? 1e-14 : 1e-6), "layernorm %dx%d: y differs by %.2e", rows, C, worst);
         for (int i = 0; i < n + 2 * C; i += n < 100 ? 1 : 211) {  // x, weight, bias
@@ -1123,6 +1165,21 @@ static void test_maxpool(void) {
         check(nans == (s > 0 ? 2 : 0), "maxpool %dx%dx%d: the NaN is in %d outputs", H, W, C, nans);
         const double worst = worst_difference(dx, truth, (size_t)n, 0);
         check(worst < (IS_DOUBLE ? 1e-15 : 3e-7), "maxpool %dx%dx%d: dx differs by %.2e", H, W, C, worst);
+        if (!IS_DOUBLE) {  // bf16 holds these x; dy is rounded
+            bf16 *x_half = (bf16 *)allocate((size_t)(n + 2 * m) * sizeof(bf16)), *y_half = x_half + n;
+            bf16 *dy_half = y_half + m;
+            unsigned char *argmax_half = (unsigned char *)allocate((size_t)m);
+            real *dx_half = (real *)allocate((size_t)n * sizeof(real));
+            for (int i = 0; i < n; i++) x_half[i] = to_bf16((float)x[i]);
+            for (int i = 0; i < m; i++) dy_half[i] = to_bf16((float)dy[i]), dy[i] = (real)from_bf16(dy_half[i]);
+            maxpool_forward(y_half, argmax_half, x_half, H, W, C, 1);
+            maxpool_backward(dx_half, dy_half, argmax, H, W, C, 1);
+            maxpool_backward(dx, dy, argmax, H, W, C, 0);
+            wrong = memcmp(argmax, argmax_half, (size_t)m) != 0 || memcmp(dx, dx_half, (size_t)n * sizeof(real)) != 0;
+            for (int i = 0; i < m; i++) wrong += y_half[i] != to_bf16((float)y[i]);
+            check(wrong == 0, "maxpool %dx%dx%d of bf16: %d outputs are wrong", H, W, C, wrong);
+            free(x_half), free(argmax_half), free(dx_half);
+        }
         free(x), free(truth), free(argmax);
     }
 }

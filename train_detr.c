@@ -302,11 +302,9 @@ INLINE pairs make_pairs(vec even, vec odd) {
 #endif
 }
 
-// Pairs of the two operands' numbers, rounded.
-INLINE pairs round_pairs(vec even, vec odd) {
-    bf16 low[VECTOR_BYTES / 4], high[VECTOR_BYTES / 4];
-    store_bf16(low, even), store_bf16(high, odd);
-    return (pairs)load_bf16(low) >> 16 | (pairs)load_bf16(high);
+// Pairs of the numbers at `even` and those at `odd`.
+INLINE pairs join_pairs(const bf16 *even, const bf16 *odd) {
+    return (pairs)load_bf16(even) >> 16 | (pairs)load_bf16(odd);
 }
 
 static inline float from_bf16(bf16 x) {
@@ -340,6 +338,21 @@ INLINE void store_number(void *to, size_t at, real value, int half) {
         ((real *)to)[at] = value;
 }
 static inline size_t number_bytes(int half) { return half ? sizeof(bf16) : sizeof(real); }
+
+// load_lanes() and store_lanes() where only n numbers are left; lanes past the last are 0.
+INLINE vec load_rest(const void *from, size_t at, size_t n, int half) {
+    if (n >= LANES) return load_lanes(from, at, half);
+    real lanes[LANES] = {0};
+    for (size_t i = 0; i < n; i++) lanes[i] = load_number(from, at + i, half);
+    return vec_load(lanes);
+}
+INLINE void store_rest(void *to, size_t at, vec value, size_t n, int half) {
+    if (n >= LANES) {
+        store_lanes(to, at, value, half);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) store_number(to, at + i, value[i], half);
+}
 
 // One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k][column]. With
 // pairs length and step count pairs.
@@ -438,36 +451,36 @@ static size_t packed_backward_size(ConvShape s, int half) {
     return divide_up(s.in_channels, TILE_COLUMNS) * TILE_COLUMNS * inner + s.out_channels;
 }
 
-// A row of packed weights; half: from two neighbours of the inner dimension, rounded, else from `even` alone.
-INLINE void pack_row(real *to, const real *even, const real *odd, int half) {
-#pragma GCC unroll 8
-    for (int j = 0; j < TILE_COLUMNS; j += LANES)
-        vec_stream(to + j, half ? (vec)round_pairs(vec_load(even + j), vec_load(odd + j)) : vec_load(even + j));
-}
-
 // One tap of TILE_COLUMNS out channels by TILE_COLUMNS in channels, of which there are `rows` and `columns`, through
 // the L1 cache. w: its first weight; the next out channel lies `row` further. scale: of its first channel, or NULL.
-static void pack_block(real *packed, real *packed_backward, const real *w, size_t row, const real *scale, int rows,
+INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_t row, const real *scale, int rows,
                        int columns, int half) {
     const int step = half ? 2 : 1;
-    real block[TILE_COLUMNS][TILE_COLUMNS], line[2][TILE_COLUMNS];
+    real block[TILE_COLUMNS][TILE_COLUMNS], line[TILE_COLUMNS];  // with half the first half of a row is in use
     for (int n = 0; n < TILE_COLUMNS; n++) {
-        const int count = n < rows ? columns : 0;
         const real *from = w + (n < rows ? n : 0) * row;
-        const real factor = n < rows && scale ? scale[n] : 1;
-        for (int j = 0; j < TILE_COLUMNS; j += LANES) __builtin_prefetch(from + columns + j);  // the next block
-        for (int j = 0; j < count; j++) block[n][j] = from[j] * factor;
-        for (int j = count; j < TILE_COLUMNS; j++) block[n][j] = 0;
-    }
-    for (int c = 0; c < columns; c += step) {
-        for (int i = 0; i < step; i++) {
-#pragma GCC unroll 64
-            for (int n = 0; n < TILE_COLUMNS; n++) line[i][n] = block[n][c + i];
+        const vec factor = fill(n < rows && scale ? scale[n] : 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+            __builtin_prefetch(from + columns + j);  // the next block
+            vec value = fill(0);
+            if (n < rows && j < columns) value = load_rest(from, j, columns - j, 0) * factor;
+            store_lanes(block[n], j, value, half);
         }
-        pack_row(packed + c / step * TILE_COLUMNS, line[0], line[1], half);
     }
-    for (int n = 0; packed_backward && n < rows; n += step)
-        pack_row(packed_backward + n / step * TILE_COLUMNS, block[n], block[n + step - 1], half);
+    for (int c = 0; c < columns / step; c++) {
+#pragma GCC unroll 64
+        for (int n = 0; n < TILE_COLUMNS; n++) line[n] = block[n][c];
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_COLUMNS; j += LANES) vec_stream(packed + c * TILE_COLUMNS + j, vec_load(line + j));
+    }
+    for (int n = 0; packed_backward && n < rows; n += step) {
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_COLUMNS; j += LANES)
+            vec_stream(packed_backward + n / step * TILE_COLUMNS + j,
+                       half ? (vec)join_pairs((const bf16 *)block[n] + j, (const bf16 *)block[n + step - 1] + j)
+                            : vec_load(block[n] + j));
+    }
 }
 
 // Weights w (out_channels, kernel, kernel, in_channels) for forward and, unless packed_backward is NULL, for backward:
@@ -494,9 +507,13 @@ static void pack_weights(real *packed, real *packed_backward, const real *w, con
                     real *backward = packed_backward
                                          ? packed_backward + ((in_panel * taps + tap) * out + n) / step * TILE_COLUMNS
                                          : NULL;
-                    pack_block(forward, backward, w + (n * taps + tap) * in + c, (size_t)(taps * in),
-                               scale ? scale + n : NULL, (int)(out - n < width ? out - n : width),
-                               (int)(in - c < width ? in - c : width), half);
+                    const int rows = (int)(out - n < width ? out - n : width);
+                    const int columns = (int)(in - c < width ? in - c : width);
+                    const real *from = w + (n * taps + tap) * in + c, *factors = scale ? scale + n : NULL;
+                    if (half)
+                        pack_block(forward, backward, from, (size_t)(taps * in), factors, rows, columns, 1);
+                    else
+                        pack_block(forward, backward, from, (size_t)(taps * in), factors, rows, columns, 0);
                 }
             }
         }
@@ -971,21 +988,6 @@ INLINE real lane_sum(vec x) {
     return sum;
 }
 
-// load_lanes() and store_lanes() where only n numbers are left; lanes past the last are 0.
-INLINE vec load_rest(const void *from, size_t at, size_t n, int half) {
-    if (n >= LANES) return load_lanes(from, at, half);
-    real lanes[LANES] = {0};
-    for (size_t i = 0; i < n; i++) lanes[i] = load_number(from, at + i, half);
-    return vec_load(lanes);
-}
-INLINE void store_rest(void *to, size_t at, vec value, size_t n, int half) {
-    if (n >= LANES) {
-        store_lanes(to, at, value, half);
-        return;
-    }
-    for (size_t i = 0; i < n; i++) store_number(to, at + i, value[i], half);
-}
-
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // exp(x) for x <= 88 (709 in double), 0 below -87.3 (-708.3), NaN for NaN; the relative error is below 1e-7 (1e-15).
@@ -1081,7 +1083,7 @@ static void dropout_forward(void *y, int half_y, const void *x, int half_x, cons
     const vec scale = fill((real)(1 / (1 - dropout.p)));
     ivec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-#pragma omp parallel for schedule(static) if (count > 16384)
+#pragma omp parallel for schedule(static) firstprivate(dropout) if (count > 16384)
     for (int64_t block = 0; block < blocks; block++) {
         uint32_t keep = dropout.p > 0 ? dropout_keep_bits(dropout, (uint64_t)block) : 0xFFFFFFFFu;
         size_t at = (size_t)block * DROPOUT_ELEMENTS;
