@@ -1475,7 +1475,11 @@ static void test_dumps(void) {
     static const struct {
         const char *folder;
         int takes_bf16;  // every number of channels that is multiplied is even
-    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0}, {"dev/dumps/odd", 0}};
+    } dumps[] = {{"dev/dumps/basic", 1},
+                 {"dev/dumps/bottleneck", 0},
+                 {"dev/dumps/dc5", 0},
+                 {"dev/dumps/odd", 0},
+                 {"dev/dumps/even", 1}};
     for (size_t f = 0; f < sizeof dumps / sizeof dumps[0]; f++) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);

@@ -3,7 +3,7 @@
 The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
 
     python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
-                                         under OUTDIR/basic, bottleneck, dc5 and odd
+                                         under OUTDIR/basic, bottleneck, dc5, odd and even
     python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
 
 The network is transformers' DetrForObjectDetection. Loss, matching, clipping, parameter groups and dropout are those of
@@ -41,7 +41,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.models.detr import modeling_detr
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
+# The five cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
 # has more boxes than there are queries, the second a crowd among its boxes, the third none (`SHARES` turns them round
 # in the second step). Weights other than DETR's own, so that a factor that is mixed up or left out shows.
 
@@ -70,6 +70,11 @@ CASES = dict(
         backbone=dict(layer_type="bottleneck", embedding_size=7, hidden_sizes=[18, 22, 26, 31], depths=[1, 1, 2, 1]),
         detr=dict(d_model=36, heads=3, ffn=37, encoder_layers=1, decoder_layers=2, num_queries=5), num_classes=2,
         sizes=[[(37, 211), (101, 40), (33, 65)], [(150, 33), (35, 139), (43, 43)]]),
+    even=dict(
+        numpy_seed=101, settings=dict(dropout=0.1, train_norms=1, train_all=1),
+        timm=dict(backbone="resnet50", layers=[1, 1, 2, 1], channels=[4, 4, 6, 8]),
+        detr=dict(d_model=24, heads=4, ffn=32, encoder_layers=1, decoder_layers=2, num_queries=6), num_classes=3,
+        sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
 )
 
 SHARES = [["many", "crowd", "none"], ["none", "many", "crowd"]]  # what boxes image i of step s has
