@@ -160,10 +160,10 @@ static ModelConfig small_config(int bottleneck) {
     return config;
 }
 
-static void small_model(Model *model, int bottleneck, double dropout) {
+static void small_model(Model *model, int bottleneck, double dropout, int half) {
     Error error;
     ModelConfig config = small_config(bottleneck);
-    config.dropout = dropout;
+    config.dropout = dropout, config.half = half;
     if (model_create(model, &config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
     for (int i = 0; i < model->num_params; i++) {  // no value stays where a wrong formula would not show
@@ -214,8 +214,9 @@ typedef struct {
     Sample samples[SMALL_BATCH];
 } SmallRun;
 
-static void small_run_begin(SmallRun *small, int bottleneck, double dropout, int training) {
-    small_model(&small->model, bottleneck, dropout);
+// half: computed in bf16, which the build with reals of 64 bits refuses.
+static void small_run_begin(SmallRun *small, int bottleneck, double dropout, int half, int training) {
+    small_model(&small->model, bottleneck, dropout, half);
     activations_create(&small->acts, &small->model, 70, 70, training);
     small_batch(small->samples);
 }
@@ -259,7 +260,7 @@ static void test_gradients(void) {
     for (int bottleneck = 0; bottleneck < 2; bottleneck++) {
         double dropout = bottleneck ? 0.2 : 0;
         SmallRun small;
-        small_run_begin(&small, bottleneck, dropout, 1);
+        small_run_begin(&small, bottleneck, dropout, 0, 1);
         batch_loss(&small.model, &small.acts, small.samples, 1);
         double whole = gradient_norm(&small.model), step = 1e-6, total_slope = 0, total_expected = 0;
         for (int i = 0; i < small.model.num_params; i++) {
@@ -305,7 +306,7 @@ static uint64_t fingerprint(const Model *model, int gradients) {
     return hash;
 }
 
-static void test_same_bytes(void) {
+static void test_same_bytes_in(int half) {
     uint64_t gradient[4], weights[4];
     int threads_before = omp_get_max_threads();
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
@@ -314,7 +315,7 @@ static void test_same_bytes(void) {
         SmallRun small;
         Losses losses;
         Error error;
-        small_run_begin(&small, 1, 0.1, 1);
+        small_run_begin(&small, 1, 0.1, half, 1);
         for (int64_t step = 0; step < 2; step++)
             training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, step,
                           &losses, &error);
@@ -324,13 +325,18 @@ static void test_same_bytes(void) {
     omp_set_num_threads(threads_before);
     for (int run = 1; run < 4; run++)
         check(gradient[run] == gradient[0] && weights[run] == weights[0],
-              "two steps with %d threads give the bytes that 1 thread gives", run == 3 ? 1 : run + 1);
+              "two steps%s with %d threads give the bytes that 1 thread gives", half ? " in bf16" : "",
+              run == 3 ? 1 : run + 1);
+}
+
+static void test_same_bytes(void) {
+    for (int half = 0; half <= !IS_DOUBLE; half++) test_same_bytes_in(half);
 }
 
 // What one image gives may not depend on what was computed before it.
-static void test_company(void) {
+static void test_company_in(int half) {
     SmallRun small;
-    small_run_begin(&small, 0, 0, 0);
+    small_run_begin(&small, 0, 0, half, 0);
     size_t count = (size_t)(small.model.config.dec_layers * small.model.config.num_queries) * 4;
     real *alone = (real *)allocate(count * sizeof(real));
     predict_image(&small.model, &small.acts, &small.samples[0].image);
@@ -339,10 +345,14 @@ static void test_company(void) {
     small.acts.dropout.p = 0.5;  // as a training step may leave it
     predict_image(&small.model, &small.acts, &small.samples[0].image);
     check(memcmp(alone, small.acts.boxes, count * sizeof(real)) == 0,
-          "an image's boxes are the same after another image");
+          "an image's boxes are the same after another image%s", half ? " in bf16" : "");
     check(activations_bytes(&small.model, 70, 70, 0) == small.acts.arena.capacity, "the plan is what is allocated");
     free(alone);
     small_run_end(&small);
+}
+
+static void test_company(void) {
+    for (int half = 0; half <= !IS_DOUBLE; half++) test_company_in(half);
 }
 
 // The training step's gradients are those of the batch as the other tests compute it, which the truth is compared with.
@@ -351,7 +361,7 @@ static void test_training_step(void) {
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
-    small_run_begin(&small, 1, 0.1, 1);
+    small_run_begin(&small, 1, 0.1, 0, 1);
     double loss = batch_loss(&small.model, &small.acts, small.samples, 1);
     uint64_t gradient = fingerprint(&small.model, 1), weights = fingerprint(&small.model, 0);
     int status = training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 11, 5,
@@ -430,7 +440,7 @@ static void test_nonfinite(void) {
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
-    small_run_begin(&small, 0, 0, 1);
+    small_run_begin(&small, 0, 0, 0, 1);
     small.model.input_projection.weight->value[3] = (real)NAN;
     model_pack(&small.model);
     uint64_t before = fingerprint(&small.model, 0);
@@ -1539,9 +1549,8 @@ static double average_precision_50(Model *model, Activations *acts, const Sample
 
 // A batch of four real pictures is learned from random weights. It takes some 400 steps; a sign or a factor that is
 // wrong anywhere on the way back shows here even if no formula was ever compared.
-static void test_learns_by_heart(void) {
+static void test_learns_by_heart_in(int half) {
     enum { PICTURES = 4, MAX_BOXES = 8, MAX_STEPS = 1000 };
-    if (IS_DOUBLE) return;  // the float build does it, in half the time
     Error error;
     Dataset dataset;
     int opened = dataset_open(&dataset, "data/bccd", "train", &error);
@@ -1562,7 +1571,7 @@ static void test_learns_by_heart(void) {
     ModelConfig config = small_config(0);
     for (int s = 0; s < 3; s++) config.depths[s] = 1, config.widths[s] = 24 << s;
     config.stem_width = 16, config.hidden_dim = 64, config.enc_layers = 1, config.dim_feedforward = 128,
-    config.num_queries = 10;
+    config.num_queries = 10, config.half = half;
     Model model;
     Activations acts;
     Losses losses;
@@ -1580,13 +1589,20 @@ static void test_learns_by_heart(void) {
         if (step == 0) first_loss = losses.loss;
         if (step % 50 == 49) ap50 = average_precision_50(&model, &acts, samples, PICTURES);
     }
-    printf("  learned by heart: AP50 %.3f after %d steps, loss %.2f from %.2f\n", ap50, step, losses.loss, first_loss);
-    check(ap50 >= 0.95, "four pictures are learned by heart: AP50 is %.3f after %d steps", ap50, step);
+    const char *type = half ? " in bf16" : "";
+    printf("  learned by heart%s: AP50 %.3f after %d steps, loss %.2f from %.2f\n", type, ap50, step, losses.loss,
+           first_loss);
+    check(ap50 >= 0.95, "four pictures are learned by heart%s: AP50 is %.3f after %d steps", type, ap50, step);
     check(losses.loss < first_loss / 4, "the loss falls: %.3f from %.3f", losses.loss, first_loss);
     free_batch(samples, PICTURES);
     activations_free(&acts);
     model_free(&model);
     dataset_free(&dataset);
+}
+
+static void test_learns_by_heart(void) {
+    if (IS_DOUBLE) return;  // the float build does it, in half the time
+    for (int half = 0; half < 2; half++) test_learns_by_heart_in(half);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
