@@ -157,7 +157,7 @@ static void profile_end(double begin, const char *work, const char *pass, double
 // TILE_ROWS pointers to pixels (a row of zeros stands for pixels outside the image), and the tile stays in registers
 // across all taps. So there is no im2col, the result is written once, and bias, residual and ReLU cost no extra pass.
 // Weights are packed once an optimizer step into panels of TILE_COLUMNS columns, [panel][tap and channel][column].
-// In the third the inner dimension is the pixels; blocks of them are copied side by side, see conv_backward_weight().
+// In the third the inner dimension is the pixels, see conv_backward_weight().
 //
 // A linear layer is a convolution with kernel 1 over an "image" of (rows, 1).
 //
@@ -198,7 +198,8 @@ enum {
     BLOCK_TILES = 10,      // tiles that use a panel of weights one after another, while it is in the L2 cache
     MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
     MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
-    BLOCK_PIXELS = 128,    // backward weight: pixels copied side by side and summed in registers
+    BLOCK_PIXELS = 224,    // backward weight: pixels, or pairs of them, summed in registers
+    COPIED_ROWS = 8,       // backward weight: TILE_ROWS numbers of dy as they are copied, by one vector
     WEIGHT_ROWS = 258,     // backward weight: a piece of dw, out channels
     WEIGHT_COLUMNS = 256,  // and taps and in channels: it stays in the L2 cache while the pixels go by
     WEIGHT_PIECES = 16,    // backward weight: pieces there should be for threads to share
@@ -354,8 +355,8 @@ INLINE void store_rest(void *to, size_t at, vec value, size_t n, int half) {
     for (size_t i = 0; i < n; i++) store_number(to, at + i, value[i], half);
 }
 
-// One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k][column]. With
-// pairs length and step count pairs.
+// One run of products: row i of the tile gets the sum over k < length of rows[i][k * step] * weights[k * panel_step +
+// column]. With pairs length and steps count pairs.
 typedef struct {
     const real *rows[TILE_ROWS];
     size_t offset;  // of its weights from the panel's start
@@ -364,14 +365,14 @@ typedef struct {
 // tile += the sum of all runs; half: of pairs of bf16. Inlined, so that the tile is in registers; each loop over the
 // tile must be unrolled for that, or it falls back to memory at half the speed.
 INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int length, size_t step,
-                          const real *panel, int half) {
+                          const real *panel, size_t panel_step, int half) {
     for (int run = 0; run < num_runs; run++) {
         const real *rows[TILE_ROWS];
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) rows[i] = runs[run].rows[i];
         const real *weights = panel + runs[run].offset;
         size_t at = 0;
-        for (int k = 0; k < length; k++, at += step, weights += TILE_COLUMNS) {
+        for (int k = 0; k < length; k++, at += step, weights += panel_step) {
             vec w[TILE_VECTORS];
 #pragma GCC unroll 8
             for (int j = 0; j < TILE_VECTORS; j++) w[j] = vec_load(weights + j * LANES);
@@ -406,13 +407,6 @@ INLINE void spill_tile(real *out, vec tile[TILE_ROWS][TILE_VECTORS]) {
     for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + i * TILE_COLUMNS + j * LANES, tile[i][j]);
-}
-
-static real *widen(const void *x, size_t n, int half) {
-    if (!half) return (real *)x;
-    real *r = (real *)malloc(n * sizeof(real));
-    for (size_t i = 0; i < n; i++) r[i] = load_number(x, i, 1);
-    return r;
 }
 
 // A square kernel. Activations are (height * width, channels), weights (out_channels, kernel, kernel, in_channels).
@@ -644,7 +638,7 @@ INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_ro
         }
     }
     clear_tile(tile);
-    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, half);
+    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, half);
     if (p->epilogue.half)
         finish_tile(p, tile, out_rows, rows, first_column, 1);
     else
@@ -765,13 +759,14 @@ typedef struct {
     int rows, columns, row_pieces, column_pieces, slices;
 } WeightPlan;
 
-static WeightPlan plan_backward_weight(ConvShape s, long pixels) {
+// units: of the inner dimension, pixels or (bf16) pairs of pixels.
+static WeightPlan plan_backward_weight(ConvShape s, long units) {
     WeightPlan plan;
     size_t row_tiles = divide_up(s.out_channels, TILE_ROWS), panels = divide_up(patch_size(s), TILE_COLUMNS);
     plan.row_pieces = (int)divide_up(s.out_channels, WEIGHT_ROWS);
     plan.column_pieces = (int)divide_up(patch_size(s), WEIGHT_COLUMNS);
     plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
-    if (plan.slices > (long)divide_up(pixels, SLICE_PIXELS)) plan.slices = (int)divide_up(pixels, SLICE_PIXELS);
+    if (plan.slices > (long)divide_up(units, SLICE_PIXELS)) plan.slices = (int)divide_up(units, SLICE_PIXELS);
     while (plan.row_pieces * plan.column_pieces * plan.slices < WEIGHT_PIECES / 4 &&
            s.out_channels / plan.row_pieces > 10 * TILE_ROWS)
         plan.row_pieces *= 2;  // few rows and a small dw: smaller pieces are slower, but let two threads work
@@ -782,23 +777,108 @@ static WeightPlan plan_backward_weight(ConvShape s, long pixels) {
     return plan;
 }
 
-// Reals from one pixel to the next in a copied block of dy: an odd number of cache lines, because a power of two would
-// put all pixels into the same few lines of the L1 cache.
-static inline size_t block_stride(int rows) { return (divide_up(rows, LANES) | 1) * LANES; }
+// Reals from one tile to the next in a copied block of dy: an odd number of cache lines, because a power of two would
+// put one pixel's numbers for all tiles into the same few lines of the L1 cache.
+static inline size_t tile_stride(int units) { return (divide_up((size_t)units * COPIED_ROWS, LANES) | 1) * LANES; }
+
+// Reals that one thread needs for its copies of dy and of a panel.
+static inline size_t weight_block(void) {
+    return divide_up(WEIGHT_ROWS, TILE_ROWS) * tile_stride(BLOCK_PIXELS) + BLOCK_PIXELS * TILE_COLUMNS;
+}
 
 // Reals of workspace for conv_backward_weight() on up to `threads` threads.
 static size_t conv_backward_weight_workspace(ConvShape s, int threads) {
-    size_t block = BLOCK_PIXELS * (block_stride(WEIGHT_ROWS) + TILE_COLUMNS);
     size_t slices = plan_backward_weight(s, (long)WEIGHT_PIECES * SLICE_PIXELS).slices;
-    return threads * block + (slices - 1) * s.out_channels * (patch_size(s) + 1);
+    return threads * weight_block() + (slices - 1) * s.out_channels * (patch_size(s) + 1);
 }
 
-// panel[m][j] = column first_column + j of the patch (taps and channels) that output pixel first_pixel + m read from x,
-// for m < pixels and j < TILE_COLUMNS; zero outside the image and past the patch's end.
-static void copy_patches(real *panel, const real *x, int height, int width, ConvShape s, long first_pixel, int pixels,
-                         long first_column) {
-    const int merged = s.dilation == 1 ? s.kernel : 1, out_width = conv_size(width, s);
-    const long run = (long)merged * s.in_channels, line_length = (long)width * s.in_channels;
+// The input of a backward weight, and one piece of it: rows first_row .. first_row + rows of dy's channels by `columns`
+// of the patch (taps and in channels), over the pixels first_pixel .. last_pixel. x and dy are bf16 where half.
+typedef struct {
+    const void *x, *dy;
+    int height, width;
+    ConvShape shape;
+    long first_pixel, last_pixel, first_column;
+    int first_row, rows, columns;
+} WeightPiece;
+
+typedef uint16_t copied_half __attribute__((vector_size(COPIED_ROWS * 2), aligned(2), may_alias));
+typedef uint32_t copied_pairs __attribute__((vector_size(COPIED_ROWS * 4), aligned(4), may_alias));
+typedef float copied_floats __attribute__((vector_size(COPIED_ROWS * 4), aligned(4), may_alias));
+typedef real copied_rows __attribute__((vector_size(COPIED_ROWS * sizeof(real)), aligned(4), may_alias));
+
+// block[tile][pixel][i] = dy[first_pixel + pixel][first_row + tile * TILE_ROWS + i], zero past the last row; half:
+// pairs of two pixels' numbers, an odd last pixel's with zero.
+INLINE void copy_gradients(real *block, const WeightPiece *p, long first_pixel, int pixels, int half) {
+    const int step = half ? 2 : 1, units = (pixels + step - 1) / step;
+    const size_t bytes = number_bytes(half), stride = p->shape.out_channels * bytes;
+    for (int unit = 0; unit < units; unit++) {
+        const char *pixel = (const char *)p->dy + (first_pixel + unit * step) * stride + p->first_row * bytes;
+        const int both = unit * step + 1 < pixels;
+        const char *next = both ? pixel + stride : pixel;
+        const uint32_t keep = both ? 0xFFFF0000u : 0;
+        real *out = block + unit * COPIED_ROWS;
+        for (int row = 0; row < p->rows; row += TILE_ROWS, out += tile_stride(units)) {
+            real numbers[2][COPIED_ROWS];
+            const void *even = pixel + row * bytes, *odd = next + row * bytes;
+            if (row + COPIED_ROWS > p->rows) {
+                memset(numbers, 0, sizeof numbers);
+                even = memcpy(numbers[0], even, (p->rows - row) * bytes);
+                odd = memcpy(numbers[1], odd, (p->rows - row) * bytes);
+            }
+            if (half)
+                *(copied_pairs *)out = __builtin_convertvector(*(const copied_half *)even, copied_pairs) |
+                                       (__builtin_convertvector(*(const copied_half *)odd, copied_pairs) << 16 & keep);
+            else
+                *(copied_rows *)out = *(const copied_rows *)even;
+        }
+    }
+}
+
+// dbias[row] += (or =) the sum of dy over the pixels of a block that copy_gradients() wrote.
+INLINE void sum_gradients(real *dbias, const real *block, int rows, int units, int add, int half) {
+    for (int row = 0; row < rows; row += TILE_ROWS, block += tile_stride(units)) {
+        copied_rows sum = {0};
+        for (int unit = 0; unit < units; unit++) {
+            const real *at = block + unit * COPIED_ROWS;
+            if (half) {
+                const copied_pairs two = *(const copied_pairs *)at;
+                sum += __builtin_convertvector((copied_floats)(two << 16) + (copied_floats)(two & 0xFFFF0000u),
+                                               copied_rows);
+            } else {
+                sum += *(const copied_rows *)at;
+            }
+        }
+        for (int i = 0; i < TILE_ROWS && row + i < rows; i++) dbias[row + i] = (add ? dbias[row + i] : 0) + sum[i];
+    }
+}
+
+// copy_clipped() from a line of bf16 into one half of pairs: the lower one, the upper one then being zero, or where
+// `odd` the upper one.
+INLINE void copy_clipped_half(real *out, const bf16 *line, long first, long length, long line_length, int odd) {
+    if (line && first >= 0 && first + length <= line_length && length == TILE_COLUMNS) {
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            const pairs upper = (pairs)load_bf16(line + first + j * LANES);
+            real *to = out + j * LANES;
+            vec_store(to, (vec)(odd ? (pairs)vec_load(to) | upper : upper >> 16));
+        }
+        return;
+    }
+    pair_memory *to = (pair_memory *)out;
+    for (long i = 0; i < length; i++) {
+        const uint32_t value = line && first + i >= 0 && first + i < line_length ? line[first + i] : 0;
+        to[i] = odd ? to[i] | value << 16 : value;
+    }
+}
+
+// panel[m][j] = column first_column + j of the patch that output pixel first_pixel + m read from x, for m < pixels and
+// j < TILE_COLUMNS; zero outside the image and past the patch's end. half: pairs of two pixels' numbers, an odd last
+// pixel's with zero.
+INLINE void copy_patches(real *panel, const WeightPiece *p, long first_pixel, int pixels, long first_column, int half) {
+    const ConvShape s = p->shape;
+    const int merged = s.dilation == 1 ? s.kernel : 1, out_width = conv_size(p->width, s);
+    const long run = (long)merged * s.in_channels, line_length = (long)p->width * s.in_channels;
     long length;  // of a stretch of columns that lie side by side in x
     for (long column = 0; column < TILE_COLUMNS; column += length) {
         const long tap = (first_column + column) / run * merged, from = (first_column + column) % run;
@@ -807,24 +887,54 @@ static void copy_patches(real *panel, const real *x, int height, int width, Conv
         int y = (int)(first_pixel / out_width) * s.stride - s.padding + (int)(tap / s.kernel) * s.dilation;
         int out_x = (int)(first_pixel % out_width);
         for (long m = 0; m < pixels; m++) {
-            const real *line = inside && y >= 0 && y < height ? x + y * line_length : NULL;
+            const void *line = NULL;
+            if (inside && y >= 0 && y < p->height) line = (const char *)p->x + y * line_length * number_bytes(half);
             const long pixel = (long)out_x * s.stride - s.padding + tap % s.kernel * s.dilation;
-            copy_clipped(panel + m * TILE_COLUMNS + column, line, pixel * s.in_channels + from, length, line_length);
+            real *out = panel + (half ? m / 2 : m) * TILE_COLUMNS + column;
+            if (half)
+                copy_clipped_half(out, (const bf16 *)line, pixel * s.in_channels + from, length, line_length, m % 2);
+            else
+                copy_clipped(out, (const real *)line, pixel * s.in_channels + from, length, line_length);
             if (++out_x == out_width) out_x = 0, y += s.stride;
         }
     }
 }
 
-// dw[first_row + i][first_column + j] += (or =) sum over pixels of dy_block[pixel][i] * panel[pixel][j].
-static void weight_tile(real *dw, size_t inner, const real *dy_block, size_t stride, const real *panel, int pixels,
-                        int rows, int columns, int add) {
+// Asks for memory that will be read soon to be brought into the L2 cache.
+INLINE void prefetch(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
+
+// The same for dy's rows of the pixels first .. last, and for what copy_patches() will read of a panel.
+INLINE void prefetch_gradients(const WeightPiece *p, long first, long last, int half) {
+    const size_t bytes = number_bytes(half);
+    for (long pixel = first; pixel < last; pixel++)
+        prefetch((const char *)p->dy + (pixel * p->shape.out_channels + p->first_row) * bytes, p->rows * bytes);
+}
+INLINE void prefetch_patches(const WeightPiece *p, long first, long last, long first_column, int half) {
+    const ConvShape s = p->shape;
+    const int out_width = conv_size(p->width, s), tap = (int)(first_column / s.in_channels);
+    const int from = (int)(first_column % s.in_channels), left = s.in_channels - from;
+    const int tap_y = tap / s.kernel * s.dilation - s.padding, tap_x = tap % s.kernel * s.dilation - s.padding;
+    const size_t bytes = number_bytes(half), length = left < TILE_COLUMNS ? left : TILE_COLUMNS;
+    for (long pixel = first; pixel < last; pixel++) {
+        const long y = pixel / out_width * s.stride + tap_y, x = pixel % out_width * s.stride + tap_x;
+        if (y < 0 || y >= p->height || x < 0 || x >= p->width) continue;
+        prefetch((const char *)p->x + ((y * p->width + x) * s.in_channels + from) * bytes, length * bytes);
+    }
+}
+
+// dw[i][j] += (or =) the sum over units of rows[unit][i] * panel[unit][j] for i < rows_left and j < columns_left, at
+// most a tile. rows: a tile of copy_gradients(). inner: of dw's rows.
+INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *panel, size_t panel_step, int units,
+                        int rows_left, int columns_left, int add, int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     Run run;
-    for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = dy_block + i;
+    for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
     run.offset = 0;
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, pixels, stride, panel, 0);
-    if (rows >= TILE_ROWS && columns >= TILE_COLUMNS) {
+    multiply_tile(tile, &run, 1, units, COPIED_ROWS, panel, panel_step, half);
+    if (rows_left >= TILE_ROWS && columns_left >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
 #pragma GCC unroll 8
@@ -837,52 +947,74 @@ static void weight_tile(real *dw, size_t inner, const real *dy_block, size_t str
     }
     real edge[TILE_ROWS * TILE_COLUMNS];
     spill_tile(edge, tile);
-    for (int i = 0; i < rows && i < TILE_ROWS; i++)
-        for (int j = 0; j < columns && j < TILE_COLUMNS; j++)
+    for (int i = 0; i < rows_left && i < TILE_ROWS; i++)
+        for (int j = 0; j < columns_left && j < TILE_COLUMNS; j++)
             dw[i * inner + j] = (add ? dw[i * inner + j] : 0) + edge[i * TILE_COLUMNS + j];
 }
 
-// One piece of dw, rows first_row .. first_row + rows of dy's channels by `columns` of the patch, over the pixels
-// first_pixel .. last_pixel. dw: += if `add`, else =. dbias (rows) likewise, or NULL. block: room for the copies.
-static void weight_piece(real *dw, real *dbias, int add, const real *x, const real *dy, int height, int width,
-                         ConvShape s, long first_pixel, long last_pixel, int first_row, int rows, long first_column,
-                         int columns, real *block) {
-    size_t inner = patch_size(s), stride = block_stride(rows);
-    real *panel = block + BLOCK_PIXELS * stride;
-    long blocks = (long)divide_up(last_pixel - first_pixel, BLOCK_PIXELS), total = last_pixel - first_pixel;
-    for (long b = 0; b < blocks; b++) {
-        long start = first_pixel + total * b / blocks;
-        int pixels = (int)(first_pixel + total * (b + 1) / blocks - start), adds = add || b > 0;
-        for (int m = 0; m < pixels; m++) {
-            memcpy(block + m * stride, dy + (start + m) * s.out_channels + first_row, sizeof(real) * rows);
-            for (size_t i = rows; i < stride; i++) block[m * stride + i] = 0;
+// dw (out_channels, patch), where the piece lies in it: += if `add`, else =. dbias (out_channels) likewise, or NULL.
+// block: weight_block() reals for the copies.
+//
+// A panel of x is copied unless it lies in rows of its own already, and then meets dy's tiles one after another. Memory
+// is the bottleneck unless it is asked for in time: while a tile is multiplied, a share of the next block's dy and of
+// the next panel of x is on its way to the L2 cache, and during the first block dw as well.
+INLINE void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block, int half) {
+    const ConvShape s = p->shape;
+    const int step = half ? 2 : 1, tiles = (int)divide_up(p->rows, TILE_ROWS);
+    const int panels = (int)divide_up(p->columns, TILE_COLUMNS), plain = s.kernel == 1 && s.stride == 1 && !s.padding;
+    const long inner = (long)patch_size(s), all_units = (long)divide_up(p->last_pixel - p->first_pixel, step);
+    const long blocks = (long)divide_up(all_units, BLOCK_PIXELS);
+    real *copied = block + tiles * tile_stride(BLOCK_PIXELS);
+    long start = p->first_pixel, end;
+    for (long b = 0; b < blocks; b++, start = end) {
+        end = b == blocks - 1 ? p->last_pixel : p->first_pixel + all_units * (b + 1) / blocks * step;
+        const int pixels = (int)(end - start), units = (pixels + step - 1) / step, adds = add || b > 0;
+        const long ahead = end + pixels < p->last_pixel ? pixels : p->last_pixel - end;  // pixels of the next block
+        copy_gradients(block, p, start, pixels, half);
+        if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
+        for (int panel = 0; panel < panels; panel++) {
+            const long column = p->first_column + panel * TILE_COLUMNS;
+            const int in_place = !half && plain && column + TILE_COLUMNS <= inner, last = panel == panels - 1;
+            const real *patches = in_place ? (const real *)p->x + start * inner + column : copied;
+            const long next = last ? end : start, count = last ? ahead : pixels;  // the next panel's pixels
+            const long next_column = last ? p->first_column : column + TILE_COLUMNS;
+            if (!in_place) copy_patches(copied, p, start, pixels, column, half);
+            for (long tile = 0; tile < tiles; tile++) {
+                const long turn = panel * tiles + tile, turns = (long)panels * tiles;
+                const int row = (int)tile * TILE_ROWS;
+                real *out = dw + (p->first_row + row) * inner + column;
+                prefetch_gradients(p, end + ahead * turn / turns, end + ahead * (turn + 1) / turns, half);
+                prefetch_patches(p, next + count * tile / tiles, next + count * (tile + 1) / tiles, next_column, half);
+                for (int i = 0; b == 0 && i < TILE_ROWS; i++) prefetch(out + i * inner, TILE_COLUMNS * sizeof(real));
+                weight_tile(out, inner, block + tile * tile_stride(units), patches, in_place ? inner : TILE_COLUMNS,
+                            units, p->rows - row, p->columns - panel * TILE_COLUMNS, adds, half);
+            }
         }
-        for (int i = 0; dbias && i < rows; i++) {
-            real sum = 0;
-            for (int m = 0; m < pixels; m++) sum += block[m * stride + i];
-            dbias[i] = (adds ? dbias[i] : 0) + sum;
-        }
-        for (int column = 0; column < columns; column += TILE_COLUMNS) {
-            copy_patches(panel, x, height, width, s, start, pixels, first_column + column);
-            for (int row = 0; row < rows; row += TILE_ROWS)
-                weight_tile(dw + (first_row + row) * inner + first_column + column, inner, block + row, stride, panel,
-                            pixels, rows - row, columns - column, adds);
-        }
+    }
+}
+
+// to[i] += the sum over k < count of slices[k * size + i], for i < n. Called by all threads.
+static void add_slices(real *to, const real *slices, long size, int count, long n) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < n; i += LANES) {
+        vec sum = load_rest(slices, i, n - i, 0);
+        for (int k = 1; k < count; k++) sum += load_rest(slices, k * size + i, n - i, 0);
+        store_rest(to, i, load_rest(to, i, n - i, 0) + sum, n - i, 0);
     }
 }
 
 // dw += the weight's gradient, in w's layout (of the weight as it was packed: a folded scale is the caller's to apply);
 // dbias (out_channels) += the sum of dy over pixels, or NULL. x: (height * width, in_channels), dy: (out height * out
-// width, out_channels). workspace: conv_backward_weight_workspace() reals.
+// width, out_channels), of bf16 where half. workspace: conv_backward_weight_workspace() reals.
 //
-// dw is shared out in pieces. For each block of BLOCK_PIXELS pixels a piece copies its channels of dy side by side,
-// and, panel by panel, the patches of x; the tile loop then runs over the pixels of the block.
-static void conv_backward_weight(real *dw, real *dbias, const void *x_, const void *dy_, int height, int width,
+// dw is shared out in pieces. For each block of BLOCK_PIXELS pixels a piece copies its channels of dy, a tile's rows
+// side by side, and goes through the panels of x's patches; the tile loop runs over the pixels of the block. With bf16
+// the copies make pairs of two pixels that follow each other, and a block is as many pairs.
+static void conv_backward_weight(real *dw, real *dbias, const void *x, const void *dy, int height, int width,
                                  ConvShape s, int half, real *workspace) {
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
-    real *x = widen(x_, (size_t)height * width * s.in_channels, half), *dy = widen(dy_, pixels * s.out_channels, half);
     if (pixels <= 0) return;
-    const WeightPlan plan = plan_backward_weight(s, pixels);
+    const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels);
     long size = s.out_channels * (inner + 1);  // a slice's own dw and dbias
     real *slices = workspace;                  // slice 0 adds to dw itself
     real *blocks = workspace + (plan.slices - 1) * size;
@@ -892,32 +1024,27 @@ static void conv_backward_weight(real *dw, real *dbias, const void *x_, const vo
         for (int slice = 0; slice < plan.slices; slice++) {
             for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
                 for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
-                    int first_row = row_piece * plan.rows;
-                    int rows = s.out_channels - first_row < plan.rows ? s.out_channels - first_row : plan.rows;
-                    long first_column = (long)column_piece * plan.columns, left = inner - first_column;
+                    WeightPiece p;
+                    p.x = x, p.dy = dy, p.height = height, p.width = width, p.shape = s;
+                    p.first_pixel = pixels * slice / plan.slices, p.last_pixel = pixels * (slice + 1) / plan.slices;
+                    p.first_row = row_piece * plan.rows, p.first_column = (long)column_piece * plan.columns;
+                    p.rows = s.out_channels - p.first_row < plan.rows ? s.out_channels - p.first_row : plan.rows;
+                    p.columns = inner - p.first_column < plan.columns ? (int)(inner - p.first_column) : plan.columns;
                     real *own = slice ? slices + (slice - 1) * size : dw;
-                    real *own_bias = slice ? own + s.out_channels * inner : dbias;
-                    weight_piece(
-                        own, dbias && column_piece == 0 ? own_bias + first_row : NULL, slice == 0, x, dy, height, width,
-                        s, pixels * slice / plan.slices, pixels * (slice + 1) / plan.slices, first_row, rows,
-                        first_column, left < plan.columns ? (int)left : plan.columns,
-                        blocks + omp_get_thread_num() * BLOCK_PIXELS * (block_stride(WEIGHT_ROWS) + TILE_COLUMNS));
+                    real *own_bias = !dbias || column_piece ? NULL : slice ? own + s.out_channels * inner : dbias;
+                    real *block = blocks + (size_t)omp_get_thread_num() * weight_block();
+                    if (half)
+                        weight_piece(own, own_bias, slice == 0, &p, block, 1);
+                    else
+                        weight_piece(own, own_bias, slice == 0, &p, block, 0);
                 }
             }
         }
         if (plan.slices > 1) {
-#pragma omp for schedule(static)
-            for (long i = 0; i < (dbias ? size : s.out_channels * inner); i++) {
-                real sum = 0;
-                for (int slice = 1; slice < plan.slices; slice++) sum += slices[(slice - 1) * size + i];
-                if (i < s.out_channels * inner)
-                    dw[i] += sum;
-                else
-                    dbias[i - s.out_channels * inner] += sum;
-            }
+            add_slices(dw, slices, size, plan.slices - 1, s.out_channels * inner);
+            if (dbias) add_slices(dbias, slices + s.out_channels * inner, size, plan.slices - 1, s.out_channels);
         }
     }
-    if (half) free(x), free(dy);
 }
 
 // The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers,
