@@ -30,15 +30,23 @@ enum {
     IMAGE_MAX_SIDE = 1000000,
     JPEG_MAX_SCANS = 500,
     JPEG_QUALITY = 92,
-    IMAGE_HEADER_BYTES = 1 << 18
+    IMAGE_HEADER_BYTES = 1 << 18,
+    IMAGE_SPARE_BYTES = 16  // behind the last pixel, so that vectors can be read and written whole
 };
 
-// A black picture; image_free releases it.
-static inline Image image_new(int width, int height) {
+// A picture whose pixels are not set, for who sets them all; image_free releases it.
+static inline Image image_unset(int width, int height) {
     Image image;
     image.width = width;
     image.height = height;
-    image.pixels = (unsigned char *)allocate((size_t)width * (size_t)height * 3);
+    image.pixels = (unsigned char *)reallocate(NULL, (size_t)width * (size_t)height * 3 + IMAGE_SPARE_BYTES);
+    return image;
+}
+
+// A black picture; image_free releases it.
+static inline Image image_new(int width, int height) {
+    Image image = image_unset(width, height);
+    memset(image.pixels, 0, (size_t)width * (size_t)height * 3 + IMAGE_SPARE_BYTES);
     return image;
 }
 
@@ -440,19 +448,17 @@ static inline void image_crop(Image *image, int x, int y, int width, int height)
     image->height = height;
 }
 
-// Mirrors left and right. In place.
+// Mirrors left and right. In place. Pixels move as 4 bytes, of which the fourth lands where the next one comes.
 static inline void image_flip(Image *image) {
+    size_t last = (size_t)image->width - 1, row_bytes = 3 * (size_t)image->width;
+    unsigned char *copy = (unsigned char *)reallocate(NULL, row_bytes + 1);
     for (int y = 0; y < image->height; y++) {
-        unsigned char *left = image->pixels + 3 * (size_t)y * (size_t)image->width;
-        unsigned char *right = left + 3 * ((size_t)image->width - 1);
-        for (; left < right; left += 3, right -= 3) {
-            for (int c = 0; c < 3; c++) {
-                unsigned char kept = left[c];
-                left[c] = right[c];
-                right[c] = kept;
-            }
-        }
+        unsigned char *row = image->pixels + (size_t)y * row_bytes;
+        memcpy(copy, row, row_bytes);
+        for (size_t x = 0; x < last; x++) memcpy(row + 3 * x, copy + 3 * (last - x), 4);
+        memcpy(row + 3 * last, copy, 3);
     }
+    free(copy);
 }
 
 // The size DETR resizes a width x height picture to (datasets/transforms.py, get_size_with_aspect_ratio): the short
@@ -524,56 +530,84 @@ static inline void resize_table_free(ResizeTable *table) {
     free(table->weights);
 }
 
-// Rows `first_row` .. `first_row + rows - 1` of `from`, resized along x to `width` places: (rows, width, 3). A row is
-// widened first to four 32-bit numbers a pixel, so that a tap is one vector multiplication and addition.
+// Both passes sum 16 bytes at a time.
+typedef int ResizeSums __attribute__((vector_size(64)));
+typedef unsigned char ResizeBytes __attribute__((vector_size(16)));
+
+static inline void resize_load(ResizeSums *numbers, const ResizeBytes *bytes) {
+    typedef unsigned short Shorts __attribute__((vector_size(32)));  // a step that compilers have an instruction for
+    *numbers = __builtin_convertvector(__builtin_convertvector(*bytes, Shorts), ResizeSums);
+}
+
+// Sums that began at half a step, rounded down and cut off at 255.
+static inline ResizeBytes resize_round(const ResizeSums *sums) {
+    ResizeSums values = *sums >> RESIZE_BITS, over = values > 255;
+    values = (values & ~over) | (over & 255);
+    return __builtin_convertvector(values, ResizeBytes);
+}
+
+// Rows `first_row` .. `first_row + rows - 1` of `from`, resized along x to `width` places: (rows, width, 3). Four rows
+// go together: a vector holds one pixel of each, as red, green, blue and a fourth number that nobody uses. The pixels
+// are widened first, so that a tap is one multiplication and addition.
 static inline Image resize_along_x(const Image *from, const ResizeTable *table, int width, int first_row, int rows) {
-    typedef int Pixel __attribute__((vector_size(16)));
-    Image to = image_new(width, rows);
-    Pixel *wide = (Pixel *)allocate((size_t)from->width * sizeof(Pixel));
-    for (int y = 0; y < rows; y++) {
-        const unsigned char *in = from->pixels + 3 * (size_t)(first_row + y) * (size_t)from->width;
-        unsigned char *out = to.pixels + 3 * (size_t)y * (size_t)width;
-        for (int x = 0; x < from->width; x++) {
-            Pixel pixel = {in[3 * x], in[3 * x + 1], in[3 * x + 2], 0};
-            wide[x] = pixel;
+    Image to = image_unset(width, rows);
+    void *memory = reallocate(NULL, ((size_t)from->width + 1) * sizeof(ResizeSums));
+    ResizeSums *wide = (ResizeSums *)(((uintptr_t)memory + sizeof(ResizeSums) - 1) & ~(sizeof(ResizeSums) - 1));
+    for (int y = 0; y < rows; y += 4) {
+        const unsigned char *in[4];
+        unsigned char *out[4];
+        for (int r = 0; r < 4; r++) {
+            int row = y + r < rows ? y + r : rows - 1;  // the last row again, where there are fewer than four
+            in[r] = from->pixels + 3 * (size_t)(first_row + row) * (size_t)from->width;
+            out[r] = to.pixels + 3 * (size_t)row * (size_t)width;
         }
-        for (int x = 0; x < width; x++, out += 3) {
+        for (int x = 0; x < from->width; x++) {
+            ResizeBytes bytes;
+            for (int r = 0; r < 4; r++) memcpy((unsigned char *)&bytes + 4 * r, in[r] + 3 * (size_t)x, 4);
+            resize_load(&wide[x], &bytes);
+        }
+        for (int x = 0; x < width; x++) {
             const int *weights = table->weights + (size_t)x * (size_t)table->taps;
-            const Pixel *pixels = wide + table->starts[x];
-            Pixel sum = {1 << (RESIZE_BITS - 1), 1 << (RESIZE_BITS - 1), 1 << (RESIZE_BITS - 1), 0};
-            for (int t = 0; t < table->counts[x]; t++) sum += pixels[t] * weights[t];
-            sum >>= (int)RESIZE_BITS;
-            for (int c = 0; c < 3; c++) out[c] = (unsigned char)(sum[c] > 255 ? 255 : sum[c]);
+            const ResizeSums *pixels = wide + table->starts[x];
+            ResizeSums sums = {0};
+            sums += 1 << (RESIZE_BITS - 1);
+            for (int t = 0; t < table->counts[x]; t++) sums += pixels[t] * weights[t];
+            ResizeBytes bytes = resize_round(&sums);
+            for (int r = 0; r < 4; r++) {
+                unsigned char *at = out[r] + 3 * (size_t)x, *pixel = (unsigned char *)&bytes + 4 * r;
+                if (x + 1 < width)
+                    memcpy(at, pixel, 4);  // the fourth byte lands where the next pixel comes
+                else
+                    memcpy(at, pixel, 3);
+            }
         }
     }
-    free(wide);
+    free(memory);
     return to;
 }
 
 // Columns `first_column` .. of `from`, resized along y: (height, width, 3); row 0 of `from` is row `first_row` of the
-// picture that the table was made for. Blocks of 256 bytes keep the sums in the first cache.
+// picture that the table was made for. The last vector of a row reaches into the next row, which is written after it,
+// or into the picture's spare bytes.
 static inline Image resize_along_y(const Image *from, const ResizeTable *table, int first_column, int width, int height,
                                    int first_row) {
-    const size_t block = 256;
-    Image to = image_new(width, height);
+    Image to = image_unset(width, height);
     size_t row_bytes = 3 * (size_t)width, stride = 3 * (size_t)from->width;
     for (int y = 0; y < height; y++) {
         const int *weights = table->weights + (size_t)y * (size_t)table->taps;
         const unsigned char *rows =
             from->pixels + (size_t)(table->starts[y] - first_row) * stride + 3 * (size_t)first_column;
-        unsigned char *out = to.pixels + (size_t)y * row_bytes;
-        for (size_t at = 0; at < row_bytes; at += block) {
-            int sums[256], count = (int)(row_bytes - at < block ? row_bytes - at : block);
-            for (int i = 0; i < count; i++) sums[i] = 1 << (RESIZE_BITS - 1);
+        for (size_t at = 0; at < row_bytes; at += sizeof(ResizeBytes)) {
+            ResizeSums sums = {0}, numbers;
+            sums += 1 << (RESIZE_BITS - 1);
             for (int t = 0; t < table->counts[y]; t++) {
-                const unsigned char *in = rows + (size_t)t * stride + at;
-                int weight = weights[t];
-                for (int i = 0; i < count; i++) sums[i] += in[i] * weight;
+                ResizeBytes bytes;
+                memcpy(&bytes, rows + (size_t)t * stride + at, sizeof bytes);
+                resize_load(&numbers, &bytes);
+                sums += numbers * weights[t];
             }
-            for (int i = 0; i < count; i++) {
-                int value = sums[i] >> RESIZE_BITS;
-                out[at + (size_t)i] = (unsigned char)(value > 255 ? 255 : value);
-            }
+            ResizeBytes bytes = resize_round(&sums);
+            memcpy(to.pixels + (size_t)y * row_bytes + at, &bytes, sizeof bytes);
         }
     }
     return to;
