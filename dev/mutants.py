@@ -4,8 +4,8 @@
     dev/mutants.py [--jobs N] [--only TEXT] [--list]
 
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
-that file) and what replaces it. Every error is built in double with quick compile flags in a folder of its own under
-build/mutants/. An error is caught when a test fails, crashes or does not come to an end; one that survives shows that
+that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
+flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an end; one that survives shows that
 something is not tested. Exit status 0 when every error of the table was planted and caught.
 
 Needs Python's standard library and a C compiler only.
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "mutants"
 SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
                                                    for path in (ROOT / folder).glob("*.h"))
-FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w -DREAL=double".split()
+FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w".split()
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
 HEART = ("matmul attention dropout layernorm maxpool positions normalise matching boxes dumps random gradients company "
@@ -34,20 +34,24 @@ TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps"], "data/common.
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
          None: HEART + ["image", "dataset", "eval"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
+BF16 = ["bf16", "dumps", "same_bytes", "company"]  # in float, which has bf16
 
 
 def read_table(path):
-    """[(number of the line, file, original, replacement)] from lines `@ file`, `- original`, `+ replacement`."""
-    table, file, original = [], None, None
+    """
+    [(number of the line, file, original, replacement, real)] from lines `@ file` or `@ file float`, `- original`,
+    `+ replacement`.
+    """
+    table, file, original, real = [], None, None, "double"
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith("@ "):
-            file = line[2:].strip()
+            file, real = (line[2:].split() + ["double"])[:2]
         elif line.startswith("- "):
             original = line[2:].strip()
         elif line.startswith("+ ") or line == "+":
             if file is None or original is None:
                 sys.exit(f"{path}:{number}: a replacement without file or original before it")
-            table.append((number, file, original, line[2:].strip()))
+            table.append((number, file, original, line[2:].strip(), real))
             original = None
         elif line.strip() and not line.startswith("#"):
             sys.exit(f"{path}:{number}: neither '@ file', '- original', '+ replacement' nor a comment: {line}")
@@ -58,7 +62,7 @@ def check_table(table):
     """Complaints about entries whose original is not found exactly once; an empty list when all is well."""
     texts = {}
     complaints = []
-    for number, file, original, replacement in table:
+    for number, file, original, replacement, _ in table:
         if file not in SOURCES:
             complaints.append(f"dev/mutants.txt:{number}: {file} is not one of the sources")
             continue
@@ -71,7 +75,7 @@ def check_table(table):
     return complaints
 
 
-def build_and_test(name, file, original, replacement, limit):
+def build_and_test(name, file, original, replacement, real, limit):
     """Plants one error and returns (verdict, seconds, last lines of output); file None: the program as it is."""
     start = time.monotonic()
     folder = FOLDER / name
@@ -85,12 +89,12 @@ def build_and_test(name, file, original, replacement, limit):
     (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
-    command += ["test_detr.c", "-o", "test_detr"] + shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
+    command += [f"-DREAL={real}", "test_detr.c", "-o", "test_detr"] + shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if built.returncode != 0:
         return "does not compile", time.monotonic() - start, built.stderr[-2000:]
     verdict, output = "survives", ""
-    for test in TESTS.get(file, OTHER):
+    for test in BF16 if real == "float" else TESTS.get(file, OTHER):
         try:
             run = subprocess.run(["./test_detr", test], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  timeout=limit, env=environment)
@@ -129,27 +133,29 @@ def main():
         print(complaint)
     table = [entry for entry in table if arguments.only in " ".join(entry[1:])]
     if arguments.list or complaints:
-        for number, file, original, replacement in table if arguments.list else []:
+        for number, file, original, replacement, _ in table if arguments.list else []:
             print(f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}")
         print(f"{len(table)} errors in the table, {len(complaints)} of them not as the sources are")
         return 1 if complaints else 0
 
-    verdict, seconds, output = build_and_test("original", None, "", "", 3600)
-    if verdict != "survives":
-        print(output[-2000:])
-        print(f"the tests do not pass on the program as it is ({verdict}): no error can be judged")
-        return 1
-    limit = max(60.0, 10 * seconds)
-    print(f"the program as it is: passes in {seconds:.0f} s; {len(table)} errors, {arguments.jobs} at a time", flush=True)
+    longest = 0
+    for real in sorted({entry[-1] for entry in table}):
+        verdict, seconds, output = build_and_test("original", None, "", "", real, 3600)
+        longest = max(longest, seconds)
+        if verdict != "survives":
+            print(output[-2000:])
+            print(f"the tests in {real} do not pass on the program as it is ({verdict}): no error can be judged")
+            return 1
+    limit = max(60.0, 10 * longest)
+    print(f"the program as it is: passes in {longest:.0f} s; {len(table)} errors, {arguments.jobs} at a time", flush=True)
 
     caught = survivors = broken = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = {}
         for entry in table:
-            number, file, original, replacement = entry
-            jobs[pool.submit(build_and_test, f"line{number}", file, original, replacement, limit)] = entry
+            jobs[pool.submit(build_and_test, f"line{entry[0]}", *entry[1:], limit)] = entry
         for job in concurrent.futures.as_completed(jobs):
-            number, file, original, replacement = jobs[job]
+            number, file, original, replacement, _ = jobs[job]
             verdict, seconds, output = job.result()
             what = f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}"
             if verdict.startswith("caught"):
