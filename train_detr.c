@@ -10,6 +10,7 @@ Read it downward; the rooms follow an image on its way to a loss and back:
 
     Numbers        real, the arena that memory is planned with
     Matmul         the one hot loop: linear layers and convolutions are the same product of rows
+    Winograd       3x3 convolutions with fewer products
     Layers         attention, layer norm, max pooling, positions, dropout
     Model          configuration, the table of parameters, forward and backward of one image
     Set loss       boxes, generalized IoU, matching, cross-entropy
@@ -430,6 +431,7 @@ static inline int conv_size(int size, ConvShape s) {
     return (size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
 }
 
+static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t patch_size(ConvShape s) { return (size_t)s.kernel * s.kernel * s.in_channels; }
 
@@ -1086,6 +1088,511 @@ static double measure_peak_gflops(int half) {
         total += best;
     }
     return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Winograd: 3x3 convolutions of stride 1 with 4 products where there were 9 (Lavin and Gray 2015, arXiv:1509.09308)
+//
+// F(2x2, 3x3) makes 2 x 2 pixels of the output from 4 x 4 of the input. In one dimension, two outputs of a kernel g
+// over four inputs d cost four products instead of six:
+//
+//     d0 g0 + d1 g1 + d2 g2 = m0 + m1 + m2     m0 = (d0 - d2) g0    m1 = (d1 + d2) (g0 + g1 + g2) / 2
+//     d1 g0 + d2 g1 + d3 g2 = m1 - m2 - m3     m3 = (d1 - d3) g2    m2 = (d2 - d1) (g0 - g1 + g2) / 2
+//
+// As matrices y = A^T [(G g) . (B^T d)], where . is the product of elements; in two dimensions, on rows and columns,
+//
+//     Y = A^T [(G g G^T) . (B^T d B)] A        16 products for 4 outputs of 9 taps: 2.25 times fewer
+//
+//           1  0 -1  0            1    0    0
+//     B^T = 0  1  1  0      G =  1/2  1/2  1/2     A^T = 1  1  1  0
+//           0 -1  1  0           1/2 -1/2  1/2           0  1 -1 -1
+//           0  1  0 -1            0    0    1
+//
+// The transforms are linear, so the sums over channels and tiles stand between them, and the gradients are those of
+// linear maps. Each of the 16 elements xi = 4 * row + column is a matmul of its own, with V = B^T d B and U = G g G^T:
+//
+//   forward          M[xi][tile][n] = sum over c of V[xi][tile][c] * U[xi][c][n], then Y = A^T M A
+//   backward data    the same of dy, with the kernels turned by 180 degrees: in G g that swaps the rows 0 and 3
+//   backward weight  dU[xi][n][c] = sum over tiles of P[xi][tile][n] * V[xi][tile][c], P = A dY A^T; then dg = G^T dU G
+//
+// Transforming costs a few percent of what the products cost, and F(2x2), unlike larger tiles, rounds no worse than the
+// plain sum: its factors are 1 and 1/2. What is not finite reaches all four outputs of a tile. The matmuls are
+// multiply_tile() again. Operations are counted everywhere as those of the plain sum: the speed may exceed the peak.
+
+enum {
+    WINOGRAD_BLOCK = 384 * 1024,  // bytes: transformed inputs and products of a block of tiles stay in the L2 cache
+    WINOGRAD_ROWS = 66,           // backward weight: a piece of dU, out channels
+    WINOGRAD_COLUMNS = 128,       // and in channels
+    WINOGRAD_DEPTH = 128,         // backward weight: tiles that are transformed together and summed in registers
+    WINOGRAD_CHANNELS = 32,       // backward weight: with fewer channels the transforms cost what the products save
+};
+
+// Reals from one row to the next in transformed numbers: an odd number of cache lines, because a power of two would put
+// all rows into the same few lines of the L1 cache.
+static inline size_t block_stride(int columns) { return (divide_up(columns, LANES) | 1) * LANES; }
+
+// Whether conv_forward() and conv_backward_data() can be done by the functions of this room: it always pays.
+static inline int winograd_fits(ConvShape s) {
+    return s.kernel == 3 && s.stride == 1 && s.padding == 1 && s.dilation == 1;
+}
+
+// Whether it pays for conv_backward_weight(). Where ReLU has silenced whatever a tap multiplies, the plain sum is
+// exactly zero and this one is rounding of products that cancel, some 1e-7 of them. AdamW, which divides a gradient by
+// its own size, stays blind to that as long as it is far below eps = 1e-8: so it is in a network of a detector's size.
+static inline int winograd_weight_pays(ConvShape s) {
+    return winograd_fits(s) && s.in_channels >= WINOGRAD_CHANNELS && s.out_channels >= WINOGRAD_CHANNELS;
+}
+
+// d = B^T d B.
+INLINE void transform_input(vec d[4][4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vec d0 = d[0][i], d1 = d[1][i], d2 = d[2][i], d3 = d[3][i];
+        d[0][i] = d0 - d2, d[1][i] = d1 + d2, d[2][i] = d2 - d1, d[3][i] = d1 - d3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vec d0 = d[i][0], d1 = d[i][1], d2 = d[i][2], d3 = d[i][3];
+        d[i][0] = d0 - d2, d[i][1] = d1 + d2, d[i][2] = d2 - d1, d[i][3] = d1 - d3;
+    }
+}
+
+// y = A^T m A.
+INLINE void transform_output(vec y[2][2], vec m[4][4]) {
+    vec half[2][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        half[0][i] = m[0][i] + m[1][i] + m[2][i];
+        half[1][i] = m[1][i] - m[2][i] - m[3][i];
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        y[i][0] = half[i][0] + half[i][1] + half[i][2];
+        y[i][1] = half[i][1] - half[i][2] - half[i][3];
+    }
+}
+
+// u = G g G^T.
+INLINE void transform_kernel(vec u[4][4], vec g[3][3]) {
+    const real half = (real)0.5;
+    vec rows[4][3];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+        const vec outer = (g[0][i] + g[2][i]) * half, middle = g[1][i] * half;
+        rows[0][i] = g[0][i], rows[1][i] = outer + middle, rows[2][i] = outer - middle, rows[3][i] = g[2][i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vec outer = (rows[i][0] + rows[i][2]) * half, middle = rows[i][1] * half;
+        u[i][0] = rows[i][0], u[i][1] = outer + middle, u[i][2] = outer - middle, u[i][3] = rows[i][2];
+    }
+}
+
+// Packed kernels, in reals: panels of the 16 matrices U, then the row of zeros that stands for pixels outside the
+// image. inner: channels that are summed over; columns: channels of the result.
+static size_t winograd_packed_size(int inner, int columns) {
+    return divide_up(columns, TILE_COLUMNS) * 16 * inner * TILE_COLUMNS + inner;
+}
+
+// packed[panel][xi][in channel][column] = (G g G^T)[xi] of the kernel g from that channel to channel n = panel *
+// TILE_COLUMNS + column, times scale[n]; zero past the last channel. scale: (out_channels) or NULL.
+static void winograd_pack(real *packed, const real *w, const real *scale, ConvShape s) {
+    const long in = s.in_channels, panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
+    const long parts = (long)divide_up(in, LANES);
+    memset(packed + panels * 16 * in * TILE_COLUMNS, 0, sizeof(real) * in);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
+            enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
+            real g[LANES][9][ROW];                   // transposed
+            const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
+            for (int column = 0; column < TILE_COLUMNS; column++) {
+                const long n = panel * TILE_COLUMNS + column;
+                const real factor = n < s.out_channels && scale ? scale[n] : 1;
+                for (int tap = 0; tap < 9; tap++) {
+                    const real *from = w + (n * 9 + tap) * in + part * LANES;
+                    __builtin_prefetch(from + LANES);  // the next part
+                    for (int c = 0; c < channels; c++) g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
+                }
+            }
+            for (int c = 0; c < channels; c++) {
+                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                    vec kernel[3][3], u[4][4];
+#pragma GCC unroll 9
+                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
+                    transform_kernel(u, kernel);
+                    real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
+#pragma GCC unroll 16
+                    for (int xi = 0; xi < 16; xi++) vec_store(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
+                }
+            }
+        }
+    }
+}
+
+// packed[panel][xi][out channel n][column] = (G g G^T)[xi] of the turned kernel g from in channel panel * TILE_COLUMNS
+// + column to channel n, times scale[n]; zero past the last channel.
+static void winograd_pack_backward(real *packed, const real *w, const real *scale, ConvShape s) {
+    static const int turned[4] = {3, 1, 2, 0};
+    const long in = s.in_channels, out = s.out_channels, panels = (long)divide_up(in, TILE_COLUMNS);
+    memset(packed + panels * 16 * out * TILE_COLUMNS, 0, sizeof(real) * out);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        for (long n = 0; n < out; n++) {
+            const real factor = scale ? scale[n] : 1;
+            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                const long first = panel * TILE_COLUMNS + j;
+                vec kernel[3][3], u[4][4];
+#pragma GCC unroll 9
+                for (int tap = 0; tap < 9; tap++)
+                    kernel[tap / 3][tap % 3] =
+                        load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
+                transform_kernel(u, kernel);
+                real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
+#pragma GCC unroll 16
+                for (int xi = 0; xi < 16; xi++)
+                    vec_store(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
+            }
+        }
+    }
+}
+
+// V = B^T d B of the `tiles` tiles from first_tile on, v[xi][tile][channel - first_channel], for the channels
+// first_channel .. last_channel: `stride` reals from tile to tile, `plane` from xi to xi. Tiles go from left to right,
+// then down. source: (height * width, channels); zeros: a row of them, which stands for pixels outside the image.
+static void transform_inputs(real *v, size_t stride, size_t plane, const real *source, int height, int width,
+                             int channels, const real *zeros, long first_tile, int tiles, int first_channel,
+                             int last_channel) {
+    const int tiles_wide = (width + 1) / 2;
+    for (int t = 0; t < tiles; t++) {
+        const int y = (int)((first_tile + t) / tiles_wide) * 2 - 1, x = (int)((first_tile + t) % tiles_wide) * 2 - 1;
+        const real *pixels[16];
+        for (int i = 0; i < 16; i++) {
+            const int row = y + i / 4, column = x + i % 4,
+                      inside = row >= 0 && row < height && column >= 0 && column < width;
+            pixels[i] = inside ? source + ((size_t)row * width + column) * channels : zeros;
+        }
+        for (int c = first_channel; c < last_channel; c += LANES) {
+            vec d[4][4];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) d[i / 4][i % 4] = load_rest(pixels[i], c, channels - c, 0);
+            transform_input(d);
+            real *out = v + t * stride + c - first_channel;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) vec_store(out + i * plane, d[i / 4][i % 4]);
+        }
+    }
+}
+
+// A convolution of `in` to `out` channels over an image: what forward and backward data have in common.
+typedef struct {
+    real *y;
+    const real *x;
+    int height, width, in, out;
+    const real *packed;
+    Epilogue epilogue;
+} Winograd;
+
+// y = A^T M A and the epilogue for the tiles first_tile .. first_tile + tiles, columns panel * TILE_COLUMNS on.
+static void transform_outputs(const Winograd *p, const real *m, size_t plane, long first_tile, int tiles, int panel) {
+    const Epilogue e = p->epilogue;
+    const int tiles_wide = (p->width + 1) / 2, first_column = panel * TILE_COLUMNS;
+    for (int t = 0; t < tiles; t++) {
+        const int row = (int)((first_tile + t) / tiles_wide) * 2, column = (int)((first_tile + t) % tiles_wide) * 2;
+        const size_t corner = ((size_t)row * p->width + column) * p->out + first_column;
+        for (int j = 0; j < TILE_COLUMNS && first_column + j < p->out; j += LANES) {
+            const int lanes = p->out - first_column - j;
+            vec products[4][4], y[2][2];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) products[i / 4][i % 4] = vec_load(m + i * plane + t * TILE_COLUMNS + j);
+            transform_output(y, products);
+            const vec zero = {0}, bias = e.bias ? load_rest(e.bias, first_column + j, lanes, 0) : zero;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                if (row + i / 2 >= p->height || column + i % 2 >= p->width) continue;
+                const size_t at = corner + ((size_t)(i / 2) * p->width + i % 2) * p->out + j;
+                vec value = y[i / 2][i % 2] + bias;
+                if (e.add) value += load_rest(e.add, at, lanes, 0);
+                if (e.relu) value = vec_relu(value);
+                if (e.mask) value = vec_where_positive(value, load_rest(e.mask, at, lanes, 0));
+                store_rest(p->y, at, value, lanes, 0);
+            }
+        }
+    }
+}
+
+// Most groups of TILE_ROWS tiles in a block, and reals from tile to tile in V: an odd number of cache lines.
+static int winograd_groups(int in) {
+    const size_t group = 16 * TILE_ROWS * (block_stride(in) + TILE_COLUMNS) * sizeof(real);
+    return group > WINOGRAD_BLOCK ? 1 : (int)(WINOGRAD_BLOCK / group);
+}
+
+// Reals from one of the 16 matrices to the next where a row has `stride`: off a power of two.
+static inline size_t winograd_plane(int tiles, size_t stride) { return tiles * stride + LANES; }
+
+// Reals of workspace for winograd_forward() and winograd_backward_data() on up to `threads` threads.
+static size_t winograd_workspace(ConvShape s, int threads) {
+    size_t most = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        const int in = pass ? s.out_channels : s.in_channels, tiles = winograd_groups(in) * TILE_ROWS;
+        most = larger(most, winograd_plane(tiles, block_stride(in)) + winograd_plane(tiles, TILE_COLUMNS));
+    }
+    return threads * 16 * most;
+}
+
+// A task is a block of tiles, whose V is made once, by all panels; where there are few blocks, the panels are shared
+// out as well, each task with its own V: the transform is cheap beside even one panel.
+static void winograd_product(const Winograd *p, real *workspace) {
+    const long tiles = (long)((p->height + 1) / 2) * ((p->width + 1) / 2);
+    if (tiles <= 0) return;
+    const long groups = (long)divide_up(tiles, TILE_ROWS), blocks = (long)divide_up(groups, winograd_groups(p->in));
+    const int panels = (int)divide_up(p->out, TILE_COLUMNS), most = winograd_groups(p->in) * TILE_ROWS;
+    const size_t stride = block_stride(p->in), v_plane = winograd_plane(most, stride);
+    const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
+    int parts = (int)divide_up(32, blocks);
+    if (parts > panels) parts = panels;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (long block = 0; block < blocks; block++) {
+        for (int part = 0; part < parts; part++) {
+            const long first = block * groups / blocks * TILE_ROWS, last = (block + 1) * groups / blocks * TILE_ROWS;
+            const int count = (int)((last < tiles ? last : tiles) - first);
+            real *v = workspace + omp_get_thread_num() * 16 * (v_plane + m_plane), *m = v + 16 * v_plane;
+            transform_inputs(v, stride, v_plane, p->x, p->height, p->width, p->in, p->packed + panels * 16 * u_plane,
+                             first, count, 0, p->in);
+            for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+                for (int xi = 0; xi < 16; xi++) {
+                    for (int t = 0; t < count; t += TILE_ROWS) {
+                        vec tile[TILE_ROWS][TILE_VECTORS];
+                        Run run;
+                        for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
+                            run.rows[i] = v + xi * v_plane + (t + i) * stride;
+                        run.offset = 0;
+                        clear_tile(tile);
+                        multiply_tile(tile, &run, 1, p->in, 1, p->packed + (panel * 16 + xi) * u_plane, TILE_COLUMNS,
+                                      0);
+                        spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
+                    }
+                }
+                transform_outputs(p, m, m_plane, first, count, panel);
+            }
+        }
+    }
+}
+
+// y: (height * width, out_channels), by the epilogue, whose add and mask have y's shape. x: (height * width,
+// in_channels). packed: by winograd_pack(). workspace: winograd_workspace() reals.
+static void winograd_forward(real *y, const real *x, int height, int width, const real *packed, Epilogue epilogue,
+                             ConvShape s, real *workspace) {
+    const Winograd p = {y, x, height, width, s.in_channels, s.out_channels, packed, epilogue};
+    winograd_product(&p, workspace);
+}
+
+// dx: (height * width, in_channels), by the epilogue, whose add and mask have dx's shape. dy: (height * width,
+// out_channels). packed: by winograd_pack_backward(). workspace: winograd_workspace() reals.
+static void winograd_backward_data(real *dx, const real *dy, int height, int width, const real *packed,
+                                   Epilogue epilogue, ConvShape s, real *workspace) {
+    const Winograd p = {dx, dy, height, width, s.out_channels, s.in_channels, packed, epilogue};
+    winograd_product(&p, workspace);
+}
+
+// P = A dY A^T of the `tiles` tiles from first_tile on, p[xi][tile][channel - first_channel], laid out as V is.
+// dy: (height * width, channels); the last row or column of tiles may reach over the edge, where dy is zero.
+static void transform_gradients(real *p, size_t stride, size_t plane, const real *dy, int height, int width,
+                                int channels, const real *zeros, long first_tile, int tiles, int first_channel,
+                                int last_channel) {
+    const int tiles_wide = (width + 1) / 2;
+    for (int t = 0; t < tiles; t++) {
+        const int y = (int)((first_tile + t) / tiles_wide) * 2, x = (int)((first_tile + t) % tiles_wide) * 2;
+        const real *pixels[4];
+        for (int i = 0; i < 4; i++)
+            pixels[i] = y + i / 2 < height && x + i % 2 < width
+                            ? dy + ((size_t)(y + i / 2) * width + x + i % 2) * channels
+                            : zeros;
+        for (int c = first_channel; c < last_channel; c += LANES) {
+            vec rows[4][2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const vec above = load_rest(pixels[i], c, channels - c, 0);
+                const vec below = load_rest(pixels[2 + i], c, channels - c, 0);
+                rows[0][i] = above, rows[1][i] = above + below, rows[2][i] = above - below, rows[3][i] = -below;
+            }
+            real *out = p + t * stride + c - first_channel;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                vec_store(out + (4 * i + 0) * plane, rows[i][0]);
+                vec_store(out + (4 * i + 1) * plane, rows[i][0] + rows[i][1]);
+                vec_store(out + (4 * i + 2) * plane, rows[i][0] - rows[i][1]);
+                vec_store(out + (4 * i + 3) * plane, -rows[i][1]);
+            }
+        }
+    }
+}
+
+// g = G^T u G.
+INLINE void transform_kernel_gradient(vec g[3][3], vec u[4][4]) {
+    const real half = (real)0.5;
+    vec rows[3][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vec sum = (u[1][i] + u[2][i]) * half;
+        rows[0][i] = u[0][i] + sum, rows[1][i] = (u[1][i] - u[2][i]) * half, rows[2][i] = sum + u[3][i];
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+        const vec sum = (rows[i][1] + rows[i][2]) * half;
+        g[i][0] = rows[i][0] + sum, g[i][1] = (rows[i][1] - rows[i][2]) * half, g[i][2] = sum + rows[i][3];
+    }
+}
+
+// How backward weight is shared out, as plan_backward_weight() does it: pieces of out by in channels, and where these
+// are few, slices of the tiles. By shapes alone, never by threads.
+static WeightPlan plan_winograd_weight(ConvShape s, long tiles) {
+    WeightPlan plan;
+    const size_t row_tiles = divide_up(s.out_channels, TILE_ROWS), panels = divide_up(s.in_channels, TILE_COLUMNS);
+    plan.row_pieces = (int)divide_up(s.out_channels, WINOGRAD_ROWS);
+    plan.column_pieces = (int)divide_up(s.in_channels, WINOGRAD_COLUMNS);
+    plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
+    if (plan.slices > (long)divide_up(tiles, WINOGRAD_DEPTH)) plan.slices = (int)divide_up(tiles, WINOGRAD_DEPTH);
+    plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * TILE_ROWS;
+    plan.columns = (int)divide_up(panels, plan.column_pieces) * TILE_COLUMNS;
+    plan.row_pieces = (int)divide_up(s.out_channels, plan.rows);
+    plan.column_pieces = (int)divide_up(s.in_channels, plan.columns);
+    return plan;
+}
+
+// The memory of one thread in backward weight, in reals: where P, V and dU begin, after a row of zeros; the planes'
+// sizes.
+typedef struct {
+    size_t p, v, u, p_stride, p_plane, v_plane, u_plane, size;
+} WinogradPiece;
+
+static WinogradPiece winograd_piece(ConvShape s, WeightPlan plan) {
+    WinogradPiece piece;
+    piece.p_stride = block_stride(plan.rows);
+    piece.p_plane = winograd_plane(WINOGRAD_DEPTH, piece.p_stride);
+    piece.v_plane = winograd_plane(WINOGRAD_DEPTH, TILE_COLUMNS);
+    piece.u_plane = winograd_plane(plan.rows, plan.columns);
+    piece.p = divide_up(larger(s.in_channels, s.out_channels), LANES) * LANES;
+    piece.v = piece.p + 16 * piece.p_plane;
+    piece.u = piece.v + 16 * piece.v_plane;
+    piece.size = piece.u + 16 * piece.u_plane;
+    return piece;
+}
+
+// Reals of workspace for winograd_backward_weight() on up to `threads` threads.
+static size_t winograd_backward_weight_workspace(ConvShape s, int threads) {
+    const WeightPlan plan = plan_winograd_weight(s, (long)WEIGHT_PIECES * WINOGRAD_DEPTH);
+    return threads * winograd_piece(s, plan).size + (plan.slices - 1) * s.out_channels * (patch_size(s) + 1);
+}
+
+// dU's tile (=, or += if `add`) the sum over the `tiles` tiles of P's rows and V.
+static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride, const real *v, int tiles, int add) {
+    vec tile[TILE_ROWS][TILE_VECTORS];
+    Run run;
+    for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = p + i;
+    run.offset = 0;
+    for (int i = 0; add && i < TILE_ROWS * TILE_VECTORS; i++) __builtin_prefetch(u + i * LANES, 1);
+    clear_tile(tile);
+    multiply_tile(tile, &run, 1, tiles, p_stride, v, TILE_COLUMNS, 0);
+    if (add) {
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] += vec_load(u + i * TILE_COLUMNS + j * LANES);
+    }
+    spill_tile(u, tile);
+}
+
+// One piece of dw, out channels first_row .. first_row + rows by in channels first_column .. first_column + columns,
+// over the tiles first_tile .. last_tile. dw: += if `add`, else =. dbias (rows) likewise, or NULL. dU of the piece lies
+// in tiles as multiply_tile() makes them, [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
+static void winograd_weight_piece(real *dw, real *dbias, int add, const real *x, const real *dy, int height, int width,
+                                  ConvShape s, const WinogradPiece *piece, long first_tile, long last_tile,
+                                  int first_row, int rows, int first_column, int columns, real *workspace) {
+    const long total = last_tile - first_tile, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
+    const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
+    real *zeros = workspace, *p = workspace + piece->p, *v = workspace + piece->v, *u = workspace + piece->u;
+    memset(zeros, 0, piece->p * sizeof(real));
+    for (long b = 0; b < blocks; b++) {
+        const long start = first_tile + total * b / blocks;
+        const int tiles = (int)(first_tile + total * (b + 1) / blocks - start);
+        transform_gradients(p, piece->p_stride, piece->p_plane, dy, height, width, s.out_channels, zeros, start, tiles,
+                            first_row, first_row + rows);
+        for (int i = 0; dbias && i < rows; i++) {  // P[1][1] is the sum of the tile's dy
+            real sum = 0;
+            for (int t = 0; t < tiles; t++) sum += p[5 * piece->p_plane + t * piece->p_stride + i];
+            dbias[i] = (add || b > 0 ? dbias[i] : 0) + sum;
+        }
+        for (int column = 0; column < columns; column += TILE_COLUMNS) {
+            const int first = first_column + column, left = columns - column;
+            transform_inputs(v, TILE_COLUMNS, piece->v_plane, x, height, width, s.in_channels, zeros, start, tiles,
+                             first, first + (left < TILE_COLUMNS ? left : TILE_COLUMNS));
+            for (int xi = 0; xi < 16; xi++) {
+                for (int row = 0; row < rows; row += TILE_ROWS) {
+                    real *tile = u + xi * piece->u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
+                    winograd_weight_tile(tile, p + xi * piece->p_plane + row, piece->p_stride, v + xi * piece->v_plane,
+                                         tiles, b > 0);
+                }
+            }
+        }
+    }
+    for (int column = 0; column < columns; column += LANES) {
+        for (int row = 0; row < rows; row++) {
+            const real *from = u + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS + column % TILE_COLUMNS;
+            real *to = dw + (size_t)(first_row + row) * 9 * s.in_channels + first_column + column;
+            vec gradient[4][4], g[3][3];
+#pragma GCC unroll 16
+            for (int xi = 0; xi < 16; xi++) gradient[xi / 4][xi % 4] = vec_load(from + xi * piece->u_plane);
+            transform_kernel_gradient(g, gradient);
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; tap++) {
+                real *out = to + (size_t)tap * s.in_channels;
+                vec value = g[tap / 3][tap % 3];
+                if (add) value += load_rest(out, 0, columns - column, 0);
+                store_rest(out, 0, value, columns - column, 0);
+            }
+        }
+    }
+}
+
+// dw += the weight's gradient, dbias (out_channels) += the sum of dy over pixels, or NULL, as conv_backward_weight()
+// has it. x: (height * width, in_channels), dy: (height * width, out_channels). workspace:
+// winograd_backward_weight_workspace() reals.
+static void winograd_backward_weight(real *dw, real *dbias, const real *x, const real *dy, int height, int width,
+                                     ConvShape s, real *workspace) {
+    const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2), count = s.out_channels * (long)patch_size(s);
+    if (tiles <= 0) return;
+    const WeightPlan plan = plan_winograd_weight(s, tiles);
+    const WinogradPiece piece = winograd_piece(s, plan);
+    const long size = count + s.out_channels;  // a slice's own dw and dbias; slice 0 adds to dw itself
+    real *slices = workspace, *own_memory = workspace + (plan.slices - 1) * size;
+#pragma omp parallel
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int slice = 0; slice < plan.slices; slice++) {
+            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
+                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
+                    const int row = row_piece * plan.rows, column = column_piece * plan.columns;
+                    const int rows = s.out_channels - row, columns = s.in_channels - column;
+                    real *own = slice ? slices + (slice - 1) * size : dw;
+                    real *own_bias = slice ? own + count : dbias;
+                    winograd_weight_piece(own, dbias && column_piece == 0 ? own_bias + row : NULL, slice == 0, x, dy,
+                                          height, width, s, &piece, tiles * slice / plan.slices,
+                                          tiles * (slice + 1) / plan.slices, row, rows < plan.rows ? rows : plan.rows,
+                                          column, columns < plan.columns ? columns : plan.columns,
+                                          own_memory + omp_get_thread_num() * piece.size);
+                }
+            }
+        }
+        if (plan.slices > 1) {
+#pragma omp for schedule(static)
+            for (long i = 0; i < (dbias ? size : count); i++) {
+                real sum = 0;
+                for (int slice = 1; slice < plan.slices; slice++) sum += slices[(slice - 1) * size + i];
+                *(i < count ? dw + i : dbias + (i - count)) += sum;
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2062,7 +2569,9 @@ typedef struct {
     Param *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // or NULL
     real *scale;                                                 // (out): norm_weight / sqrt(variance + 1e-5)
     real *folded_bias;                                           // (out): norm_bias - mean * scale
+    int winograd, winograd_weight;  // done by the Winograd room: forward and backward data; backward weight
     real *packed, *packed_backward;
+    real *workspace;  // for Winograd, forward and backward data: all layers share it
     int needs_input_gradient;
     // Which numbers are bf16. half: the operands of its products, x and dy; half_y: y and what is added to it;
     // half_dx: dx, what is added to it, and the mask.
@@ -2141,6 +2650,7 @@ static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_inp
                       int half_dx) {
     layer->shape = shape;
     layer->half = half, layer->half_y = half_y, layer->half_dx = half_dx;
+    layer->winograd = !half && winograd_fits(shape), layer->winograd_weight = !half && winograd_weight_pays(shape);
     layer->needs_input_gradient = needs_input_gradient && model->training;
     model->layers = (Layer **)grow(model->layers, (size_t)model->num_layers, sizeof(Layer *));
     model->layers[model->num_layers++] = layer;
@@ -2303,16 +2813,24 @@ static void model_walk(Model *model) {
 static void model_take_memory(Model *model) {
     for (int i = 0; i < model->num_params; i++)
         model->params[i]->value = arena_take(&model->weights, model->params[i]->count);
+    size_t workspace = 0;
     for (int i = 0; i < model->num_layers; i++) {
         Layer *layer = model->layers[i];
         if (layer->norm_weight) {
             layer->scale = arena_take(&model->packed, (size_t)layer->shape.out_channels);
             layer->folded_bias = arena_take(&model->packed, (size_t)layer->shape.out_channels);
         }
-        layer->packed = arena_take(&model->packed, packed_size(layer->shape, layer->half));
+        const int in = layer->shape.in_channels, out = layer->shape.out_channels;
+        layer->packed = arena_take(
+            &model->packed, layer->winograd ? winograd_packed_size(in, out) : packed_size(layer->shape, layer->half));
         if (layer->needs_input_gradient)
-            layer->packed_backward = arena_take(&model->packed, packed_backward_size(layer->shape, layer->half));
+            layer->packed_backward =
+                arena_take(&model->packed, layer->winograd ? winograd_packed_size(out, in)
+                                                           : packed_backward_size(layer->shape, layer->half));
+        if (layer->winograd) workspace = larger(workspace, winograd_workspace(layer->shape, omp_get_max_threads()));
     }
+    real *shared = arena_take(&model->packed, workspace);
+    for (int i = 0; i < model->num_layers; i++) model->layers[i]->workspace = shared;
     real **slots[3];
     for (int slot = 0; slot < 3; slot++) {  // gradients of all tensors lie together, then the moments
         for (int i = 0; i < model->num_params; i++) {
@@ -2415,7 +2933,14 @@ static void layer_pack(Layer *layer) {
             layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
         }
     }
-    pack_weights(layer->packed, layer->packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
+    if (layer->winograd) {
+        winograd_pack(layer->packed, layer->weight->value, layer->scale, layer->shape);
+        if (layer->packed_backward)
+            winograd_pack_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape);
+    } else {
+        pack_weights(layer->packed, layer->packed_backward, layer->weight->value, layer->scale, layer->shape,
+                     layer->half);
+    }
     profile_end(begin, "packing of weights", "", 0,
                 (sizeof(real) + (layer->packed_backward ? 2.0 : 1.0) * (double)number_bytes(layer->half)) *
                     (double)layer->weight->count);
@@ -2436,6 +2961,7 @@ static void model_pack(Model *model) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Model: forward and backward of one image
 
+// Counts the operations of the plain sum, of which Winograd needs less than half: its speed may exceed the peak.
 static void profile_layer(double begin, const Layer *layer, int height, int width, const char *pass) {
     const ConvShape s = layer->shape;
     const double out = (double)conv_size(height, s) * conv_size(width, s), in = (double)height * width,
@@ -2455,7 +2981,11 @@ static void layer_forward(void *y, const void *x, int height, int width, const L
                           const void *add) {
     const Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL, layer->half_y};
     const double begin = profile_begin();
-    conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape, layer->half);
+    if (layer->winograd)
+        winograd_forward((real *)y, (const real *)x, height, width, layer->packed, epilogue, layer->shape,
+                         layer->workspace);
+    else
+        conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape, layer->half);
     profile_layer(begin, layer, height, width, "forward");
 }
 
@@ -2466,7 +2996,12 @@ static void layer_backward_weight(const void *x, const void *dy, int height, int
     if (!layer->weight->trained) return;
     const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
     const double begin = profile_begin();
-    conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half, workspace);
+    if (layer->winograd_weight)
+        winograd_backward_weight(layer->weight->grad, bias->grad, (const real *)x, (const real *)dy, height, width,
+                                 layer->shape, workspace);
+    else
+        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half,
+                             workspace);
     profile_layer(begin, layer, height, width, "backward, weight");
 }
 
@@ -2476,7 +3011,11 @@ static void layer_backward_data(void *dx, const void *dy, int height, int width,
     if (!layer->needs_input_gradient) return;
     const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
     const double begin = profile_begin();
-    conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape, layer->half);
+    if (layer->winograd)
+        winograd_backward_data((real *)dx, (const real *)dy, height, width, layer->packed_backward, epilogue,
+                               layer->shape, layer->workspace);
+    else
+        conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape, layer->half);
     profile_layer(begin, layer, height, width, "backward, data");
 }
 
@@ -2567,8 +3106,6 @@ __attribute__((format(printf, 4, 5))) static void *take_named(Arena *arena, size
     return data;
 }
 
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
-
 // The scratch of the way back, from byte `begin` of the arena on, where the way forward has what it forgets. shortcut:
 // numbers in the largest input of a trained block with a shortcut.
 static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut) {
@@ -2594,8 +3131,12 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
         arena->used = larger(arena->used, forward);
     }
     size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, omp_get_max_threads());
-    for (int i = 0; acts->training && i < model->num_layers; i++)
-        workspace = larger(workspace, conv_backward_weight_workspace(model->layers[i]->shape, omp_get_max_threads()));
+    for (int i = 0; acts->training && i < model->num_layers; i++) {
+        const Layer *layer = model->layers[i];
+        workspace = larger(workspace, layer->winograd_weight
+                                          ? winograd_backward_weight_workspace(layer->shape, omp_get_max_threads())
+                                          : conv_backward_weight_workspace(layer->shape, omp_get_max_threads()));
+    }
     acts->workspace = arena_take(arena, workspace);
 }
 
