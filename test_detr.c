@@ -472,6 +472,7 @@ static const MatmulCase matmul_cases[] = {
     {67, 1, {70, 600, 1, 1, 0, 1}},
     {131, 1, {128, 128, 1, 1, 0, 1}},
     {1500, 1, {33, 65, 1, 1, 0, 1}},
+    {1001, 1, {100, 26, 1, 1, 0, 1}},
     // 1x1 convolutions with a stride: three of four pixels get no gradient
     {9, 12, {64, 64, 1, 2, 0, 1}},
     {8, 7, {5, 24, 1, 2, 0, 1}},
@@ -874,10 +875,76 @@ static void test_bf16_case(const MatmulCase *c, int number) {
     free(rounded), free(transposed), free(packed), free(packed_backward);
 }
 
+// Backward weight pairs pixels, so channels may be odd. Against sums in double, with 1, 2 and 3 threads of equal bits:
+// products are exact, and n sums of floats in whatever order are off by at most n rounding errors of all magnitudes
+// together. Where one block has all the pixels, also to the bit.
+static void test_bf16_weight(const MatmulCase *c, int number) {
+    const ConvShape s = c->shape;
+    const int out_width = conv_size(c->width, s), taps = s.kernel * s.kernel;
+    const long pixels = (long)conv_size(c->height, s) * out_width, inner = (long)taps * s.in_channels;
+    const long w_size = inner * s.out_channels, all = w_size + s.out_channels, guard = 8;
+    bf16 *x = bf16_random((long)c->height * c->width * s.in_channels, number, 0);
+    bf16 *dy = bf16_random(pixels * s.out_channels, number, 2);
+    bf16 *patches = (bf16 *)allocate(sizeof(bf16) * (size_t)((pixels + 1) * inner));  // and a pixel of zeros
+    bf16 *rows = (bf16 *)allocate(sizeof(bf16) * (size_t)((pixels + 1) * s.out_channels));
+    real *start = matmul_random(all, number, 10), *results[3];
+    memcpy(rows, dy, sizeof(bf16) * (size_t)(pixels * s.out_channels));
+    for (long at = 0; at < pixels * taps; at++) {
+        const long pixel = at / taps, tap = at % taps;
+        const long row = pixel / out_width * s.stride - s.padding + tap / s.kernel * s.dilation;
+        const long column = pixel % out_width * s.stride - s.padding + tap % s.kernel * s.dilation;
+        if (row < 0 || row >= c->height || column < 0 || column >= c->width) continue;
+        memcpy(patches + pixel * inner + tap * s.in_channels, x + (row * c->width + column) * s.in_channels,
+               sizeof(bf16) * (size_t)s.in_channels);
+    }
+    const int threads_before = omp_get_max_threads();
+    for (int threads = 1; threads <= 3; threads++) {
+        omp_set_num_threads(threads);
+        const size_t workspace_size = conv_backward_weight_workspace(s, threads);
+        real *workspace = (real *)allocate(sizeof(real) * workspace_size);
+        real *dw = results[threads - 1] = (real *)allocate(sizeof(real) * (size_t)(all + guard));
+        memset(workspace, 0xFF, sizeof(real) * workspace_size);
+        memcpy(dw, start, sizeof(real) * (size_t)all);
+        for (int i = 0; i < guard; i++) dw[all + i] = 7;
+        conv_backward_weight(dw, dw + w_size, x, dy, c->height, c->width, s, 1, workspace);
+        check(memcmp(dw, results[0], sizeof(real) * (size_t)(all + guard)) == 0 && dw[all] == 7 && dw[all + 7] == 7,
+              "bf16 backward weight: %d->%d channels, kernel %d: %d threads give the bits of one and nothing more",
+              s.in_channels, s.out_channels, s.kernel, threads);
+        free(workspace);
+    }
+    omp_set_num_threads(threads_before);
+    const int one_block = pixels <= 2 * BLOCK_PIXELS && pixels <= 2 * SLICE_PIXELS;
+    long wrong = 0, differ = 0;
+    for (long i = 0; i < all; i++) {
+        const long n = i < w_size ? i / inner : i - w_size;
+        double truth = start[i], magnitude = fabs((double)start[i]);
+        float sum = 0;
+        for (long m = 0; m < pixels; m++) {
+            const bf16 *a = rows + m * s.out_channels + n, *b = patches + m * inner + i % inner;
+            const double product = (double)from_bf16(*a) * (i < w_size ? from_bf16(*b) : 1);
+            truth += product, magnitude += fabs(product);
+            if (m % 2) continue;
+            const bf16 two[2] = {a[0], a[s.out_channels]}, other[2] = {b[0], b[inner]};
+            sum = add_pair(sum, two, other);
+        }
+        wrong += !(fabs((double)results[0][i] - truth) <= (double)(pixels + 1) * FLT_EPSILON / 2 * magnitude);
+        differ += one_block && i < w_size && (float)results[0][i] != (float)start[i] + sum;
+    }
+    check(wrong == 0 && differ == 0,
+          "bf16 backward weight: (%d, %d) pixels, %d->%d channels, kernel %d stride %d dilation %d: %ld of %ld numbers "
+          "wrong, %ld in their bits",
+          c->height, c->width, s.in_channels, s.out_channels, s.kernel, s.stride, s.dilation, wrong, all, differ);
+    for (int i = 0; i < 3; i++) free(results[i]);
+    free(x), free(dy), free(patches), free(rows), free(start);
+}
+
 static void test_bf16(void) {
     if (IS_DOUBLE) return;
     test_bf16_rounding();
-    for (int i = 0; i < (int)(sizeof matmul_cases / sizeof *matmul_cases); i++) test_bf16_case(&matmul_cases[i], i);
+    for (int i = 0; i < (int)(sizeof matmul_cases / sizeof *matmul_cases); i++) {
+        test_bf16_case(&matmul_cases[i], i);
+        test_bf16_weight(&matmul_cases[i], i);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -988,8 +988,9 @@ INLINE void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, r
                 prefetch_gradients(p, end + ahead * turn / turns, end + ahead * (turn + 1) / turns, half);
                 prefetch_patches(p, next + count * tile / tiles, next + count * (tile + 1) / tiles, next_column, half);
                 for (int i = 0; b == 0 && i < TILE_ROWS; i++) prefetch(out + i * inner, TILE_COLUMNS * sizeof(real));
-                weight_tile(out, inner, block + tile * tile_stride(units), patches, in_place ? inner : TILE_COLUMNS,
-                            units, p->rows - row, p->columns - panel * TILE_COLUMNS, adds, half);
+                weight_tile(out, inner, block + tile * tile_stride(units), patches,
+                            in_place ? (size_t)inner : (size_t)TILE_COLUMNS, units, p->rows - row,
+                            p->columns - panel * TILE_COLUMNS, adds, half);
             }
         }
     }
