@@ -1586,12 +1586,8 @@ static void winograd_backward_weight(real *dw, real *dbias, const real *x, const
             }
         }
         if (plan.slices > 1) {
-#pragma omp for schedule(static)
-            for (long i = 0; i < (dbias ? size : count); i++) {
-                real sum = 0;
-                for (int slice = 1; slice < plan.slices; slice++) sum += slices[(slice - 1) * size + i];
-                *(i < count ? dw + i : dbias + (i - count)) += sum;
-            }
+            add_slices(dw, slices, size, plan.slices - 1, count);
+            if (dbias) add_slices(dbias, slices + count, size, plan.slices - 1, s.out_channels);
         }
     }
 }
