@@ -54,8 +54,8 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench ladder \
-        demo install-deps format check-format clean FORCE
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench bench-data \
+        ladder demo install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -70,7 +70,8 @@ help:
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
-	@echo "make bench          one training step and one inference beside PyTorch's (python3, downloads PyTorch)"
+	@echo "make bench          training and inference beside PyTorch, OpenVINO and ONNX Runtime (python3, downloads them)"
+	@echo "make bench-data     loading pictures, average precision, opening annotations beside Python (python3, same)"
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
@@ -188,7 +189,13 @@ $(VENV)/bench-ready: dev/requirements-bench.txt $(VENV)/ready
 	@touch $@
 
 bench: $(VENV)/bench-ready train_detr
-	$(VENV)/bin/python dev/bench.py
+	$(VENV)/bin/python dev/bench.py $(BENCH_FLAGS)
+
+$(B)/bench_data: dev/bench_data.c $(SOURCES) | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+bench-data: $(VENV)/ready $(B)/bench_data
+	$(VENV)/bin/python dev/bench_data.py --program $(B)/bench_data $(BENCH_FLAGS)
 
 # Always float, for this processor, on one thread. LADDER=--quick only checks.
 LADDER ?=
@@ -216,10 +223,10 @@ install-deps:
 # House-keeping
 
 format:
-	clang-format -i *.c data/*.h program/*.[ch] dev/cpu/*.c
+	clang-format -i *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/cpu/*.c
+	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
 
 clean:
 	rm -rf build train_detr test_detr
