@@ -973,16 +973,30 @@ static double test_factor(Dropout dropout, uint64_t element) {
 }
 
 // One head's dimension at a time, as in the paper: probabilities and their factors in full. Returns sum(out * dout).
+//
+// bounds: NULL, or (out, dq, dk, dv) one after another: how far bf16 may be off, from the same inputs. What is rounded
+// is off by u = 2^-8 of its magnitude at most (half of the last of 8 bits): A, dS and the four results. So, with the
+// symbols of attention_backward,
+//   |out error| <= u (A |v| + |out|),  |dv error| <= u (A^T |dout| + |dv|),
+//   |D error| <= |dout| |out error|,   |dS error| <= u |dS| + P |D error|,
+//   |dq error| <= scale |dS error| |k| + u |dq|,  |dk error| <= scale |dS error|^T |q| + u |dk|.
+// Errors of floats are left out.
 static double plain_attention(double *out, double *lse, double *dq, double *dk, double *dv, const double *dout,
                               const double *q, const double *k, const double *v, int Tq, int Tk, int C, int heads,
-                              Dropout dropout) {
+                              Dropout dropout, double *bounds) {
     const int D = C / heads;
     double loss = 0, *P = (double *)allocate(3 * (size_t)Tk * sizeof(double)), *M = P + Tk, *dP = M + Tk;
     memset(dq, 0, (size_t)Tq * C * sizeof(double));
     memset(dk, 0, (size_t)Tk * C * sizeof(double));
     memset(dv, 0, (size_t)Tk * C * sizeof(double));
+    const size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C;
+    const double u = 1.0 / 256;
+    double *dq_bound = bounds ? bounds + nq : NULL, *dk_bound = bounds ? dq_bound + nq : NULL;
+    double *dv_bound = bounds ? dk_bound + nk : NULL;
+    if (bounds) memset(bounds, 0, 2 * (nq + nk) * sizeof(double));
     for (int h = 0; h < heads; h++) {
         for (int i = 0; i < Tq; i++) {
+            double D_bound = 0;
             const double *qi = q + (size_t)i * C + h * D, *doi = dout + (size_t)i * C + h * D;
             double top = -1e300, total = 0, mean = 0;
             for (int j = 0; j < Tk; j++) {
@@ -994,10 +1008,15 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
             for (int j = 0; j < Tk; j++) total += P[j] = exp(P[j] - top);
             lse[(size_t)h * Tq + i] = top + log(total);
             for (int d = 0; d < D; d++) {
-                double sum = 0;
-                for (int j = 0; j < Tk; j++) sum += P[j] / total * M[j] * v[(size_t)j * C + h * D + d];
+                double sum = 0, magnitudes = 0;
+                for (int j = 0; j < Tk; j++) {
+                    const double term = P[j] / total * M[j] * v[(size_t)j * C + h * D + d];
+                    sum += term, magnitudes += fabs(term);
+                }
                 out[(size_t)i * C + h * D + d] = sum;
                 loss += sum * doi[d];
+                if (bounds) bounds[(size_t)i * C + h * D + d] = u * (magnitudes + fabs(sum));
+                D_bound += fabs(doi[d]) * u * (magnitudes + fabs(sum));
             }
             for (int j = 0; j < Tk; j++) {
                 P[j] /= total;
@@ -1005,6 +1024,7 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
                 for (int d = 0; d < D; d++) {
                     dP[j] += M[j] * doi[d] * v[(size_t)j * C + h * D + d];
                     dv[(size_t)j * C + h * D + d] += P[j] * M[j] * doi[d];
+                    if (bounds) dv_bound[(size_t)j * C + h * D + d] += u * P[j] * M[j] * fabs(doi[d]);
                 }
                 mean += P[j] * dP[j];
             }
@@ -1013,10 +1033,16 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
                 for (int d = 0; d < D; d++) {
                     dq[(size_t)i * C + h * D + d] += dS * k[(size_t)j * C + h * D + d];
                     dk[(size_t)j * C + h * D + d] += dS * qi[d];
+                    if (!bounds) continue;
+                    const double dS_bound = u * fabs(dS) + P[j] * D_bound / sqrt((double)D);
+                    dq_bound[(size_t)i * C + h * D + d] += dS_bound * fabs(k[(size_t)j * C + h * D + d]);
+                    dk_bound[(size_t)j * C + h * D + d] += dS_bound * fabs(qi[d]);
                 }
             }
         }
     }
+    for (size_t i = 0; bounds && i < nq; i++) dq_bound[i] += u * fabs(dq[i]);
+    for (size_t i = 0; bounds && i < nk; i++) dk_bound[i] += u * fabs(dk[i]), dv_bound[i] += u * fabs(dv[i]);
     free(P);
     return loss;
 }
@@ -1039,7 +1065,7 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
     }
     real *dq_ours = ours + nq, *dk_ours = dq_ours + nq, *dv_ours = dk_ours + nk, *lse_ours = dv_ours + nk;
     const real *q_ours = lse_ours + nl, *dout_ours = q_ours + nq, *k_ours = dout_ours + nq, *v_ours = k_ours + nk;
-    plain_attention(out, lse, dq, dk, dv, dout, q, k, v, Tq, Tk, C, heads, dropout);
+    plain_attention(out, lse, dq, dk, dv, dout, q, k, v, Tq, Tk, C, heads, dropout, NULL);
     const int threads = omp_get_max_threads();
     int same = 1;
     for (int t = 1; t <= 3; t++) {  // stale numbers in the workspace and the results must not matter: NaN
@@ -1076,7 +1102,7 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         for (int sign = 0; sign < 2; sign++) {
             where_x[place] = kept + (sign ? step : -step);
             loss[sign] = plain_attention(spare, spare + nq, spare + nq + nl, spare + 2 * nq + nl,
-                                         spare + 2 * nq + nl + nk, dout, q, k, v, Tq, Tk, C, heads, dropout);
+                                         spare + 2 * nq + nl + nk, dout, q, k, v, Tq, Tk, C, heads, dropout, NULL);
         }
         where_x[place] = kept;
         const double numeric = (loss[1] - loss[0]) / (2 * step);
@@ -1090,31 +1116,95 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
     free(truth), free(spare), free(ours), free(workspace);
 }
 
+// The same in bf16: each element within its bound of plain_attention; and a tensor as a whole within u = 2^-8 of its
+// length, because roundings are independent: one is off by u / 2 to u at most, by 0.58 u at most in the root mean
+// square, and three of them that meet in a result (A or dS, D, the result itself) by less than u typically.
+static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
+    const size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C, nl = (size_t)heads * Tq;
+    const size_t inputs = 2 * (nq + nk), results = inputs, needed = attention_workspace(Tq, Tk, C, heads, 3);
+    // inputs: q, dout, k, v; results and bounds: out, dq, dk, dv
+    double *truth = (double *)allocate((inputs + 2 * results + nl) * sizeof(double)), *wide = truth + results;
+    double *bounds = wide + inputs, *lse = bounds + results;
+    bf16 *x = (bf16 *)allocate((inputs + 2 * results) * sizeof(bf16)), *ours = x + inputs, *once = ours + results;
+    real *workspace = (real *)allocate((needed + 1 + nl) * sizeof(real)), *lse_ours = workspace + needed + 1;
+    Dropout dropout;
+    memset(&dropout, 0, sizeof dropout);
+    dropout.p = p, dropout.seed = 0x123456789ABCDEFull, dropout.site = 5, dropout.step = 77, dropout.image = 3;
+    for (size_t i = 0; i < inputs; i++) {
+        x[i] = to_bf16((float)test_number(0, i));
+        wide[i] = (double)from_bf16(x[i]);
+    }
+    plain_attention(truth, lse, truth + nq, truth + 2 * nq, truth + 2 * nq + nk, wide + nq, wide, wide + 2 * nq,
+                    wide + 2 * nq + nk, Tq, Tk, C, heads, dropout, bounds);
+    const int threads = omp_get_max_threads();
+    int same = 1;
+    for (int t = 1; t <= 3; t++) {
+        memset(workspace, 0xFF, needed * sizeof(real));
+        memset(ours, 0xFF, results * sizeof(bf16));
+        workspace[needed] = 42;
+        omp_set_num_threads(t);
+        attention_forward(ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, 1, workspace);
+        memset(workspace, 0xFF, needed * sizeof(real));
+        attention_backward(ours + nq, ours + 2 * nq, ours + 2 * nq + nk, x + nq, x, x + 2 * nq, x + 2 * nq + nk, ours,
+                           lse_ours, Tq, Tk, C, heads, dropout, 1, workspace);
+        if (t == 1) memcpy(once, ours, results * sizeof(bf16));
+        same = same && memcmp(once, ours, results * sizeof(bf16)) == 0 && workspace[needed] == 42;
+    }
+    omp_set_num_threads(threads);
+    check(same, "attention bf16 %dx%d C %d heads %d p %g: 1, 2, 3 threads: same bits, within the workspace", Tq, Tk, C,
+          heads, p);
+    const double worst_lse = worst_difference(lse_ours, lse, nl, 1e-30);
+    check(worst_lse < 2e-6, "attention bf16 %dx%d C %d heads %d: lse differs by %.2e", Tq, Tk, C, heads, worst_lse);
+    const char *name[] = {"out", "dq", "dk", "dv"};
+    const size_t count[] = {nq, nq, nk, nk};
+    size_t at = 0;
+    for (int tensor = 0; tensor < 4; at += count[tensor++]) {
+        double worst = 0, squares = 0, error = 0;
+        for (size_t i = at; i < at + count[tensor]; i++) {
+            const double difference = fabs((double)from_bf16(ours[i]) - truth[i]);
+            // 1.02: u to the second; 1e-6: floats
+            const double part = difference / (1.02 * bounds[i] + 1e-6);
+            if (!(part <= worst)) worst = part;  // NaN stays
+            squares += truth[i] * truth[i], error += difference * difference;
+        }
+        check(worst <= 1, "attention bf16 %dx%d C %d heads %d p %g: %s is off by %.2f of its bound", Tq, Tk, C, heads,
+              p, name[tensor], worst);
+        if (Tk == 1 && (tensor == 1 || tensor == 2)) continue;  // dq and dk are zero
+        check(sqrt(error) <= sqrt(squares) / 256,
+              "attention bf16 %dx%d C %d heads %d p %g: %s as a whole is off by %.2e", Tq, Tk, C, heads, p,
+              name[tensor], sqrt(error / squares));
+    }
+    free(truth), free(x), free(workspace);
+}
+
 // One NaN in q, k or v: it reaches every output that depends on it, and no other.
-static void test_attention_nan(void) {
+static void test_attention_nan(int half) {
     enum { T = 130, C = 24, HEADS = 2, N = T * C };
     real *memory = (real *)allocate(8 * N * sizeof(real)), *lse = (real *)allocate(HEADS * T * sizeof(real));
     real *workspace = (real *)allocate(attention_workspace(T, T, C, HEADS, omp_get_max_threads()) * sizeof(real));
-    real *out = memory + 3 * N, *dq = out + N, *dk = dq + N, *dv = dk + N, *dout = dv + N;
+    const size_t bytes = N * number_bytes(half);
+    char *k = (char *)memory + bytes, *v = k + bytes, *out = v + bytes, *dq = out + bytes, *dk = dq + bytes;
+    char *dv = dk + bytes, *dout = dv + bytes;
     Dropout none;
     memset(&none, 0, sizeof none);
     for (int which = 0; which < 3; which++) {
         const int row = 101, channel = 14;
-        for (int i = 0; i < 3 * N; i++) memory[i] = (real)test_number(1, (uint64_t)i);
-        for (int i = 0; i < N; i++) dout[i] = (real)test_number(2, (uint64_t)i);
-        memory[which * N + row * C + channel] = (real)NAN;
-        attention_forward(out, lse, memory, memory + N, memory + 2 * N, T, T, C, HEADS, none, 0, workspace);
-        attention_backward(dq, dk, dv, dout, memory, memory + N, memory + 2 * N, out, lse, T, T, C, HEADS, none, 0,
-                           workspace);
+        for (size_t i = 0; i < 3 * N; i++) store_number(memory, i, (real)test_number(1, i), half);
+        for (size_t i = 0; i < N; i++) store_number(dout, i, (real)test_number(2, i), half);
+        store_number(memory, (size_t)(which * N + row * C + channel), (real)NAN, half);
+        attention_forward(out, lse, memory, k, v, T, T, C, HEADS, none, half, workspace);
+        attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, half, workspace);
         int wrong = 0, backward = 0;
         for (int i = 0; i < N; i++) {
             const int head = i % C / (C / HEADS);
             const int reached = which == 0 ? head == 1 && i / C == row : which == 1 ? head == 1 : i % C == channel;
-            wrong += (isnan(out[i]) != 0) != reached;
-            backward += isnan(dq[i]) || isnan(dk[i]) || isnan(dv[i]);
+            wrong += (isnan(load_number(out, (size_t)i, half)) != 0) != reached;
+            backward += isnan(load_number(dq, (size_t)i, half)) || isnan(load_number(dk, (size_t)i, half)) ||
+                        isnan(load_number(dv, (size_t)i, half));
         }
-        check(wrong == 0, "attention: a NaN in %c: %d outputs are wrongly NaN or not NaN", "qkv"[which], wrong);
-        check(backward > 0, "attention: a NaN in %c does not reach the gradients", "qkv"[which]);
+        check(wrong == 0, "attention%s: a NaN in %c: %d outputs are wrongly NaN or not NaN", half ? " bf16" : "",
+              "qkv"[which], wrong);
+        check(backward > 0, "attention%s: a NaN in %c does not reach the gradients", half ? " bf16" : "", "qkv"[which]);
     }
     free(memory), free(lse), free(workspace);
 }
@@ -1127,9 +1217,11 @@ static void test_attention(void) {
         const int *s = shapes[i];
         test_attention_shape(s[0], s[1], s[2], s[3], 0, 1, s[0] < 10 ? 6 : 0);
         test_attention_shape(s[0], s[1], s[2], s[3], 0.1, 1, s[0] < 10 ? 6 : 3);
+        for (int dropped = 0; dropped < 2 && !IS_DOUBLE; dropped++)
+            test_attention_bf16(s[0], s[1], s[2], s[3], dropped * 0.1);
     }
     test_attention_shape(50, 300, 64, 2, 0.5, 30, 6);  // scores around 170, whose exponentials leave float's range
-    test_attention_nan();
+    for (int half = 0; half <= !IS_DOUBLE; half++) test_attention_nan(half);
 
     vec x = fill(0);
     double worst = 0;

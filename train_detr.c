@@ -1893,8 +1893,8 @@ static void attention_pack_rows(real *to, const void *x, int first, int count, i
         const char *from = first + i < rows ? attention_row(x, first + i, head, plan) : NULL;
         size_t at = 0;
         for (; from && at + VECTOR_BYTES <= bytes; at += VECTOR_BYTES) memcpy(out + at, from + at, VECTOR_BYTES);
-        if (from) memcpy(out + at, from + at, bytes - at);
-        memset(out + (from ? bytes : 0), 0, row - (from ? bytes : 0));
+        if (from && at < bytes) memcpy(out + at, from + at, bytes - at), at = bytes;
+        if (at < row) memset(out + at, 0, row - at);
     }
 }
 
@@ -2093,6 +2093,11 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
     }
 }
 
+// Rows in use in the block of keys that begins with `first`.
+static int attention_rows(int first, int Tk) {
+    return Tk - first < K_BLOCK ? (int)round_up((size_t)(Tk - first), WIDE_ROWS) : K_BLOCK;
+}
+
 // Vectors in use in the block of queries that begins with `first`.
 static int attention_vectors(int first, int Tq) {
     return Tq - first < Q_BLOCK ? (int)divide_up((size_t)(Tq - first), LANES) : WIDE;
@@ -2128,8 +2133,9 @@ static void attention_forward(void *out, real *lse, const void *q, const void *k
         for (int head = 0; head < heads; head++) {
             for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
                 const size_t at = (head * plan.head_keys + (size_t)first * plan.padded_dim) / (half ? 2 : 1);
-                attention_pack_rows(keys + at, k, first, K_BLOCK, Tk, head, &plan);
-                attention_pack_units(values + at, v, first, K_BLOCK, Tk, head, &plan);
+                const int rows = attention_rows(first, Tk);
+                attention_pack_rows(keys + at, k, first, rows, Tk, head, &plan);
+                attention_pack_units(values + at, v, first, rows, Tk, head, &plan);
             }
         }
         real *mine = scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
@@ -2160,16 +2166,21 @@ static void attention_backward_pack(const AttentionBackward *b, const void *dout
     const AttentionPlan *plan = &b->plan;
     const int head_dim = plan->head_dim, Tq = plan->Tq, half = plan->half;
     const size_t at = (head * plan->head_queries + (size_t)first * plan->padded_dim) / (half ? 2 : 1);
-    attention_pack_units(b->queries + at, q, first, Q_BLOCK, Tq, head, plan);
-    attention_pack_units(b->douts + at, dout, first, Q_BLOCK, Tq, head, plan);
+    const int rows = Tq - first < Q_BLOCK ? (Tq - first + 1) / 2 * 2 : Q_BLOCK;
+    attention_pack_units(b->queries + at, q, first, rows, Tq, head, plan);
+    attention_pack_units(b->douts + at, dout, first, rows, Tq, head, plan);
     attention_pack_columns(b->query_columns + at, q, first, Tq, head, plan);
     attention_pack_columns(b->dout_columns + at, dout, first, Tq, head, plan);
     for (int i = first; i < first + Q_BLOCK; i++) {
         const size_t row = (size_t)i * plan->C + (size_t)head * head_dim;
-        double dot = 0;
+        double dots[8] = {
+            0};  // in double: what D and dP have in common is taken away from both, and may be most of them
         for (int d = 0; d < head_dim && i < Tq; d++)
-            dot += (double)load_number(dout, row + d, half) * load_number(out, row + d, half);
-        b->dots[(size_t)head * plan->padded_queries + i] = (real)dot;
+            dots[d % 8] += (double)load_number(dout, row + d, half) * load_number(out, row + d, half);
+        for (int n = 4; n > 0; n /= 2) {
+            for (int d = 0; d < n; d++) dots[d] += dots[d + n];
+        }
+        b->dots[(size_t)head * plan->padded_queries + i] = (real)dots[0];
         b->lse[(size_t)head * plan->padded_queries + i] = i < Tq ? lse[(size_t)head * Tq + i] : 0;
     }
 }
@@ -2316,9 +2327,10 @@ static void attention_backward(void *dq, void *dk, void *dv, const void *dout, c
         for (int head = 0; head < heads; head++) {
             for (int first = 0; first < plan.padded_keys; first += K_BLOCK) {
                 const size_t at = (head * plan.head_keys + (size_t)first * plan.padded_dim) / (half ? 2 : 1);
-                attention_pack_rows(b.keys + at, k, first, K_BLOCK, Tk, head, &plan);
-                attention_pack_rows(b.values + at, v, first, K_BLOCK, Tk, head, &plan);
-                if (half) attention_pack_units(b.key_units + at, k, first, K_BLOCK, Tk, head, &plan);
+                const int rows = attention_rows(first, Tk);
+                attention_pack_rows(b.keys + at, k, first, rows, Tk, head, &plan);
+                attention_pack_rows(b.values + at, v, first, rows, Tk, head, &plan);
+                if (half) attention_pack_units(b.key_units + at, k, first, rows, Tk, head, &plan);
             }
         }
 #pragma omp for collapse(2) schedule(static)

@@ -34,7 +34,7 @@ TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps"], "data/common.
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
          None: HEART + ["image", "dataset", "eval"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
-BF16 = ["bf16", "dumps", "same_bytes", "company"]  # in float, which has bf16
+BF16 = ["bf16", "attention", "dumps", "same_bytes", "company"]  # in float, which has bf16
 
 
 def read_table(path):
