@@ -355,6 +355,28 @@ static void test_company(void) {
     for (int half = 0; half <= !IS_DOUBLE; half++) test_company_in(half);
 }
 
+// Tensors of a few numbers, of several chunks and of one that is not trained, against a plain sum.
+static void test_gradient_norm(void) {
+    const size_t counts[3] = {21, 40001, 300};
+    Param params[3], *table[3];
+    Model model;
+    double sum = 0;
+    memset(params, 0, sizeof params), memset(&model, 0, sizeof model);
+    for (int i = 0; i < 3; i++) {
+        table[i] = &params[i];
+        params[i].count = counts[i], params[i].trained = i < 2;
+        params[i].grad = (real *)allocate(counts[i] * sizeof(real));
+        for (size_t k = 0; k < counts[i]; k++) {
+            params[i].grad[k] = (real)test_uniform(8, (uint64_t)i << 20 | k);
+            if (i < 2) sum += (double)params[i].grad[k] * (double)params[i].grad[k];
+        }
+    }
+    model.params = table, model.num_params = 3;
+    const double norm = gradient_norm(&model);
+    check(fabs(norm - sqrt(sum)) < 1e-12 * norm, "norm of the gradient: %.15g instead of %.15g", norm, sqrt(sum));
+    for (int i = 0; i < 3; i++) free(params[i].grad);
+}
+
 // The training step's gradients are those of the batch as the other tests compute it, which the truth is compared with.
 static void test_training_step(void) {
     SmallRun small;
@@ -371,6 +393,7 @@ static void test_training_step(void) {
     check(losses.grad_norm == gradient_norm(&small.model), "a training step reports and clips by the gradient's norm");
     check(fingerprint(&small.model, 0) != weights, "a training step changes the weights");
     small_run_end(&small);
+    test_gradient_norm();
 }
 
 // Adds each channel's sum and sum of squares of what a layer makes of x; returns the number of pixels.
