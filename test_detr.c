@@ -1096,7 +1096,7 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         memset(ours, 0xFF, results * sizeof(real));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(ours, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, 0, workspace);
+        attention_forward(ours, NULL, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, 0, workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(dq_ours, dk_ours, dv_ours, dout_ours, q_ours, k_ours, v_ours, ours, lse_ours, Tq, Tk, C,
                            heads, dropout, 0, workspace);
@@ -1149,7 +1149,8 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
     double *truth = (double *)allocate((inputs + 2 * results + nl) * sizeof(double)), *wide = truth + results;
     double *bounds = wide + inputs, *lse = bounds + results;
     bf16 *x = (bf16 *)allocate((inputs + 2 * results) * sizeof(bf16)), *ours = x + inputs, *once = ours + results;
-    real *workspace = (real *)allocate((needed + 1 + nl) * sizeof(real)), *lse_ours = workspace + needed + 1;
+    real *workspace = (real *)allocate((needed + 1 + nl + nq) * sizeof(real)), *lse_ours = workspace + needed + 1;
+    real *exact = lse_ours + nl;  // out before it is rounded
     Dropout dropout;
     memset(&dropout, 0, sizeof dropout);
     dropout.p = p, dropout.seed = 0x123456789ABCDEFull, dropout.site = 5, dropout.step = 77, dropout.image = 3;
@@ -1166,9 +1167,10 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
         memset(ours, 0xFF, results * sizeof(bf16));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, 1, workspace);
+        attention_forward(exact, ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, 1,
+                          workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
-        attention_backward(ours + nq, ours + 2 * nq, ours + 2 * nq + nk, x + nq, x, x + 2 * nq, x + 2 * nq + nk, ours,
+        attention_backward(ours + nq, ours + 2 * nq, ours + 2 * nq + nk, x + nq, x, x + 2 * nq, x + 2 * nq + nk, exact,
                            lse_ours, Tq, Tk, C, heads, dropout, 1, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(bf16));
         same = same && memcmp(once, ours, results * sizeof(bf16)) == 0 && workspace[needed] == 42;
@@ -1203,11 +1205,13 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
 // One NaN in q, k or v: it reaches every output that depends on it, and no other.
 static void test_attention_nan(int half) {
     enum { T = 130, C = 24, HEADS = 2, N = T * C };
-    real *memory = (real *)allocate(8 * N * sizeof(real)), *lse = (real *)allocate(HEADS * T * sizeof(real));
+    real *memory = (real *)allocate(9 * N * sizeof(real)), *lse = (real *)allocate(HEADS * T * sizeof(real));
     real *workspace = (real *)allocate(attention_workspace(T, T, C, HEADS, omp_get_max_threads()) * sizeof(real));
     const size_t bytes = N * number_bytes(half);
-    char *k = (char *)memory + bytes, *v = k + bytes, *out = v + bytes, *dq = out + bytes, *dk = dq + bytes;
-    char *dv = dk + bytes, *dout = dv + bytes;
+    char *k = (char *)memory + bytes, *v = k + bytes, *dq = v + bytes, *dk = dq + bytes, *dv = dk + bytes;
+    char *dout = dv + bytes;
+    real *out = memory + 7 * N;
+    bf16 *rounded = (bf16 *)(memory + 8 * N);
     Dropout none;
     memset(&none, 0, sizeof none);
     for (int which = 0; which < 3; which++) {
@@ -1215,13 +1219,13 @@ static void test_attention_nan(int half) {
         for (size_t i = 0; i < 3 * N; i++) store_number(memory, i, (real)test_number(1, i), half);
         for (size_t i = 0; i < N; i++) store_number(dout, i, (real)test_number(2, i), half);
         store_number(memory, (size_t)(which * N + row * C + channel), (real)NAN, half);
-        attention_forward(out, lse, memory, k, v, T, T, C, HEADS, none, half, workspace);
+        attention_forward(out, half ? rounded : NULL, lse, memory, k, v, T, T, C, HEADS, none, half, workspace);
         attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, half, workspace);
         int wrong = 0, backward = 0;
         for (int i = 0; i < N; i++) {
             const int head = i % C / (C / HEADS);
             const int reached = which == 0 ? head == 1 && i / C == row : which == 1 ? head == 1 : i % C == channel;
-            wrong += (isnan(load_number(out, (size_t)i, half)) != 0) != reached;
+            wrong += (isnan(half ? (real)from_bf16(rounded[i]) : out[i]) != 0) != reached;
             backward += isnan(load_number(dq, (size_t)i, half)) || isnan(load_number(dk, (size_t)i, half)) ||
                         isnan(load_number(dv, (size_t)i, half));
         }

@@ -2013,8 +2013,8 @@ INLINE void attention_complete_pair(real *scores, int keys, int wide) {
 }
 
 typedef struct {
-    void *out;
-    real *lse;
+    real *out, *lse;
+    bf16 *rounded;
     const void *q;
     const real *keys, *values;  // packed: keys as rows, values as units along the keys
     Dropout dropout;
@@ -2088,7 +2088,9 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
     for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
         const real sum = total[i / LANES][i % LANES];
         const real factor = (real)(1 / (sum * (1 - f->dropout.p)));
-        attention_unpack(f->out, first + i, head, sums + i, Q_BLOCK, factor, plan);
+        real *to = f->out + (size_t)(first + i) * plan->C + (size_t)head * plan->head_dim;
+        for (int d = 0; d < plan->head_dim; d++) to[d] = sums[i + d * Q_BLOCK] * factor;
+        if (f->rounded) attention_unpack(f->rounded, first + i, head, sums + i, Q_BLOCK, factor, plan);
         f->lse[(size_t)head * plan->Tq + first + i] = base[i / LANES][i % LANES] + (real)log((double)sum);
     }
 }
@@ -2119,14 +2121,15 @@ static void attention_forward_block(const AttentionForward *f, int head, int fir
 // out (Tq, C) from q (Tq, C), k (Tk, C), v (Tk, C); C = heads * head_dim, a head has head_dim adjacent channels.
 // lse (heads, Tq): logarithm of the softmax's denominator, sum over keys of exp(score). All of out and lse is written.
 // dropout: on the probabilities, element (head * Tq + query) * Tk + key. A NaN in q, k or v comes out as NaN.
-// half: out, q, k and v are bf16. workspace: attention_workspace() reals.
-static void attention_forward(void *out, real *lse, const void *q, const void *k, const void *v, int Tq, int Tk, int C,
-                              int heads, Dropout dropout, int half, real *workspace) {
+// half: q, k and v are bf16, and rounded (Tq, C) receives out as bf16; else rounded is NULL. workspace:
+// attention_workspace() reals.
+static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q, const void *k, const void *v, int Tq,
+                              int Tk, int C, int heads, Dropout dropout, int half, real *workspace) {
     const double begin = profile_begin();
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, half);
     const size_t all_keys = heads * plan.head_keys;
     real *keys = workspace, *values = keys + all_keys, *scratch = values + all_keys;
-    const AttentionForward f = {out, lse, q, keys, values, dropout, plan};
+    const AttentionForward f = {out, lse, rounded, q, keys, values, dropout, plan};
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
@@ -2161,7 +2164,7 @@ typedef struct {
 } AttentionBackward;
 
 // Packs one block of queries of one head.
-static void attention_backward_pack(const AttentionBackward *b, const void *dout, const void *q, const void *out,
+static void attention_backward_pack(const AttentionBackward *b, const void *dout, const void *q, const real *out,
                                     const real *lse, int head, int first) {
     const AttentionPlan *plan = &b->plan;
     const int head_dim = plan->head_dim, Tq = plan->Tq, half = plan->half;
@@ -2173,10 +2176,9 @@ static void attention_backward_pack(const AttentionBackward *b, const void *dout
     attention_pack_columns(b->dout_columns + at, dout, first, Tq, head, plan);
     for (int i = first; i < first + Q_BLOCK; i++) {
         const size_t row = (size_t)i * plan->C + (size_t)head * head_dim;
-        double dots[8] = {
-            0};  // in double: what D and dP have in common is taken away from both, and may be most of them
+        double dots[8] = {0};  // what D and dP have in common, which may be most of them, cancels
         for (int d = 0; d < head_dim && i < Tq; d++)
-            dots[d % 8] += (double)load_number(dout, row + d, half) * load_number(out, row + d, half);
+            dots[d % 8] += (double)load_number(dout, row + d, half) * out[row + d];
         for (int n = 4; n > 0; n /= 2) {
             for (int d = 0; d < n; d++) dots[d] += dots[d + n];
         }
@@ -2293,7 +2295,7 @@ static void attention_backward_sum(const AttentionBackward *b, int head, int fir
 }
 
 // dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout is what it was there.
-// half: all of them but lse are bf16.
+// half: all of them but out and lse are bf16.
 //
 // With scores S = q k^T scale, P = softmax(S), A = M P (M: 1 / (1 - p) where kept, else 0) and out = A v:
 //   dv = A^T dout,  dA = dout v^T,  dP = M dA,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q
@@ -2303,7 +2305,7 @@ static void attention_backward_sum(const AttentionBackward *b, int head, int fir
 //
 // A task is one head and one chunk of keys: it owns its rows of dk and dv, and its part of dq.
 static void attention_backward(void *dq, void *dk, void *dv, const void *dout, const void *q, const void *k,
-                               const void *v, const void *out, const real *lse, int Tq, int Tk, int C, int heads,
+                               const void *v, const real *out, const real *lse, int Tq, int Tk, int C, int heads,
                                Dropout dropout, int half, real *workspace) {
     const double begin = profile_begin();
     AttentionBackward b;
@@ -3044,7 +3046,9 @@ typedef struct {
 typedef struct {
     const void *query_in, *key_in, *value_in;  // what the projections read
     const real *residual;                      // what is added to the result
-    void *query, *key, *value, *attended;
+    void *query, *key, *value;
+    real *attended;
+    void *attended_operand;               // the same as the output projection reads it: bf16, or attended itself
     real *lse, *sum, *mean, *rstd, *out;  // residual + attention, its statistics, after the norm
     void *operand;                        // out as what reads it next multiplies it: bf16, or out itself
     int num_queries, num_keys;
@@ -3225,7 +3229,8 @@ static void plan_attention(Activations *acts, const Model *model, AttentionActiv
     a->query = take_named(arena, rows * C, half, "%s %d: query", name, layer);
     a->key = take_named(arena, keys * C, half, "%s %d: key", name, layer);
     a->value = take_named(arena, keys * C, half, "%s %d: value", name, layer);
-    a->attended = take_named(arena, rows * C, half, "%s %d: attended", name, layer);
+    a->attended = (real *)take_named(arena, rows * C, 0, "%s %d: attended", name, layer);
+    a->attended_operand = half ? arena_bytes(arena, rows * C * sizeof(bf16)) : a->attended;
     a->lse = arena_take(arena, rows * (size_t)model->config.nheads);
     a->sum = (real *)take_named(arena, rows * C, 0, "%s %d: sum", name, layer);
     a->mean = arena_take(arena, rows), a->rstd = arena_take(arena, rows);
@@ -3404,9 +3409,10 @@ static void attention_block_forward(Activations *acts, const Model *model, const
     layer_forward(a->query, a->query_in, a->num_queries, 1, &block->query, 0, NULL);
     layer_forward(a->key, a->key_in, a->num_keys, 1, &block->key, 0, NULL);
     layer_forward(a->value, a->value_in, a->num_keys, 1, &block->value, 0, NULL);
-    attention_forward(a->attended, a->lse, a->query, a->key, a->value, a->num_queries, a->num_keys, C,
-                      model->config.nheads, dropout_at(acts, site), model->config.half, acts->workspace);
-    add_residual(a->sum, a->residual, a->attended, &block->output, a->num_queries, dropout_at(acts, site + 1));
+    attention_forward(a->attended, rounded(model, a->attended_operand), a->lse, a->query, a->key, a->value,
+                      a->num_queries, a->num_keys, C, model->config.nheads, dropout_at(acts, site), model->config.half,
+                      acts->workspace);
+    add_residual(a->sum, a->residual, a->attended_operand, &block->output, a->num_queries, dropout_at(acts, site + 1));
     layernorm_forward(a->out, rounded(model, a->operand), a->mean, a->rstd, a->sum, block->norm.weight->value,
                       block->norm.bias->value, a->num_queries, C);
 }
@@ -3423,7 +3429,8 @@ static void attention_block_backward(Activations *acts, const Model *model, cons
     layernorm_backward(dresidual, norm->weight->grad, norm->bias->grad, dout, a->sum, a->mean, a->rstd,
                        norm->weight->value, rows, C);
     const void *dprojected = dropout_backward(acts, model, dresidual, rows, dropout);
-    layer_backward(acts->dattended, a->attended, dprojected, rows, 1, &block->output, NULL, NULL, acts->workspace);
+    layer_backward(acts->dattended, a->attended_operand, dprojected, rows, 1, &block->output, NULL, NULL,
+                   acts->workspace);
     attention_backward(acts->dq, acts->dk, acts->dv, acts->dattended, a->query, a->key, a->value, a->attended, a->lse,
                        rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), model->config.half,
                        acts->workspace);
