@@ -3166,6 +3166,8 @@ static void plan_backbone(Activations *acts, const Model *model) {
     const size_t pooled_count = (size_t)height * (size_t)width * (size_t)model->config.stem_width;
     size_t inner_count[2] = {0, 0}, shortcut_count = 0;
     size_t map_count[2] = {stem_kept ? 0 : pooled_count, stem_kept ? 0 : stem_count};
+    const size_t argmax = stem_kept ? 0 : pooled_count;  // not kept it lies where the first block will write
+    const size_t pixels_bytes = (size_t)acts->height * (size_t)acts->width * 3 * sizeof(real);
     for (int i = 0; i < model->num_blocks; i++) {  // sizes
         const Block *block = &model->blocks[i];
         BlockActivations *b = &acts->blocks[i];
@@ -3183,21 +3185,26 @@ static void plan_backbone(Activations *acts, const Model *model) {
             }
         }
         b->out_height = height, b->out_width = width;
-        if (block->trained && acts->training && block->has_shortcut) shortcut_count = larger(shortcut_count, in);
+        if (block->has_shortcut && block->shortcut.needs_input_gradient) shortcut_count = larger(shortcut_count, in);
     }
     acts->map_height = height, acts->map_width = width;
 
     void *map[2], *inner[2];
-    map[at] = arena_bytes(arena, map_count[at] * number_bytes(half));
+    size_t map_bytes[2] = {map_count[0] * number_bytes(half), map_count[1] * number_bytes(half)};
+    const int pixels_kept = stem_kept || !acts->training;  // else the first map may take their place
+    if (!pixels_kept) map_bytes[0] = larger(map_bytes[0], pixels_bytes);
+    map[at] = arena_bytes(arena, map_bytes[at]);
     const size_t scratch = arena->used;  // what the way forward forgets makes room for the way back
-    map[!at] = arena_bytes(arena, map_count[!at] * number_bytes(half));
-    for (int j = 0; j < 2; j++) inner[j] = arena_bytes(arena, inner_count[j] * number_bytes(half));
+    map[!at] = arena_bytes(arena, map_bytes[!at]);
+    for (int j = 0; j < 2; j++)
+        inner[j] = arena_bytes(arena, larger(inner_count[j] * number_bytes(half), j ? 0 : argmax));
     plan_scratch(acts, model, scratch, shortcut_count);
 
     acts->stem = stem_kept ? take_named(arena, stem_count, half, "stem") : map[1];
     if (!half) acts->dstem = (real *)acts->stem;
     acts->pooled = stem_kept ? take_named(arena, pooled_count, half, "stem, pooled") : map[0];
-    acts->argmax = (unsigned char *)arena_bytes(arena, pooled_count);
+    acts->argmax = (unsigned char *)(stem_kept ? arena_bytes(arena, pooled_count) : inner[0]);
+    acts->pixels = pixels_kept ? (real *)take_named(arena, pixels_bytes / sizeof(real), 0, "pixels") : (real *)map[0];
     void *in = acts->pooled;
     at = 0;
     for (int i = 0; i < model->num_blocks; i++) {  // places
@@ -3260,7 +3267,6 @@ static void activations_plan(Activations *acts, const Model *model, int height, 
     size_t C = (size_t)config->hidden_dim, Q = (size_t)config->num_queries, L = (size_t)config->dec_layers;
     arena->used = arena->num_named = 0;
     acts->height = height, acts->width = width;
-    acts->pixels = (real *)take_named(arena, (size_t)height * (size_t)width * 3, 0, "pixels");
     plan_backbone(acts, model);
     int T = acts->map_height * acts->map_width;
     size_t tokens = (size_t)T;

@@ -541,7 +541,7 @@ static inline void resize_load(ResizeSums *numbers, const ResizeBytes *bytes) {
 
 // Sums that began at half a step, rounded down and cut off at 255.
 static inline ResizeBytes resize_round(const ResizeSums *sums) {
-    ResizeSums values = *sums >> RESIZE_BITS, over = values > 255;
+    ResizeSums values = *sums >> (int)RESIZE_BITS, over = values > 255;
     values = (values & ~over) | (over & 255);
     return __builtin_convertvector(values, ResizeBytes);
 }
