@@ -9,6 +9,7 @@ beside the forward passes they belong to.
 Read it downward; the rooms follow an image on its way to a loss and back:
 
     Numbers        real, the arena that memory is planned with
+    Profile        where the time of a step goes
     Matmul         the one hot loop: linear layers and convolutions are the same product of rows
     Winograd       3x3 convolutions with fewer products
     Layers         attention, layer norm, max pooling, positions, dropout
