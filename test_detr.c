@@ -6,8 +6,7 @@ test_detr.c: every check of numbers. It includes the trainer with its main left 
 
 The truth in dev/dumps/ was made by PyTorch (dev/oracle.py). In double everything must agree with PyTorch's float64 to
 1e-10: a wrong formula cannot hide. In float the yardstick is PyTorch's own float32 error, which the dumps carry, and
-for
---precision bf16 the error of its autocast to bf16.
+for --precision bf16 the error of its autocast to bf16.
 The last line is "N passed, N failed"; the exit status is 1 when anything failed.
 */
 #define TRAIN_DETR_NO_MAIN
@@ -1001,7 +1000,7 @@ static double test_factor(Dropout dropout, uint64_t element) {
 // is off by u = 2^-8 of its magnitude at most (half of the last of 8 bits): A, dS and the four results. So, with the
 // symbols of attention_backward,
 //   |out error| <= u (A |v| + |out|),  |dv error| <= u (A^T |dout| + |dv|),
-//   |D error| <= |dout| |out error|,   |dS error| <= u |dS| + P |D error|,
+//   |D error| <= |dout| u A |v| (D is taken from out before it is rounded),   |dS error| <= u |dS| + P |D error|,
 //   |dq error| <= scale |dS error| |k| + u |dq|,  |dk error| <= scale |dS error|^T |q| + u |dk|.
 // Errors of floats are left out.
 static double plain_attention(double *out, double *lse, double *dq, double *dk, double *dv, const double *dout,
@@ -1039,7 +1038,7 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
                 out[(size_t)i * C + h * D + d] = sum;
                 loss += sum * doi[d];
                 if (bounds) bounds[(size_t)i * C + h * D + d] = u * (magnitudes + fabs(sum));
-                D_bound += fabs(doi[d]) * u * (magnitudes + fabs(sum));
+                D_bound += fabs(doi[d]) * u * magnitudes;
             }
             for (int j = 0; j < Tk; j++) {
                 P[j] /= total;

@@ -276,6 +276,9 @@ INLINE vec load_bf16(const bf16 *from) {
     return (vec)(__builtin_convertvector(*(const bf16_memory *)from, pairs) << 16);
 }
 
+// The pair at `from` in every lane.
+INLINE pairs broadcast_pair(const real *from) { return *(const pair_memory *)from + (pairs){0}; }
+
 // The bits of `value` rounded to bf16, in the upper half of each lane; the lower half is meaningless.
 INLINE pairs round_bf16(vec value) {
     const pairs bits = (pairs)value, magnitude = bits & 0x7FFFFFFFu;
@@ -381,7 +384,7 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
                 if (half) {
-                    const pairs two = *(const pair_memory *)&rows[i][at] + (pairs){0};
+                    const pairs two = broadcast_pair(rows[i] + at);
 #pragma GCC unroll 8
                     for (int j = 0; j < TILE_VECTORS; j++)
                         tile[i][j] = (vec)dot_pairs((fvec)tile[i][j], two, (pairs)w[j]);
@@ -591,39 +594,37 @@ static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product 
     }
 }
 
+// Numbers at.. of out, of which `left` are left in their row and whose bias is at `column`: value, as the epilogue
+// asks.
+INLINE void finish_lanes(void *out, size_t at, vec value, const Epilogue *e, int column, size_t left, int half) {
+    if (e->bias) value += load_rest(e->bias, column, left, 0);
+    if (e->add) value += load_rest(e->add, at, left, half);
+    if (e->relu) value = vec_relu(value);
+    if (e->mask) value = vec_where_positive(value, load_rest(e->mask, at, left, half));
+    store_rest(out, at, value, left, half);
+}
+
 // Adds to a tile what the epilogue asks for and writes it: out rows out_rows[0 .. rows), columns first_column on.
 INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], const size_t *out_rows, int rows,
                         int first_column, int half) {
     const int columns = p->out_channels - first_column < TILE_COLUMNS ? p->out_channels - first_column : TILE_COLUMNS;
-    const Epilogue e = p->epilogue;
     if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
-            size_t at = out_rows[i] * p->out_channels + first_column;
+            const size_t at = out_rows[i] * p->out_channels + first_column;
 #pragma GCC unroll 8
-            for (int j = 0; j < TILE_VECTORS; j++) {
-                vec value = tile[i][j];
-                if (e.bias) value += vec_load(e.bias + first_column + j * LANES);
-                if (e.add) value += load_lanes(e.add, at + j * LANES, half);
-                if (e.relu) value = vec_relu(value);
-                if (e.mask) value = vec_where_positive(value, load_lanes(e.mask, at + j * LANES, half));
-                store_lanes(p->out, at + j * LANES, value, half);
-            }
+            for (int j = 0; j < TILE_VECTORS; j++)
+                finish_lanes(p->out, at + j * LANES, tile[i][j], &p->epilogue, first_column + j * LANES, LANES, half);
         }
         return;
     }
     real edge[TILE_ROWS * TILE_COLUMNS];
     spill_tile(edge, tile);
     for (int i = 0; i < rows; i++) {
-        size_t at = out_rows[i] * p->out_channels + first_column;
-        for (int j = 0; j < columns; j++) {
-            real value = edge[i * TILE_COLUMNS + j];
-            if (e.bias) value += e.bias[first_column + j];
-            if (e.add) value += load_number(e.add, at + j, half);
-            if (e.relu && value < 0) value = 0;
-            if (e.mask && !(load_number(e.mask, at + j, half) > 0)) value = 0;
-            store_number(p->out, at + j, value, half);
-        }
+        const size_t at = out_rows[i] * p->out_channels + first_column;
+        for (int j = 0; j < columns; j += LANES)
+            finish_lanes(p->out, at + j, vec_load(edge + i * TILE_COLUMNS + j), &p->epilogue, first_column + j,
+                         columns - j, half);
     }
 }
 
@@ -762,22 +763,92 @@ typedef struct {
     int rows, columns, row_pieces, column_pieces, slices;
 } WeightPlan;
 
-// units: of the inner dimension, pixels or (bf16) pairs of pixels.
-static WeightPlan plan_backward_weight(ConvShape s, long units) {
+// Pieces of at most piece_rows by piece_columns; slices of at least slice_units of what is summed over.
+static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_columns, long units, int slice_units) {
     WeightPlan plan;
-    size_t row_tiles = divide_up(s.out_channels, TILE_ROWS), panels = divide_up(patch_size(s), TILE_COLUMNS);
-    plan.row_pieces = (int)divide_up(s.out_channels, WEIGHT_ROWS);
-    plan.column_pieces = (int)divide_up(patch_size(s), WEIGHT_COLUMNS);
+    size_t row_tiles = divide_up(rows, TILE_ROWS), panels = divide_up(columns, TILE_COLUMNS);
+    plan.row_pieces = (int)divide_up(rows, piece_rows);
+    plan.column_pieces = (int)divide_up(columns, piece_columns);
     plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
-    if (plan.slices > (long)divide_up(units, SLICE_PIXELS)) plan.slices = (int)divide_up(units, SLICE_PIXELS);
+    if (plan.slices > (long)divide_up(units, slice_units)) plan.slices = (int)divide_up(units, slice_units);
     while (plan.row_pieces * plan.column_pieces * plan.slices < WEIGHT_PIECES / 4 &&
-           s.out_channels / plan.row_pieces > 10 * TILE_ROWS)
+           rows / plan.row_pieces > 10 * TILE_ROWS)
         plan.row_pieces *= 2;  // few rows and a small dw: smaller pieces are slower, but let two threads work
     plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * TILE_ROWS;
     plan.columns = (int)divide_up(panels, plan.column_pieces) * TILE_COLUMNS;
-    plan.row_pieces = (int)divide_up(s.out_channels, plan.rows);
-    plan.column_pieces = (int)divide_up(patch_size(s), plan.columns);
+    plan.row_pieces = (int)divide_up(rows, plan.rows);
+    plan.column_pieces = (int)divide_up(columns, plan.columns);
     return plan;
+}
+
+// units: of the inner dimension, pixels or (bf16) pairs of pixels.
+static WeightPlan plan_backward_weight(ConvShape s, long units) {
+    return plan_weight(s.out_channels, (long)patch_size(s), WEIGHT_ROWS, WEIGHT_COLUMNS, units, SLICE_PIXELS);
+}
+
+// The input of a backward weight, and one piece of it: rows first_row .. first_row + rows of dy's channels by `columns`
+// of the patch (taps and in channels), over the pixels first .. last. x and dy are bf16 where half. For Winograd's
+// columns are in channels, and first .. last are tiles.
+typedef struct {
+    const void *x, *dy;
+    int height, width, half;
+    ConvShape shape;
+    WeightPlan plan;
+    long first, last, first_column;
+    int first_row, rows, columns;
+} WeightPiece;
+
+// Makes one piece of dw (out_channels, patch): += if `add`, else =. dbias (out_channels) likewise, or NULL. memory: the
+// thread's own.
+typedef void WeightPieceFunction(real *dw, real *dbias, int add, const WeightPiece *p, real *memory);
+
+// to[i] += the sum over k < count of slices[k * size + i], for i < n. Called by all threads.
+static void add_slices(real *to, const real *slices, long size, int count, long n) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < n; i += LANES) {
+        vec sum = load_rest(slices, i, n - i, 0);
+        for (int k = 1; k < count; k++) sum += load_rest(slices, k * size + i, n - i, 0);
+        store_rest(to, i, load_rest(to, i, n - i, 0) + sum, n - i, 0);
+    }
+}
+
+// dw += and dbias (or NULL) += all pieces of `whole`, whose rows, columns and first .. last are ignored: `columns` and
+// `units`, what is summed over, are shared out by its plan. workspace: weight_workspace() reals, `memory` of them for a
+// thread.
+static void share_weight(real *dw, real *dbias, const WeightPiece *whole, long columns, long units,
+                         WeightPieceFunction *make, real *workspace, size_t memory) {
+    const WeightPlan plan = whole->plan;
+    const int rows = whole->shape.out_channels;
+    const long count = rows * (long)patch_size(whole->shape), size = count + rows;  // a slice's own dw and dbias
+    real *slices = workspace, *memories = workspace + (plan.slices - 1) * size;     // slice 0 adds to dw itself
+#pragma omp parallel
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int slice = 0; slice < plan.slices; slice++) {
+            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
+                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
+                    WeightPiece p = *whole;
+                    p.first = units * slice / plan.slices, p.last = units * (slice + 1) / plan.slices;
+                    p.first_row = row_piece * plan.rows, p.first_column = (long)column_piece * plan.columns;
+                    p.rows = rows - p.first_row < plan.rows ? rows - p.first_row : plan.rows;
+                    p.columns =
+                        columns - p.first_column < plan.columns ? (int)(columns - p.first_column) : plan.columns;
+                    real *own = slice ? slices + (slice - 1) * size : dw;
+                    real *own_bias = !dbias || column_piece ? NULL : slice ? own + count : dbias;
+                    make(own, own_bias, slice == 0, &p, memories + (size_t)omp_get_thread_num() * memory);
+                }
+            }
+        }
+        if (plan.slices > 1) {
+            add_slices(dw, slices, size, plan.slices - 1, count);
+            if (dbias) add_slices(dbias, slices + count, size, plan.slices - 1, rows);
+        }
+    }
+}
+
+// Reals of workspace for share_weight() with a plan of no more slices, on up to `threads` threads.
+static size_t weight_workspace(ConvShape s, WeightPlan plan, int threads, size_t memory) {
+    return threads * memory + (plan.slices - 1) * s.out_channels * (patch_size(s) + 1);
 }
 
 // Reals from one tile to the next in a copied block of dy: an odd number of cache lines, because a power of two would
@@ -791,19 +862,9 @@ static inline size_t weight_block(void) {
 
 // Reals of workspace for conv_backward_weight() on up to `threads` threads.
 static size_t conv_backward_weight_workspace(ConvShape s, int threads) {
-    size_t slices = plan_backward_weight(s, (long)WEIGHT_PIECES * SLICE_PIXELS).slices;
-    return threads * weight_block() + (slices - 1) * s.out_channels * (patch_size(s) + 1);
+    const WeightPlan plan = plan_backward_weight(s, (long)WEIGHT_PIECES * SLICE_PIXELS);
+    return weight_workspace(s, plan, threads, weight_block());
 }
-
-// The input of a backward weight, and one piece of it: rows first_row .. first_row + rows of dy's channels by `columns`
-// of the patch (taps and in channels), over the pixels first_pixel .. last_pixel. x and dy are bf16 where half.
-typedef struct {
-    const void *x, *dy;
-    int height, width;
-    ConvShape shape;
-    long first_pixel, last_pixel, first_column;
-    int first_row, rows, columns;
-} WeightPiece;
 
 typedef uint16_t copied_half __attribute__((vector_size(COPIED_ROWS * 2), aligned(2), may_alias));
 typedef uint32_t copied_pairs __attribute__((vector_size(COPIED_ROWS * 4), aligned(4), may_alias));
@@ -961,18 +1022,18 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
 // A panel of x is copied unless it lies in rows of its own already, and then meets dy's tiles one after another. Memory
 // is the bottleneck unless it is asked for in time: while a tile is multiplied, a share of the next block's dy and of
 // the next panel of x is on its way to the L2 cache, and during the first block dw as well.
-INLINE void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block, int half) {
+INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece *p, real *block, int half) {
     const ConvShape s = p->shape;
     const int step = half ? 2 : 1, tiles = (int)divide_up(p->rows, TILE_ROWS);
     const int panels = (int)divide_up(p->columns, TILE_COLUMNS), plain = s.kernel == 1 && s.stride == 1 && !s.padding;
-    const long inner = (long)patch_size(s), all_units = (long)divide_up(p->last_pixel - p->first_pixel, step);
+    const long inner = (long)patch_size(s), all_units = (long)divide_up(p->last - p->first, step);
     const long blocks = (long)divide_up(all_units, BLOCK_PIXELS);
     real *copied = block + tiles * tile_stride(BLOCK_PIXELS);
-    long start = p->first_pixel, end;
+    long start = p->first, end;
     for (long b = 0; b < blocks; b++, start = end) {
-        end = b == blocks - 1 ? p->last_pixel : p->first_pixel + all_units * (b + 1) / blocks * step;
+        end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * step;
         const int pixels = (int)(end - start), units = (pixels + step - 1) / step, adds = add || b > 0;
-        const long ahead = end + pixels < p->last_pixel ? pixels : p->last_pixel - end;  // pixels of the next block
+        const long ahead = end + pixels < p->last ? pixels : p->last - end;  // pixels of the next block
         copy_gradients(block, p, start, pixels, half);
         if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
         for (int panel = 0; panel < panels; panel++) {
@@ -997,14 +1058,11 @@ INLINE void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, r
     }
 }
 
-// to[i] += the sum over k < count of slices[k * size + i], for i < n. Called by all threads.
-static void add_slices(real *to, const real *slices, long size, int count, long n) {
-#pragma omp for schedule(static)
-    for (long i = 0; i < n; i += LANES) {
-        vec sum = load_rest(slices, i, n - i, 0);
-        for (int k = 1; k < count; k++) sum += load_rest(slices, k * size + i, n - i, 0);
-        store_rest(to, i, load_rest(to, i, n - i, 0) + sum, n - i, 0);
-    }
+static void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
+    if (p->half)
+        weight_piece_tiles(dw, dbias, add, p, block, 1);
+    else
+        weight_piece_tiles(dw, dbias, add, p, block, 0);
 }
 
 // dw += the weight's gradient, in w's layout (of the weight as it was packed: a folded scale is the caller's to apply);
@@ -1019,36 +1077,8 @@ static void conv_backward_weight(real *dw, real *dbias, const void *x, const voi
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
     if (pixels <= 0) return;
     const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels);
-    long size = s.out_channels * (inner + 1);  // a slice's own dw and dbias
-    real *slices = workspace;                  // slice 0 adds to dw itself
-    real *blocks = workspace + (plan.slices - 1) * size;
-#pragma omp parallel
-    {
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int slice = 0; slice < plan.slices; slice++) {
-            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
-                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
-                    WeightPiece p;
-                    p.x = x, p.dy = dy, p.height = height, p.width = width, p.shape = s;
-                    p.first_pixel = pixels * slice / plan.slices, p.last_pixel = pixels * (slice + 1) / plan.slices;
-                    p.first_row = row_piece * plan.rows, p.first_column = (long)column_piece * plan.columns;
-                    p.rows = s.out_channels - p.first_row < plan.rows ? s.out_channels - p.first_row : plan.rows;
-                    p.columns = inner - p.first_column < plan.columns ? (int)(inner - p.first_column) : plan.columns;
-                    real *own = slice ? slices + (slice - 1) * size : dw;
-                    real *own_bias = !dbias || column_piece ? NULL : slice ? own + s.out_channels * inner : dbias;
-                    real *block = blocks + (size_t)omp_get_thread_num() * weight_block();
-                    if (half)
-                        weight_piece(own, own_bias, slice == 0, &p, block, 1);
-                    else
-                        weight_piece(own, own_bias, slice == 0, &p, block, 0);
-                }
-            }
-        }
-        if (plan.slices > 1) {
-            add_slices(dw, slices, size, plan.slices - 1, s.out_channels * inner);
-            if (dbias) add_slices(dbias, slices + s.out_channels * inner, size, plan.slices - 1, s.out_channels);
-        }
-    }
+    const WeightPiece whole = {x, dy, height, width, half, s, plan, 0, 0, 0, 0, 0, 0};
+    share_weight(dw, dbias, &whole, inner, pixels, weight_piece, workspace, weight_block());
 }
 
 // The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers,
@@ -1297,7 +1327,6 @@ typedef struct {
 
 // y = A^T M A and the epilogue for the tiles first_tile .. first_tile + tiles, columns panel * TILE_COLUMNS on.
 static void transform_outputs(const Winograd *p, const real *m, size_t plane, long first_tile, int tiles, int panel) {
-    const Epilogue e = p->epilogue;
     const int tiles_wide = (p->width + 1) / 2, first_column = panel * TILE_COLUMNS;
     for (int t = 0; t < tiles; t++) {
         const int row = (int)((first_tile + t) / tiles_wide) * 2, column = (int)((first_tile + t) % tiles_wide) * 2;
@@ -1308,16 +1337,11 @@ static void transform_outputs(const Winograd *p, const real *m, size_t plane, lo
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) products[i / 4][i % 4] = vec_load(m + i * plane + t * TILE_COLUMNS + j);
             transform_output(y, products);
-            const vec zero = {0}, bias = e.bias ? load_rest(e.bias, first_column + j, lanes, 0) : zero;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 if (row + i / 2 >= p->height || column + i % 2 >= p->width) continue;
                 const size_t at = corner + ((size_t)(i / 2) * p->width + i % 2) * p->out + j;
-                vec value = y[i / 2][i % 2] + bias;
-                if (e.add) value += load_rest(e.add, at, lanes, 0);
-                if (e.relu) value = vec_relu(value);
-                if (e.mask) value = vec_where_positive(value, load_rest(e.mask, at, lanes, 0));
-                store_rest(p->y, at, value, lanes, 0);
+                finish_lanes(p->y, at, y[i / 2][i % 2], &p->epilogue, first_column + j, lanes, 0);
             }
         }
     }
@@ -1446,20 +1470,8 @@ INLINE void transform_kernel_gradient(vec g[3][3], vec u[4][4]) {
     }
 }
 
-// How backward weight is shared out, as plan_backward_weight() does it: pieces of out by in channels, and where these
-// are few, slices of the tiles. By shapes alone, never by threads.
 static WeightPlan plan_winograd_weight(ConvShape s, long tiles) {
-    WeightPlan plan;
-    const size_t row_tiles = divide_up(s.out_channels, TILE_ROWS), panels = divide_up(s.in_channels, TILE_COLUMNS);
-    plan.row_pieces = (int)divide_up(s.out_channels, WINOGRAD_ROWS);
-    plan.column_pieces = (int)divide_up(s.in_channels, WINOGRAD_COLUMNS);
-    plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
-    if (plan.slices > (long)divide_up(tiles, WINOGRAD_DEPTH)) plan.slices = (int)divide_up(tiles, WINOGRAD_DEPTH);
-    plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * TILE_ROWS;
-    plan.columns = (int)divide_up(panels, plan.column_pieces) * TILE_COLUMNS;
-    plan.row_pieces = (int)divide_up(s.out_channels, plan.rows);
-    plan.column_pieces = (int)divide_up(s.in_channels, plan.columns);
-    return plan;
+    return plan_weight(s.out_channels, s.in_channels, WINOGRAD_ROWS, WINOGRAD_COLUMNS, tiles, WINOGRAD_DEPTH);
 }
 
 // The memory of one thread in backward weight, in reals: where P, V and dU begin, after a row of zeros; the planes'
@@ -1484,7 +1496,7 @@ static WinogradPiece winograd_piece(ConvShape s, WeightPlan plan) {
 // Reals of workspace for winograd_backward_weight() on up to `threads` threads.
 static size_t winograd_backward_weight_workspace(ConvShape s, int threads) {
     const WeightPlan plan = plan_winograd_weight(s, (long)WEIGHT_PIECES * WINOGRAD_DEPTH);
-    return threads * winograd_piece(s, plan).size + (plan.slices - 1) * s.out_channels * (patch_size(s) + 1);
+    return weight_workspace(s, plan, threads, winograd_piece(s, plan).size);
 }
 
 // dU's tile (=, or += if `add`) the sum over the `tiles` tiles of P's rows and V.
@@ -1505,35 +1517,35 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
     spill_tile(u, tile);
 }
 
-// One piece of dw, out channels first_row .. first_row + rows by in channels first_column .. first_column + columns,
-// over the tiles first_tile .. last_tile. dw: += if `add`, else =. dbias (rows) likewise, or NULL. dU of the piece lies
-// in tiles as multiply_tile() makes them, [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
-static void winograd_weight_piece(real *dw, real *dbias, int add, const real *x, const real *dy, int height, int width,
-                                  ConvShape s, const WinogradPiece *piece, long first_tile, long last_tile,
-                                  int first_row, int rows, int first_column, int columns, real *workspace) {
-    const long total = last_tile - first_tile, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
+// A WeightPieceFunction. dU of the piece lies in tiles as multiply_tile() makes them,
+// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
+static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *memory) {
+    const ConvShape s = p->shape;
+    const WinogradPiece piece = winograd_piece(s, p->plan);
+    const int first_column = (int)p->first_column, rows = p->rows, columns = p->columns;
+    const long total = p->last - p->first, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
     const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
-    real *zeros = workspace, *p = workspace + piece->p, *v = workspace + piece->v, *u = workspace + piece->u;
-    memset(zeros, 0, piece->p * sizeof(real));
+    real *zeros = memory, *gradients = memory + piece.p, *v = memory + piece.v, *u = memory + piece.u;
+    memset(zeros, 0, piece.p * sizeof(real));
     for (long b = 0; b < blocks; b++) {
-        const long start = first_tile + total * b / blocks;
-        const int tiles = (int)(first_tile + total * (b + 1) / blocks - start);
-        transform_gradients(p, piece->p_stride, piece->p_plane, dy, height, width, s.out_channels, zeros, start, tiles,
-                            first_row, first_row + rows);
+        const long start = p->first + total * b / blocks;
+        const int tiles = (int)(p->first + total * (b + 1) / blocks - start);
+        transform_gradients(gradients, piece.p_stride, piece.p_plane, (const real *)p->dy, p->height, p->width,
+                            s.out_channels, zeros, start, tiles, p->first_row, p->first_row + rows);
         for (int i = 0; dbias && i < rows; i++) {  // P[1][1] is the sum of the tile's dy
-            real sum = 0;
-            for (int t = 0; t < tiles; t++) sum += p[5 * piece->p_plane + t * piece->p_stride + i];
-            dbias[i] = (add || b > 0 ? dbias[i] : 0) + sum;
+            real sum = 0, *to = dbias + p->first_row + i;
+            for (int t = 0; t < tiles; t++) sum += gradients[5 * piece.p_plane + t * piece.p_stride + i];
+            *to = (add || b > 0 ? *to : 0) + sum;
         }
         for (int column = 0; column < columns; column += TILE_COLUMNS) {
             const int first = first_column + column, left = columns - column;
-            transform_inputs(v, TILE_COLUMNS, piece->v_plane, x, height, width, s.in_channels, zeros, start, tiles,
-                             first, first + (left < TILE_COLUMNS ? left : TILE_COLUMNS));
+            transform_inputs(v, TILE_COLUMNS, piece.v_plane, (const real *)p->x, p->height, p->width, s.in_channels,
+                             zeros, start, tiles, first, first + (left < TILE_COLUMNS ? left : TILE_COLUMNS));
             for (int xi = 0; xi < 16; xi++) {
                 for (int row = 0; row < rows; row += TILE_ROWS) {
-                    real *tile = u + xi * piece->u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
-                    winograd_weight_tile(tile, p + xi * piece->p_plane + row, piece->p_stride, v + xi * piece->v_plane,
-                                         tiles, b > 0);
+                    real *tile = u + xi * piece.u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
+                    winograd_weight_tile(tile, gradients + xi * piece.p_plane + row, piece.p_stride,
+                                         v + xi * piece.v_plane, tiles, b > 0);
                 }
             }
         }
@@ -1541,10 +1553,10 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const real *x,
     for (int column = 0; column < columns; column += LANES) {
         for (int row = 0; row < rows; row++) {
             const real *from = u + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS + column % TILE_COLUMNS;
-            real *to = dw + (size_t)(first_row + row) * 9 * s.in_channels + first_column + column;
+            real *to = dw + (size_t)(p->first_row + row) * 9 * s.in_channels + first_column + column;
             vec gradient[4][4], g[3][3];
 #pragma GCC unroll 16
-            for (int xi = 0; xi < 16; xi++) gradient[xi / 4][xi % 4] = vec_load(from + xi * piece->u_plane);
+            for (int xi = 0; xi < 16; xi++) gradient[xi / 4][xi % 4] = vec_load(from + xi * piece.u_plane);
             transform_kernel_gradient(g, gradient);
 #pragma GCC unroll 9
             for (int tap = 0; tap < 9; tap++) {
@@ -1562,35 +1574,12 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const real *x,
 // winograd_backward_weight_workspace() reals.
 static void winograd_backward_weight(real *dw, real *dbias, const real *x, const real *dy, int height, int width,
                                      ConvShape s, real *workspace) {
-    const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2), count = s.out_channels * (long)patch_size(s);
+    const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2);
     if (tiles <= 0) return;
     const WeightPlan plan = plan_winograd_weight(s, tiles);
-    const WinogradPiece piece = winograd_piece(s, plan);
-    const long size = count + s.out_channels;  // a slice's own dw and dbias; slice 0 adds to dw itself
-    real *slices = workspace, *own_memory = workspace + (plan.slices - 1) * size;
-#pragma omp parallel
-    {
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int slice = 0; slice < plan.slices; slice++) {
-            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
-                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
-                    const int row = row_piece * plan.rows, column = column_piece * plan.columns;
-                    const int rows = s.out_channels - row, columns = s.in_channels - column;
-                    real *own = slice ? slices + (slice - 1) * size : dw;
-                    real *own_bias = slice ? own + count : dbias;
-                    winograd_weight_piece(own, dbias && column_piece == 0 ? own_bias + row : NULL, slice == 0, x, dy,
-                                          height, width, s, &piece, tiles * slice / plan.slices,
-                                          tiles * (slice + 1) / plan.slices, row, rows < plan.rows ? rows : plan.rows,
-                                          column, columns < plan.columns ? columns : plan.columns,
-                                          own_memory + omp_get_thread_num() * piece.size);
-                }
-            }
-        }
-        if (plan.slices > 1) {
-            add_slices(dw, slices, size, plan.slices - 1, count);
-            if (dbias) add_slices(dbias, slices + count, size, plan.slices - 1, s.out_channels);
-        }
-    }
+    const WeightPiece whole = {x, dy, height, width, 0, s, plan, 0, 0, 0, 0, 0, 0};
+    share_weight(dw, dbias, &whole, s.in_channels, tiles, winograd_weight_piece, workspace,
+                 winograd_piece(s, plan).size);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1602,16 +1591,15 @@ typedef uint64_t u64vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t i64vec __attribute__((vector_size(VECTOR_BYTES)));
 enum { U64_LANES = VECTOR_BYTES / 8 };
 
+INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
 INLINE vec vec_max(vec x, vec y) {  // y where x is NaN
 #ifdef __AVX512F__
     return sizeof(real) == 4 ? (vec)_mm512_max_ps((__m512)x, (__m512)y) : (vec)_mm512_max_pd((__m512d)x, (__m512d)y);
 #else
-    const ivec greater = x > y;
-    return (vec)((greater & (ivec)x) | (~greater & (ivec)y));
+    return where(x > y, x, y);
 #endif
 }
-
-INLINE vec where(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
 // The lanes' sum, always in the same order.
 INLINE real lane_sum(vec x) {
@@ -1737,9 +1725,9 @@ static void dropout_forward(void *y, int half_y, const void *x, int half_x, cons
 // lanes are queries. Then the softmax's maximum and sum run down the rows, lane by lane, with no sum across a vector,
 // and the operand of the products that is not a vector is read in place, one number at a time.
 //
-// With `half` all tensors but lse are bf16. Scores, sums, maxima and exponentials are floats all the same; a product's
-// two operands are rows of units, where a unit is a pair of bf16 that are neighbours along the inner dimension, and
-// else one real. The probabilities and their gradients are rounded to bf16 when they become an operand.
+// With `half` all tensors but out and lse are bf16. Scores, sums, maxima and exponentials are floats all the same; a
+// product's two operands are rows of units, where a unit is a pair of bf16 that are neighbours along the inner
+// dimension, and else one real. The probabilities and their gradients are rounded to bf16 when they become an operand.
 //
 // Blocks and their order depend on the shapes alone and each output has one owner, so any number of threads gives the
 // same bits. Inside, head_dim is padded with zeros to `padded_dim`, Tk to whole K_BLOCKs, Tq to whole Q_BLOCKs; of the
@@ -1810,7 +1798,7 @@ INLINE void attention_tile(int rows, int vectors, real *c, size_t c_row, const r
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             if (half) {
-                const pairs factor = *(const pair_memory *)&a[(size_t)i * a_row] + (pairs){0};
+                const pairs factor = broadcast_pair(a + (size_t)i * a_row);
 #pragma GCC unroll 3
                 for (int j = 0; j < vectors; j++) sum[i][j] = (vec)dot_pairs((fvec)sum[i][j], factor, (pairs)x[j]);
             } else {
@@ -1912,16 +1900,16 @@ static void attention_pack_units(real *to, const void *x, int first, int count, 
         bf16 row[2][PAIRS];
         for (int d = 0; d < plan->padded_dim; d += PAIRS) {
             const int n = plan->head_dim - d < PAIRS ? plan->head_dim - d : PAIRS;
-            const bf16_memory *from[2];
+            const bf16 *from[2];
             for (int r = 0; r < 2; r++) {
-                const char *source = attention_row(x, first + i + r, head, plan) + d * sizeof(bf16);
-                from[r] = (const bf16_memory *)source;
+                const bf16 *source = (const bf16 *)attention_row(x, first + i + r, head, plan) + d;
+                from[r] = source;
                 if (n == PAIRS && first + i + r < rows) continue;
                 memset(row[r], 0, sizeof row[r]);
                 if (n > 0 && first + i + r < rows) memcpy(row[r], source, n * sizeof(bf16));
-                from[r] = (const bf16_memory *)row[r];
+                from[r] = row[r];
             }
-            const pairs two = __builtin_convertvector(*from[0], pairs) | __builtin_convertvector(*from[1], pairs) << 16;
+            const pairs two = join_pairs(from[0], from[1]);
             memcpy(out + d, &two, sizeof two);
         }
     }
@@ -3121,24 +3109,21 @@ __attribute__((format(printf, 4, 5))) static void *take_named(Arena *arena, size
 }
 
 // The scratch of the way back, from byte `begin` of the arena on, where the way forward has what it forgets. shortcut:
-// numbers in the largest input of a trained block with a shortcut.
-static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut) {
+// numbers in the largest map that a gradient comes back to through a shortcut; stem: in the stem's gradient, if it
+// cannot take the stem's place.
+static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut, size_t stem) {
     const ModelConfig *config = &model->config;
     Arena *arena = &acts->arena;
     const size_t forward = arena->used;
     const int T = acts->map_height * acts->map_width, Q = config->num_queries, rows = T > Q ? T : Q;
     const size_t bytes = number_bytes(config->half), C = (size_t)config->hidden_dim, R = (size_t)rows;
     if (acts->training) {
-        const size_t stem = !model->stem.weight->trained
-                                ? 0
-                                : (size_t)conv_size(acts->height, model->stem.shape) *
-                                      (size_t)conv_size(acts->width, model->stem.shape) * (size_t)config->stem_width;
         void **halves[5] = {&acts->dprojected, &acts->dattended, &acts->dq, &acts->dk, &acts->dv};
         real **reals[6] = {&acts->dx,      &acts->dsum,          &acts->dquery,
                            &acts->dmemory, &acts->dmemory_query, &acts->dquery_embeddings};
         arena->used = begin;
         acts->dshortcut = arena_bytes(arena, shortcut * bytes);
-        acts->dstem = arena_take(arena, config->half ? stem : 0);
+        acts->dstem = arena_take(arena, stem);
         acts->dstates = arena_take(arena, (size_t)(config->dec_layers * Q) * C);
         for (int i = 0; i < 5; i++) *halves[i] = arena_bytes(arena, R * C * bytes);
         for (int i = 0; i < 6; i++) *reals[i] = arena_take(arena, R * C);
@@ -3199,7 +3184,7 @@ static void plan_backbone(Activations *acts, const Model *model) {
     map[!at] = arena_bytes(arena, map_bytes[!at]);
     for (int j = 0; j < 2; j++)
         inner[j] = arena_bytes(arena, larger(inner_count[j] * number_bytes(half), j ? 0 : argmax));
-    plan_scratch(acts, model, scratch, shortcut_count);
+    plan_scratch(acts, model, scratch, shortcut_count, half && stem_kept ? stem_count : 0);
 
     acts->stem = stem_kept ? take_named(arena, stem_count, half, "stem") : map[1];
     if (!half) acts->dstem = (real *)acts->stem;
