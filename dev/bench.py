@@ -8,8 +8,8 @@ Prints a Markdown table of medians, their ratios, the share of the machine's mea
 memory; --json writes every single time as well.
 
 PyTorch's side is bench_torch.py. Inference is timed with torch.compile as well, and the faster shown; a training step
-gains nothing from it, and channels_last is faster than contiguous pictures in every case. OpenVINO and ONNX Runtime run the same network, exported to ONNX, after their outputs
-were compared with PyTorch's. A training step goes from decoded pixels to updated weights, as in `train_detr bench`:
+gains nothing from it, and channels_last is faster than contiguous pictures in every case. OpenVINO and ONNX Runtime run
+the same network, exported to ONNX, after their outputs were compared with PyTorch's. A training step goes from decoded pixels to updated weights, as in `train_detr bench`:
 normalise, forward with dropout, a matching for each decoder layer, loss, backward, clipping, AdamW, on random pictures
 with 7 boxes each. An inference goes from decoded pixels of one picture to boxes and class probabilities. Shares of the
 peak count the operations of direct convolutions for every program.

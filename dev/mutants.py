@@ -5,8 +5,9 @@
 
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
-flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an end; one that survives shows that
-something is not tested. Exit status 0 when every error of the table was planted and caught.
+flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an
+end; one that survives shows that something is not tested. Exit status 0 when every error of the table was planted and
+caught.
 
 Needs Python's standard library and a C compiler only.
 """
