@@ -4,7 +4,7 @@
 #   REAL=float|double   the type of every number in the network (float); `make test` runs both unless it is given
 #   PORTABLE=1          one binary for every processor of this architecture. Without it the compiler may use everything
 #                       that this very processor has (-march=native), and the binary may not run on another. On x86-64
-#                       a portable one holds the program four times and picks what fits when it starts
+#                       a portable one holds the program five times and picks what fits when it starts
 #                       (program/portable.c); elsewhere it is compiled for the compiler's own baseline
 #   SANITIZE=1          with AddressSanitizer and UndefinedBehaviorSanitizer
 #   WERROR=1            warnings are errors
@@ -37,11 +37,12 @@ LDFLAGS += -L$(BREW)/lib
 endif
 
 # What a portable x86-64 program holds, and the instructions of each; program/portable.c asks for exactly these.
-LEVELS := $(if $(PORTABLE),$(if $(filter x86_64-%,$(shell $(CC) -dumpmachine)),sse2 avx2 avx512 avx512bf16))
+LEVELS := $(if $(PORTABLE),$(if $(filter x86_64-%,$(shell $(CC) -dumpmachine)),sse2 avx2 avx512 avx512bf16 amx))
 FLAGS_sse2 :=
 FLAGS_avx2 := -mavx2 -mfma
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
+FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
 
 # One folder for each way to build, so that float and double never mix.
 VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)

@@ -804,12 +804,19 @@ static bf16 *bf16_random(long count, int number, int tensor) {
     return rounded;
 }
 
-// What the kernels must do with two neighbouring k, to the bit: the odd one first. (Products of two bf16 are exact.)
+// What the kernels must do with one pair of neighbouring k after another, to the bit. (Products of two bf16 are exact.)
+// In vectors the odd one is added first. AMX adds up the even and the odd ones of 16 pairs, then both to the sum.
+typedef struct {
+    int amx, count;
+    float sum, part[2];
+} PairSum;
+
 // Not inlined: gcc 12.2 makes vectors of a loop over it whose sums are wrong.
-__attribute__((noinline)) static float add_pair(float sum, const bf16 *a, const bf16 *b) {
-    sum += from_bf16(a[1]) * from_bf16(b[1]);
-    return sum + from_bf16(a[0]) * from_bf16(b[0]);
+__attribute__((noinline)) static void add_pair(PairSum *s, const bf16 *a, const bf16 *b) {
+    for (int odd = 1; odd >= 0; odd--) *(s->amx ? &s->part[odd] : &s->sum) += from_bf16(a[odd]) * from_bf16(b[odd]);
+    if (++s->count % AMX_DEPTH == 0) s->sum += s->part[0] + s->part[1], s->part[0] = s->part[1] = 0;
 }
+static float pair_sum(const PairSum *s) { return s->sum + (s->part[0] + s->part[1]); }
 
 static float bf16_finish(float sum, Epilogue e, long i, int columns) {
     if (e.bias) sum += (float)e.bias[i % columns];
@@ -857,20 +864,21 @@ static void test_bf16_case(const MatmulCase *c, int number) {
         conv_backward_data(dx, dy, c->height, c->width, packed_backward, backward, s, 1);
         for (long i = 0; i < y_size; i++) {
             const long pixel = i / s.out_channels, n = i % s.out_channels;
-            float sum = 0;
+            PairSum sum = {amx_usable() && s.in_channels % (2 * AMX_DEPTH) == 0, 0, 0, {0, 0}};
             for (int tap = 0; tap < taps; tap++) {
                 const long row = pixel / out_width * s.stride - s.padding + tap / s.kernel * s.dilation;
                 const long column = pixel % out_width * s.stride - s.padding + tap % s.kernel * s.dilation;
                 if (row < 0 || row >= c->height || column < 0 || column >= c->width) continue;
                 for (int k = 0; k < s.in_channels; k += 2)
-                    sum = add_pair(sum, x + (row * c->width + column) * s.in_channels + k,
-                                   rounded + (n * taps + tap) * s.in_channels + k);
+                    add_pair(&sum, x + (row * c->width + column) * s.in_channels + k,
+                             rounded + (n * taps + tap) * s.in_channels + k);
             }
-            wrong[0] += bf16_finish(sum, forward, i, s.out_channels) != (float)load_number(y, (size_t)i, forward.half);
+            wrong[0] += bf16_finish(pair_sum(&sum), forward, i, s.out_channels) !=
+                        (float)load_number(y, (size_t)i, forward.half);
         }
         for (long i = 0; i < x_size; i++) {
             const long pixel = i / s.in_channels, channel = i % s.in_channels;
-            float sum = 0;
+            PairSum sum = {amx_usable() && s.out_channels % (2 * AMX_DEPTH) == 0, 0, 0, {0, 0}};
             for (int tap = 0; tap < taps; tap++) {
                 const long y_at = pixel / c->width + s.padding - tap / s.kernel * s.dilation;
                 const long x_at = pixel % c->width + s.padding - tap % s.kernel * s.dilation;
@@ -878,11 +886,11 @@ static void test_bf16_case(const MatmulCase *c, int number) {
                     x_at / s.stride >= out_width)
                     continue;
                 for (int n = 0; n < s.out_channels; n += 2)
-                    sum = add_pair(sum, dy + (y_at / s.stride * out_width + x_at / s.stride) * s.out_channels + n,
-                                   transposed + ((long)tap * s.in_channels + channel) * s.out_channels + n);
+                    add_pair(&sum, dy + (y_at / s.stride * out_width + x_at / s.stride) * s.out_channels + n,
+                             transposed + ((long)tap * s.in_channels + channel) * s.out_channels + n);
             }
-            wrong[1] +=
-                bf16_finish(sum, backward, i, s.in_channels) != (float)load_number(dx, (size_t)i, backward.half);
+            wrong[1] += bf16_finish(pair_sum(&sum), backward, i, s.in_channels) !=
+                        (float)load_number(dx, (size_t)i, backward.half);
         }
         for (int i = 0; i < 2; i++)
             check(wrong[i] == 0,
@@ -940,17 +948,17 @@ static void test_bf16_weight(const MatmulCase *c, int number) {
     for (long i = 0; i < all; i++) {
         const long n = i < w_size ? i / inner : i - w_size;
         double truth = start[i], magnitude = fabs((double)start[i]);
-        float sum = 0;
+        PairSum sum = {amx_usable(), 0, 0, {0, 0}};
         for (long m = 0; m < pixels; m++) {
             const bf16 *a = rows + m * s.out_channels + n, *b = patches + m * inner + i % inner;
             const double product = (double)from_bf16(*a) * (i < w_size ? from_bf16(*b) : 1);
             truth += product, magnitude += fabs(product);
             if (m % 2) continue;
             const bf16 two[2] = {a[0], a[s.out_channels]}, other[2] = {b[0], b[inner]};
-            sum = add_pair(sum, two, other);
+            add_pair(&sum, two, other);
         }
         wrong += !(fabs((double)results[0][i] - truth) <= (double)(pixels + 1) * FLT_EPSILON / 2 * magnitude);
-        differ += one_block && i < w_size && (float)results[0][i] != (float)start[i] + sum;
+        differ += one_block && i < w_size && (float)results[0][i] != (float)start[i] + pair_sum(&sum);
     }
     check(wrong == 0 && differ == 0,
           "bf16 backward weight: (%d, %d) pixels, %d->%d channels, kernel %d stride %d dilation %d: %ld of %ld numbers "

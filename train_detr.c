@@ -32,7 +32,10 @@ of threads, and a resumed run, sees the same ones.
 #include <sys/resource.h>
 #include <unistd.h>
 #ifdef __x86_64__
-#include <immintrin.h>  // one instruction that GCC's vector extensions do not reach
+#include <immintrin.h>  // instructions that GCC's vector extensions do not reach
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
 #endif
 
 #include "data/common.h"         // Error, memory, files, random numbers
@@ -177,7 +180,9 @@ enum { VECTOR_BYTES = 16, TILE_VECTORS = 2 };
 #endif
 
 // The instructions that this was compiled for, in words.
-#if defined __AVX512BF16__
+#if defined __AMX_BF16__
+static const char KERNEL[] = "AVX-512, AMX for bf16";
+#elif defined __AVX512BF16__
 static const char KERNEL[] = "AVX-512, bf16 instructions";
 #elif defined __AVX512F__
 static const char KERNEL[] = "AVX-512";
@@ -197,15 +202,21 @@ enum {
     LANES = VECTOR_BYTES / sizeof(real),
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
     TILE_COLUMNS = TILE_VECTORS * LANES,
-    BLOCK_TILES = 10,      // tiles that use a panel of weights one after another, while it is in the L2 cache
-    MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
-    MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
-    BLOCK_PIXELS = 224,    // backward weight: pixels, or pairs of them, summed in registers
-    COPIED_ROWS = 8,       // backward weight: TILE_ROWS numbers of dy as they are copied, by one vector
-    WEIGHT_ROWS = 258,     // backward weight: a piece of dw, out channels
-    WEIGHT_COLUMNS = 256,  // and taps and in channels: it stays in the L2 cache while the pixels go by
-    WEIGHT_PIECES = 16,    // backward weight: pieces there should be for threads to share
-    SLICE_PIXELS = 256,    // backward weight: where dw itself is too small to split, so are the pixels, not below this
+    BLOCK_TILES = 10,       // tiles that use a panel of weights one after another, while it is in the L2 cache
+    MAX_KERNEL = 7,         // taps of a kernel: 7 x 7
+    MAX_PATCH = 160,        // a kernel with no more inputs than this reads all its columns as one run
+    BLOCK_PIXELS = 224,     // backward weight: pixels, or pairs of them, summed in registers
+    COPIED_ROWS = 8,        // backward weight: TILE_ROWS numbers of dy as they are copied, by one vector
+    WEIGHT_ROWS = 258,      // backward weight: a piece of dw, out channels
+    WEIGHT_COLUMNS = 256,   // and taps and in channels: it stays in the L2 cache while the pixels go by
+    WEIGHT_PIECES = 16,     // backward weight: pieces there should be for threads to share
+    SLICE_PIXELS = 256,     // backward weight: where dw itself is too small to split, so are the pixels, not below this
+    AMX_DEPTH = 16,         // units of 4 bytes in a row of an AMX register, which has as many rows
+    AMX_TILE = 32,          // rows, and columns, that AMX makes at a time, in four of its eight registers
+    AMX_GROUPS = 8,         // AMX: tiles of rows that are copied at a time,
+    AMX_COPY = 256 << 10,   // and their units: with the panel in use they stay in the L2 cache
+    AMX_WEIGHT_ROWS = 256,  // backward weight by AMX: a piece of dw, out channels
+    AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
 };
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -649,6 +660,153 @@ INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_ro
         finish_tile(p, tile, out_rows, rows, first_column, 0);
 }
 
+// AMX (on Intel's server processors since 2023) multiplies bf16 in registers of 16 rows by 64 bytes: one instruction
+// adds to 16 x 16 sums the products of 16 x 32 and 32 x 16 numbers, the second as pairs just as they are packed here,
+// at some 16 times the speed of the same in vectors. Each sum takes first the 16 even k, then the 16 odd ones, then
+// both, so that the last bits are not those of dot_pairs(). Numbers below 2^-126 count as zero, as there.
+#ifdef __AMX_BF16__
+// Whether the operating system lets this process have the registers: Linux wants to be asked (arch_prctl(2)).
+static int amx_usable(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    static int usable = -1;
+    if (usable < 0) usable = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return usable;
+}
+
+// Sets up this thread's registers, all eight 16 rows by 64 bytes. amx_end() before the thread does anything else.
+static void amx_begin(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } registers;
+    memset(&registers, 0, sizeof registers);
+    registers.palette = 1;
+    for (int i = 0; i < 8; i++) registers.row_bytes[i] = 64, registers.rows[i] = 16;
+    _tile_loadconfig(&registers);
+}
+
+static void amx_end(void) { _tile_release(); }
+
+// Four registers of sums, a tile: 0 1 over 2 3.
+INLINE void amx_clear(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Two registers of rows, 4 over 5, times two of columns, 6 beside 7.
+INLINE void amx_dot_products(void) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+// As much arithmetic as amx_multiply() does with `units` units in a row, in registers.
+static void amx_only_multiply(long units) {
+    amx_begin();
+    amx_clear();
+    for (long k = 0; k < units; k += AMX_DEPTH) amx_dot_products();
+    amx_end();
+}
+
+// sums (AMX_TILE, AMX_TILE) = rows times columns, for each tap `length` units of rows and what lies at the tap's offset
+// in columns, `step` units from one unit to the next. rows: [tap and unit / AMX_DEPTH][AMX_TILE][AMX_DEPTH] units.
+INLINE void amx_multiply(real *sums, const real *rows, const real *columns, size_t step, const Tap *taps, int num_taps,
+                         int length) {
+    enum { HALF = AMX_TILE / 2, UNIT = sizeof(real) };
+    __asm__ volatile("" : : : "memory");  // gcc does not know that the instructions read and write memory
+    amx_clear();
+    for (int tap = 0; tap < num_taps; tap++) {
+        const real *at = columns + taps[tap].offset;
+        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_TILE * AMX_DEPTH) {
+            _tile_loadd(4, rows, AMX_DEPTH * UNIT);
+            _tile_loadd(5, rows + HALF * AMX_DEPTH, AMX_DEPTH * UNIT);
+            _tile_loadd(6, at, step * UNIT);
+            _tile_loadd(7, at + HALF, step * UNIT);
+            amx_dot_products();
+        }
+    }
+    _tile_stored(0, sums, AMX_TILE * UNIT);
+    _tile_stored(1, sums + HALF, AMX_TILE * UNIT);
+    _tile_stored(2, sums + HALF * AMX_TILE, AMX_TILE * UNIT);
+    _tile_stored(3, sums + HALF * AMX_TILE + HALF, AMX_TILE * UNIT);
+    __asm__ volatile("" : : : "memory");
+}
+
+// The products that amx_product() can make: whole rows of registers, and a tile of copied rows fits.
+static int amx_fits(const Product *p) {
+    const long inner = (long)p->num_taps * p->run;
+    return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && inner * AMX_TILE <= AMX_COPY && amx_usable();
+}
+
+// Writes the sums of `count` rows, columns first_column on, as finish_tile() does.
+INLINE void amx_finish(const Product *p, const real *sums, const size_t *out_rows, long count, int first_column,
+                       int half) {
+    const int left = p->out_channels - first_column;
+    for (int i = 0; i < AMX_TILE && i < count; i++) {
+        const size_t at = out_rows[i] * p->out_channels + first_column;
+        for (int j = 0; j < AMX_TILE && j < left; j += LANES)
+            finish_lanes(p->out, at + j, vec_load(sums + i * AMX_TILE + j), &p->epilogue, first_column + j, left - j,
+                         half);
+    }
+}
+
+// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles side by side, a register's after each
+// other, and multiplies them by all columns, or by a share of them where there are few rows.
+static void amx_product(const Product *p) {
+    static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
+    const long rows = (long)p->grid_height * p->grid_width, inner = (long)p->num_taps * p->run;
+    const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (inner * AMX_TILE);
+    const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : AMX_GROUPS);
+    const int columns = (int)divide_up(p->out_channels, AMX_TILE), wanted = 4 * omp_get_max_threads();
+    const int shares = (int)divide_up(wanted, blocks), parts = shares < columns ? shares : columns;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (long block = 0; block < blocks; block++) {
+        for (int part = 0; part < parts; part++) {
+            const long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
+            const long first = first_tile * AMX_TILE, end = last_tile * AMX_TILE;
+            size_t out_rows[AMX_GROUPS * AMX_TILE + TILE_ROWS];
+            for (long row = first; row < end; row += TILE_ROWS) {
+                Run runs[MAX_KERNEL * MAX_KERNEL];
+                real edges[TILE_ROWS * MAX_PATCH];
+                gather_tile(runs, out_rows + (row - first), edges, p, row < rows ? row : rows - 1);
+                for (int i = 0; i < TILE_ROWS && row + i < end; i++) {
+                    const long at = row + i - first;
+                    real *to = copied + at / AMX_TILE * AMX_TILE * inner + at % AMX_TILE * AMX_DEPTH;
+                    for (int tap = 0; tap < p->num_taps; tap++)
+                        for (int k = 0; k < p->run; k += AMX_DEPTH, to += AMX_TILE * AMX_DEPTH)
+                            vec_store(to, vec_load(runs[tap].rows[i] + k));
+                }
+            }
+            amx_begin();
+            for (int column = part * columns / parts; column < (part + 1) * columns / parts; column++) {
+                const int first_column = column * AMX_TILE;
+                const real *panel =
+                    p->packed + first_column / TILE_COLUMNS * p->panel_size + first_column % TILE_COLUMNS;
+                for (long tile = first_tile; tile < last_tile; tile++) {
+                    const long at = (tile - first_tile) * AMX_TILE, left = rows - tile * AMX_TILE;
+                    real sums[AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+                    amx_multiply(sums, copied + at * inner, panel, TILE_COLUMNS, p->taps, p->num_taps, p->run);
+                    if (p->epilogue.half)
+                        amx_finish(p, sums, out_rows + at, left, first_column, 1);
+                    else
+                        amx_finish(p, sums, out_rows + at, left, first_column, 0);
+                }
+            }
+            amx_end();
+        }
+    }
+}
+#else
+static int amx_usable(void) { return 0; }
+static int amx_fits(const Product *p) { return (void)p, 0; }
+static void amx_product(const Product *p) { (void)p; }
+static void amx_only_multiply(long units) { (void)units; }
+#endif
+
 // A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
 // there are few rows, the panels are shared out as well.
 static void product(Product *p) {
@@ -663,6 +821,10 @@ static void product(Product *p) {
         if (tap->y > p->high_y) p->high_y = tap->y;
         if (tap->x < p->low_x) p->low_x = tap->x;
         if (last_x > p->high_x) p->high_x = last_x;
+    }
+    if (amx_fits(p)) {
+        amx_product(p);
+        return;
     }
     long tiles = (long)divide_up(rows, TILE_ROWS), blocks = (long)divide_up(tiles, BLOCK_TILES);
     int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = (int)divide_up(32, blocks);
@@ -763,10 +925,12 @@ typedef struct {
     int rows, columns, row_pieces, column_pieces, slices;
 } WeightPlan;
 
-// Pieces of at most piece_rows by piece_columns; slices of at least slice_units of what is summed over.
-static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_columns, long units, int slice_units) {
+// Pieces of at most piece_rows by piece_columns, of whole tiles of tile_rows rows; slices of at least slice_units of
+// what is summed over.
+static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_columns, int tile_rows, long units,
+                              int slice_units) {
     WeightPlan plan;
-    size_t row_tiles = divide_up(rows, TILE_ROWS), panels = divide_up(columns, TILE_COLUMNS);
+    size_t row_tiles = divide_up(rows, tile_rows), panels = divide_up(columns, TILE_COLUMNS);
     plan.row_pieces = (int)divide_up(rows, piece_rows);
     plan.column_pieces = (int)divide_up(columns, piece_columns);
     plan.slices = (int)divide_up(WEIGHT_PIECES, (size_t)plan.row_pieces * plan.column_pieces);
@@ -774,7 +938,7 @@ static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_
     while (plan.row_pieces * plan.column_pieces * plan.slices < WEIGHT_PIECES / 4 &&
            rows / plan.row_pieces > 10 * TILE_ROWS)
         plan.row_pieces *= 2;  // few rows and a small dw: smaller pieces are slower, but let two threads work
-    plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * TILE_ROWS;
+    plan.rows = (int)divide_up(row_tiles, plan.row_pieces) * tile_rows;
     plan.columns = (int)divide_up(panels, plan.column_pieces) * TILE_COLUMNS;
     plan.row_pieces = (int)divide_up(rows, plan.rows);
     plan.column_pieces = (int)divide_up(columns, plan.columns);
@@ -782,8 +946,11 @@ static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_
 }
 
 // units: of the inner dimension, pixels or (bf16) pairs of pixels.
-static WeightPlan plan_backward_weight(ConvShape s, long units) {
-    return plan_weight(s.out_channels, (long)patch_size(s), WEIGHT_ROWS, WEIGHT_COLUMNS, units, SLICE_PIXELS);
+static WeightPlan plan_backward_weight(ConvShape s, long units, int amx) {
+    const long columns = (long)patch_size(s);
+    if (amx)
+        return plan_weight(s.out_channels, columns, AMX_WEIGHT_ROWS, AMX_WEIGHT_COLUMNS, AMX_TILE, units, SLICE_PIXELS);
+    return plan_weight(s.out_channels, columns, WEIGHT_ROWS, WEIGHT_COLUMNS, TILE_ROWS, units, SLICE_PIXELS);
 }
 
 // The input of a backward weight, and one piece of it: rows first_row .. first_row + rows of dy's channels by `columns`
@@ -862,8 +1029,9 @@ static inline size_t weight_block(void) {
 
 // Reals of workspace for conv_backward_weight() on up to `threads` threads.
 static size_t conv_backward_weight_workspace(ConvShape s, int threads) {
-    const WeightPlan plan = plan_backward_weight(s, (long)WEIGHT_PIECES * SLICE_PIXELS);
-    return weight_workspace(s, plan, threads, weight_block());
+    const long units = (long)WEIGHT_PIECES * SLICE_PIXELS;
+    return larger(weight_workspace(s, plan_backward_weight(s, units, 0), threads, weight_block()),
+                  weight_workspace(s, plan_backward_weight(s, units, amx_usable()), threads, weight_block()));
 }
 
 typedef uint16_t copied_half __attribute__((vector_size(COPIED_ROWS * 2), aligned(2), may_alias));
@@ -1058,6 +1226,96 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
     }
 }
 
+#ifdef __AMX_BF16__
+// Rows become columns: lane l of row i is what lane i of row l was. Lanes are exchanged over distances of 1, 2, 4, 8.
+INLINE void transpose_pairs(pairs row[AMX_DEPTH]) {
+    const pairs lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+    for (int step = 1; step < AMX_DEPTH; step *= 2) {
+        const pairs odd = (pairs)((lane & (uint32_t)step) != 0), from_first = lane - (odd & (uint32_t)step);
+        const pairs from_second = lane + (~odd & (uint32_t)step);
+#pragma GCC unroll 16
+        for (int i = 0; i < AMX_DEPTH; i++) {
+            if (i & step) continue;
+            const __m512i first = (__m512i)row[i], second = (__m512i)row[i + step];
+            row[i] = (pairs)_mm512_permutex2var_epi32(first, (__m512i)(from_first | (odd & 16u)), second);
+            row[i + step] = (pairs)_mm512_permutex2var_epi32(first, (__m512i)(from_second | (odd & 16u)), second);
+        }
+    }
+}
+
+// The same of copy_gradients(), as amx_multiply() takes rows: block[tile][unit / AMX_DEPTH][out channel][unit], zero
+// past the last row and the last pixel up to `units`, whole registers; and of sum_gradients(): dbias (of the first row)
+// += or = the sum over the pixels, or NULL.
+static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, long first_pixel, int pixels, int units,
+                               int add) {
+    const size_t stride = p->shape.out_channels;
+    const int rows = (int)divide_up(p->rows, AMX_TILE) * AMX_TILE;
+    vec sums[AMX_WEIGHT_ROWS / AMX_DEPTH];
+    for (int row = 0; row < rows; row += AMX_DEPTH) sums[row / AMX_DEPTH] = fill(0);
+    for (int unit = 0; unit < units; unit += AMX_DEPTH) {
+        for (int row = 0; row < rows; row += AMX_DEPTH) {
+            const size_t left = row < p->rows ? p->rows - row : 0, from = first_pixel * stride + p->first_row + row;
+            pairs line[AMX_DEPTH];
+            vec sum = sums[row / AMX_DEPTH];
+#pragma GCC unroll 16
+            for (int i = 0; i < AMX_DEPTH; i++) {
+                const long pixel = 2 * (unit + i);
+                const vec even = pixel < pixels ? load_rest(p->dy, from + pixel * stride, left, 1) : fill(0);
+                const vec odd = pixel + 1 < pixels ? load_rest(p->dy, from + (pixel + 1) * stride, left, 1) : fill(0);
+                line[i] = (pairs)even >> 16 | (pairs)odd;
+                sum += even + odd;
+            }
+            sums[row / AMX_DEPTH] = sum;
+            transpose_pairs(line);
+            real *to = block + ((size_t)row / AMX_TILE * units + unit) * AMX_TILE + row % AMX_TILE * AMX_DEPTH;
+#pragma GCC unroll 16
+            for (int i = 0; i < AMX_DEPTH; i++) vec_store(to + i * AMX_DEPTH, (vec)line[i]);
+        }
+    }
+    for (int row = 0; dbias && row < p->rows; row++)
+        dbias[row] = (add ? dbias[row] : 0) + sums[row / AMX_DEPTH][row % AMX_DEPTH];
+}
+
+// weight_piece_tiles() by AMX.
+static void amx_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
+    const long inner = (long)patch_size(p->shape), all_units = (long)divide_up(p->last - p->first, 2);
+    const long blocks = (long)divide_up(all_units, BLOCK_PIXELS);
+    const Tap whole = {0, 0, 0, 0};
+    real *panel = block + AMX_WEIGHT_ROWS * BLOCK_PIXELS;
+    amx_begin();
+    for (long b = 0; b < blocks; b++) {
+        const long start = p->first + all_units * b / blocks * 2;
+        const long end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * 2;
+        const int pixels = (int)(end - start), pixel_pairs = (pixels + 1) / 2, adds = add || b > 0;
+        const int units = (int)divide_up(pixel_pairs, AMX_DEPTH) * AMX_DEPTH;
+        amx_copy_gradients(block, dbias ? dbias + p->first_row : NULL, p, start, pixels, units, adds);
+        memset(panel + (size_t)pixel_pairs * TILE_COLUMNS, 0, sizeof(real) * (units - pixel_pairs) * TILE_COLUMNS);
+        for (int column = 0; column < p->columns; column += AMX_TILE) {
+            if (column % TILE_COLUMNS == 0) copy_patches(panel, p, start, pixels, p->first_column + column, 1);
+            for (int row = 0; row < p->rows; row += AMX_TILE) {
+                real sums[AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+                amx_multiply(sums, block + (size_t)row * units, panel + column % TILE_COLUMNS, TILE_COLUMNS, &whole, 1,
+                             units);
+                for (int i = 0; i < AMX_TILE && row + i < p->rows; i++) {
+                    real *out = dw + (p->first_row + row + i) * inner + p->first_column + column;
+                    for (int j = 0; j < AMX_TILE && column + j < p->columns; j += LANES) {
+                        const size_t left = p->columns - column - j;
+                        const vec sum = vec_load(sums + i * AMX_TILE + j);
+                        store_rest(out, j, adds ? load_rest(out, j, left, 0) + sum : sum, left, 0);
+                    }
+                }
+            }
+        }
+    }
+    amx_end();
+}
+#else
+static void amx_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
+    (void)dw, (void)dbias, (void)add, (void)p, (void)block;
+}
+#endif
+
 static void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
     if (p->half)
         weight_piece_tiles(dw, dbias, add, p, block, 1);
@@ -1076,9 +1334,10 @@ static void conv_backward_weight(real *dw, real *dbias, const void *x, const voi
                                  ConvShape s, int half, real *workspace) {
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
     if (pixels <= 0) return;
-    const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels);
+    const int amx = half && amx_usable();
+    const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels, amx);
     const WeightPiece whole = {x, dy, height, width, half, s, plan, 0, 0, 0, 0, 0, 0};
-    share_weight(dw, dbias, &whole, inner, pixels, weight_piece, workspace, weight_block());
+    share_weight(dw, dbias, &whole, inner, pixels, amx ? amx_weight_piece : weight_piece, workspace, weight_block());
 }
 
 // The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers,
@@ -1087,6 +1346,7 @@ static void conv_backward_weight(real *dw, real *dbias, const void *x, const voi
 static double measure_peak_gflops(int half) {
     const real factor = (real)0.5, one = 1;
     const pairs two = (pairs)fill((real)1e-3);
+    const int amx = half && amx_usable();
     double total = 0;
 #pragma omp parallel reduction(+ : total)
     {
@@ -1103,7 +1363,8 @@ static double measure_peak_gflops(int half) {
 #pragma GCC unroll 8
                 for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = vec_load(memory + i * TILE_COLUMNS + j * LANES);
             clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
-            for (long k = 0; k < count; k++) {
+            if (amx) amx_only_multiply(count);
+            for (long k = 0; k < count && !amx; k++) {
 #pragma GCC unroll 8
                 for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 8
@@ -1113,8 +1374,9 @@ static double measure_peak_gflops(int half) {
             clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
             spill_tile(memory, tile);
             __asm__ volatile("" : : "r"(memory) : "memory");
-            double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
-            double rate = (half ? 4e-9 : 2e-9) * count * TILE_ROWS * TILE_COLUMNS / seconds;
+            const double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+            const double sums = amx ? AMX_TILE * AMX_TILE : TILE_ROWS * TILE_COLUMNS;
+            const double rate = (half ? 4e-9 : 2e-9) * count * sums / seconds;
             if (rate > best) best = rate;
         }
         total += best;
@@ -1471,7 +1733,8 @@ INLINE void transform_kernel_gradient(vec g[3][3], vec u[4][4]) {
 }
 
 static WeightPlan plan_winograd_weight(ConvShape s, long tiles) {
-    return plan_weight(s.out_channels, s.in_channels, WINOGRAD_ROWS, WINOGRAD_COLUMNS, tiles, WINOGRAD_DEPTH);
+    return plan_weight(s.out_channels, s.in_channels, WINOGRAD_ROWS, WINOGRAD_COLUMNS, TILE_ROWS, tiles,
+                       WINOGRAD_DEPTH);
 }
 
 // The memory of one thread in backward weight, in reals: where P, V and dU begin, after a row of zeros; the planes'

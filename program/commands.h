@@ -1170,8 +1170,9 @@ static void print_help(const Settings *settings, int command) {
         settings_print_presets(settings);
     }
     printf("\nExit status: 0 done, 1 failed, 2 wrong call. OMP_NUM_THREADS sets the number of threads.\n");
-    printf("Kernel: %s. Built with PORTABLE=1, TRAIN_DETR_CPU=sse2, avx2, avx512 or avx512bf16 asks for another.\n",
-           KERNEL);
+    printf(
+        "Kernel: %s. Built with PORTABLE=1, TRAIN_DETR_CPU=sse2, avx2, avx512, avx512bf16 or amx asks for another.\n",
+        KERNEL);
 }
 
 #endif
