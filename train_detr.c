@@ -639,19 +639,24 @@ INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], con
     }
 }
 
-// Multiplies one tile and writes it: out rows out_rows[0 .. rows), all columns of the panel.
-INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, int half) {
-    vec tile[TILE_ROWS][TILE_VECTORS];
-    const int first_column = panel * TILE_COLUMNS;
+// Asks for what the epilogue of a tile will touch, so that it comes in while the tile is multiplied.
+INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, int first_column, int columns) {
     const size_t bytes = number_bytes(p->epilogue.half), line = VECTOR_BYTES / bytes;
-    for (int i = 0; i < TILE_ROWS; i++) {  // what the epilogue will touch comes in while the tile is multiplied
+    for (int i = 0; i < rows; i++) {
         const size_t at = out_rows[i] * p->out_channels + first_column;
-        for (size_t j = 0; j < TILE_COLUMNS; j += line) {
+        for (size_t j = 0; j < (size_t)columns; j += line) {
             if (p->epilogue.add) __builtin_prefetch((const char *)p->epilogue.add + (at + j) * bytes);
             if (p->epilogue.mask) __builtin_prefetch((const char *)p->epilogue.mask + (at + j) * bytes);
             __builtin_prefetch((const char *)p->out + (at + j) * bytes, 1);
         }
     }
+}
+
+// Multiplies one tile and writes it: out rows out_rows[0 .. rows), all columns of the panel.
+INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, int half) {
+    vec tile[TILE_ROWS][TILE_VECTORS];
+    const int first_column = panel * TILE_COLUMNS;
+    prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS);
     clear_tile(tile);
     multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, half);
     if (p->epilogue.half)
@@ -789,6 +794,7 @@ static void amx_product(const Product *p) {
                 for (long tile = first_tile; tile < last_tile; tile++) {
                     const long at = (tile - first_tile) * AMX_TILE, left = rows - tile * AMX_TILE;
                     real sums[AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+                    if (tile + 1 < last_tile) prefetch_tile(p, out_rows + at + AMX_TILE, AMX_TILE, first_column, AMX_TILE);
                     amx_multiply(sums, copied + at * inner, panel, TILE_COLUMNS, p->taps, p->num_taps, p->run);
                     if (p->epilogue.half)
                         amx_finish(p, sums, out_rows + at, left, first_column, 1);
