@@ -751,11 +751,15 @@ static int amx_fits(const Product *p) {
 INLINE void amx_finish(const Product *p, const real *sums, const size_t *out_rows, long count, int first_column,
                        int half) {
     const int left = p->out_channels - first_column;
-    for (int i = 0; i < AMX_TILE && i < count; i++) {
+    for (int i = 0; i < AMX_TILE && i < count; i++, sums += AMX_TILE) {
         const size_t at = out_rows[i] * p->out_channels + first_column;
-        for (int j = 0; j < AMX_TILE && j < left; j += LANES)
-            finish_lanes(p->out, at + j, vec_load(sums + i * AMX_TILE + j), &p->epilogue, first_column + j, left - j,
-                         half);
+        for (int j = 0; j < AMX_TILE && j < left; j += LANES) {
+            const int column = first_column + j;
+            if (left - j >= LANES)
+                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, LANES, half);
+            else
+                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, left - j, half);
+        }
     }
 }
 
@@ -787,19 +791,29 @@ static void amx_product(const Product *p) {
                 }
             }
             amx_begin();
-            for (int column = part * columns / parts; column < (part + 1) * columns / parts; column++) {
-                const int first_column = column * AMX_TILE;
-                const real *panel =
-                    p->packed + first_column / TILE_COLUMNS * p->panel_size + first_column % TILE_COLUMNS;
-                for (long tile = first_tile; tile < last_tile; tile++) {
-                    const long at = (tile - first_tile) * AMX_TILE, left = rows - tile * AMX_TILE;
-                    real sums[AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
-                    if (tile + 1 < last_tile) prefetch_tile(p, out_rows + at + AMX_TILE, AMX_TILE, first_column, AMX_TILE);
-                    amx_multiply(sums, copied + at * inner, panel, TILE_COLUMNS, p->taps, p->num_taps, p->run);
+            const int first_part = part * columns / parts, last_part = (part + 1) * columns / parts;
+            // Few weights stay in the L2 cache: then all columns of a tile of rows, whose result is written in one
+            // piece, else all tiles of a panel.
+            const int by_rows = inner * p->out_channels <= AMX_COPY;
+            const long count = last_tile - first_tile, wide = last_part - first_part, turns = count * wide;
+            const long tile_turns = by_rows ? wide : 1, column_turns = by_rows ? 1 : count;
+            for (long turn = 0; turn <= turns; turn++) {  // a tile is written while the next one is multiplied
+                static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+                if (turn < turns) {
+                    const long column = (first_part + turn / column_turns % wide) * AMX_TILE;
+                    const long at = turn / tile_turns % count * AMX_TILE;
+                    prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE);
+                    amx_multiply(sums[turn % 2], copied + at * inner,
+                                 p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
+                                 TILE_COLUMNS, p->taps, p->num_taps, p->run);
+                }
+                if (turn > 0) {
+                    const long column = (first_part + (turn - 1) / column_turns % wide) * AMX_TILE;
+                    const long at = (turn - 1) / tile_turns % count * AMX_TILE;
                     if (p->epilogue.half)
-                        amx_finish(p, sums, out_rows + at, left, first_column, 1);
+                        amx_finish(p, sums[(turn - 1) % 2], out_rows + at, rows - first - at, (int)column, 1);
                     else
-                        amx_finish(p, sums, out_rows + at, left, first_column, 0);
+                        amx_finish(p, sums[(turn - 1) % 2], out_rows + at, rows - first - at, (int)column, 0);
                 }
             }
             amx_end();
