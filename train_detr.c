@@ -4290,8 +4290,10 @@ static void normalise_pixels(real *pixels, const Image *image) {
     real table[3][256];
     for (int c = 0; c < 3; c++)
         for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+    // volatile: look-ups one after the other take a third of the time of look-ups that a compiler packs into vectors
+    const volatile unsigned char *bytes = image->pixels;
     for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
-        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][image->pixels[3 * i + c]];
+        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][bytes[3 * i + c]];
     profile_end(begin, "pixels normalised", "", 0, sizeof(real) * 3.75 * image->width * image->height);
 }
 

@@ -31,7 +31,7 @@ enum {
     JPEG_MAX_SCANS = 500,
     JPEG_QUALITY = 92,
     IMAGE_HEADER_BYTES = 1 << 18,
-    IMAGE_SPARE_BYTES = 16  // behind the last pixel, so that vectors can be read and written whole
+    IMAGE_SPARE_BYTES = 64  // behind the last pixel, so that vectors can be read and written whole
 };
 
 // A picture whose pixels are not set, for who sets them all; image_free releases it.
@@ -100,7 +100,7 @@ static inline void image_orient(Image *image, int orientation) {
     ptrdiff_t step_column = from_right ? -3 : 3, step_row = (from_bottom ? -3 : 3) * width;
     const unsigned char *first =
         image->pixels + 3 * ((from_bottom ? height - 1 : 0) * width + (from_right ? width - 1 : 0));
-    Image turned = swap ? image_new(image->height, image->width) : image_new(image->width, image->height);
+    Image turned = swap ? image_unset(image->height, image->width) : image_unset(image->width, image->height);
     unsigned char *to = turned.pixels;
     for (ptrdiff_t y = 0; y < turned.height; y++) {
         const unsigned char *from = first + y * (swap ? step_column : step_row);
@@ -217,7 +217,7 @@ static inline int jpeg_decode_body(JpegReader *reader, const unsigned char *byte
         return fail(error, "%s: a JPEG with %d components; gray, RGB and CMYK can be read", name, components);
     decoder->out_color_space = components == 4 ? JCS_CMYK : JCS_RGB;
     if (!jpeg_start_decompress(decoder)) return jpeg_truncated(name, size, error);
-    reader->image = image_new((int)width, (int)height);
+    reader->image = image_unset((int)width, (int)height);
     if (components == 4) reader->row = (unsigned char *)allocate(4 * (size_t)width);
     while (decoder->output_scanline < decoder->output_height) {
         unsigned char *to = reader->image.pixels + 3 * (size_t)width * decoder->output_scanline;
@@ -323,7 +323,7 @@ static inline int png_decode_body(PngReader *reader, png_structp decoder, png_in
     png_set_interlace_handling(decoder);
     png_read_update_info(decoder, info);
     if (png_get_rowbytes(decoder, info) != 3 * width) png_error(decoder, "unknown kind of pixels");
-    reader->image = image_new((int)width, (int)height);
+    reader->image = image_unset((int)width, (int)height);
     reader->rows = (unsigned char **)allocate(height * sizeof *reader->rows);
     for (uint64_t y = 0; y < height; y++) reader->rows[y] = reader->image.pixels + 3 * width * y;
     png_read_image(decoder, reader->rows);
@@ -484,13 +484,26 @@ static inline void resized_size(int width, int height, int short_side, int max_s
 // Pillow's resize (src/libImaging/Resample.c) is separable: each output pixel is a weighted mean of `counts` input
 // pixels from `starts` on. Its bilinear weights are a triangle whose half width is max(1, scale), so that shrinking
 // averages over all pixels; they are rounded to 22 bits after the point, and each pass rounds to 8 bits.
-enum { RESIZE_BITS = 22 };
+enum { RESIZE_BITS = 22, RESIZE_PART_BITS = 7 };
+
+// A weight cut into its bits from 14 on, 7 to 13 and 0 to 6: products with a byte fit in 16 bits, which is how wide the
+// sums are. Each part is there twice, in both halves of 32 bits, for processors spread those over a vector more easily.
+typedef struct {
+    uint32_t high, middle, low;
+} ResizeWeight;
 
 typedef struct {
-    int *starts, *counts;  // per output place
-    int *weights;          // (outputs, taps)
+    int *starts, *counts;   // per output place
+    ResizeWeight *weights;  // (outputs, taps)
     int taps;
 } ResizeTable;
+
+static inline ResizeWeight resize_weight(uint32_t weight) {
+    const uint32_t twice = 0x10001, part = (1 << RESIZE_PART_BITS) - 1;
+    ResizeWeight parts = {(weight >> 2 * RESIZE_PART_BITS) * twice, (weight >> RESIZE_PART_BITS & part) * twice,
+                          (weight & part) * twice};
+    return parts;
+}
 
 // The table for output places first .. first + outputs - 1 of `out_size` in all.
 static inline ResizeTable resize_table(int in_size, int out_size, int first, int outputs) {
@@ -499,7 +512,7 @@ static inline ResizeTable resize_table(int in_size, int out_size, int first, int
     table.taps = (int)ceil(support) * 2 + 1;
     table.starts = (int *)allocate((size_t)outputs * sizeof(int));
     table.counts = (int *)allocate((size_t)outputs * sizeof(int));
-    table.weights = (int *)allocate((size_t)outputs * (size_t)table.taps * sizeof(int));
+    table.weights = (ResizeWeight *)allocate((size_t)outputs * (size_t)table.taps * sizeof(ResizeWeight));
     double *exact = (double *)allocate((size_t)table.taps * sizeof(double));
     for (int i = 0; i < outputs; i++) {
         double center = (first + i + 0.5) * scale, total = 0;
@@ -517,7 +530,8 @@ static inline ResizeTable resize_table(int in_size, int out_size, int first, int
         table.counts[i] = end - start;
         for (int t = 0; t < end - start; t++) {
             double weight = total != 0 ? exact[t] / total : exact[t];
-            table.weights[(size_t)i * (size_t)table.taps + (size_t)t] = (int)(0.5 + weight * (1 << RESIZE_BITS));
+            table.weights[(size_t)i * (size_t)table.taps + (size_t)t] =
+                resize_weight((uint32_t)(0.5 + weight * (1 << RESIZE_BITS)));
         }
     }
     free(exact);
@@ -530,56 +544,90 @@ static inline void resize_table_free(ResizeTable *table) {
     free(table->weights);
 }
 
-// Both passes sum 16 bytes at a time.
-typedef int ResizeSums __attribute__((vector_size(64)));
-typedef unsigned char ResizeBytes __attribute__((vector_size(16)));
+// Both passes sum a vector of bytes at a time, those in even and those in odd places apart. A vector is as long as the
+// processor's: compilers take longer ones to pieces at a price.
+#if defined __AVX512BW__
+enum { RESIZE_BYTES = 64 };
+#elif defined __AVX2__
+enum { RESIZE_BYTES = 32 };
+#else
+enum { RESIZE_BYTES = 16 };
+#endif
+typedef unsigned short ResizeSums __attribute__((vector_size(RESIZE_BYTES)));
+typedef unsigned int ResizeWords __attribute__((vector_size(RESIZE_BYTES)));
 
-static inline void resize_load(ResizeSums *numbers, const ResizeBytes *bytes) {
-    typedef unsigned short Shorts __attribute__((vector_size(32)));  // a step that compilers have an instruction for
-    *numbers = __builtin_convertvector(__builtin_convertvector(*bytes, Shorts), ResizeSums);
+typedef struct {
+    ResizeSums high, middle, low;
+} ResizeParts;
+
+static inline void resize_add(ResizeParts *sums, const ResizeSums *pixels, const ResizeWeight *weight) {
+    const ResizeWords zero = {0};
+    sums->high += *pixels * (ResizeSums)(zero + weight->high);
+    sums->middle += *pixels * (ResizeSums)(zero + weight->middle);
+    sums->low += *pixels * (ResizeSums)(zero + weight->low);
 }
 
-// Sums that began at half a step, rounded down and cut off at 255.
-static inline ResizeBytes resize_round(const ResizeSums *sums) {
-    ResizeSums values = *sums >> (int)RESIZE_BITS, over = values > 255;
-    values = (values & ~over) | (over & 255);
-    return __builtin_convertvector(values, ResizeBytes);
+// After each two products the two lower sums pass on what is above their 7 bits: 127 + 2 * 255 * 127, and what comes
+// from below, is less than 2^16. So is the highest sum, 255.5 * 2^8, unless ten thousands of weights were rounded up:
+// then it stays at the top.
+static inline void resize_carry(ResizeParts *sums) {
+    const unsigned short bits = RESIZE_PART_BITS, part = (1 << RESIZE_PART_BITS) - 1;
+    sums->middle += sums->low >> bits;
+    sums->low &= part;
+    ResizeSums carry = sums->middle >> bits;
+    sums->middle &= part;
+    sums->high += carry;
+    sums->high |= (ResizeSums)(sums->high < carry);
 }
 
-// Rows `first_row` .. `first_row + rows - 1` of `from`, resized along x to `width` places: (rows, width, 3). Four rows
-// go together: a vector holds one pixel of each, as red, green, blue and a fourth number that nobody uses. The pixels
-// are widened first, so that a tap is one multiplication and addition.
+// RESIZE_BYTES weighted means of `count` bytes that lie `step` apart, rounded.
+static inline void resize_sum(unsigned char *to, const unsigned char *from, size_t step, int count,
+                              const ResizeWeight *weights) {
+    const unsigned short byte = 255, above = RESIZE_BITS - 2 * RESIZE_PART_BITS, half = 1 << (above - 1);
+    ResizeParts even, odd;
+    memset(&even, 0, sizeof even);
+    even.high += half;
+    odd = even;
+    for (int t = 0; t < count; t++, from += step) {
+        ResizeSums both, pixels;
+        memcpy(&both, from, sizeof both);
+        pixels = both & byte;
+        resize_add(&even, &pixels, weights + t);
+        pixels = both >> 8;
+        resize_add(&odd, &pixels, weights + t);
+        if (t % 2) resize_carry(&even), resize_carry(&odd);
+    }
+    if (count % 2) resize_carry(&even), resize_carry(&odd);
+    even.high = even.high >> above | odd.high >> above << 8;
+    memcpy(to, &even.high, sizeof even.high);
+}
+
+// Rows `first_row` .. `first_row + rows - 1` of `from`, resized along x to `width` places: (rows, width, 3). Several
+// rows go together: a vector holds one pixel of each, as red, green, blue and a fourth number that nobody uses.
 static inline Image resize_along_x(const Image *from, const ResizeTable *table, int width, int first_row, int rows) {
+    enum { ROWS = RESIZE_BYTES / 4 };
     Image to = image_unset(width, rows);
-    void *memory = reallocate(NULL, ((size_t)from->width + 1) * sizeof(ResizeSums));
-    ResizeSums *wide = (ResizeSums *)(((uintptr_t)memory + sizeof(ResizeSums) - 1) & ~(sizeof(ResizeSums) - 1));
-    for (int y = 0; y < rows; y += 4) {
-        const unsigned char *in[4];
-        unsigned char *out[4];
-        for (int r = 0; r < 4; r++) {
-            int row = y + r < rows ? y + r : rows - 1;  // the last row again, where there are fewer than four
-            in[r] = from->pixels + 3 * (size_t)(first_row + row) * (size_t)from->width;
-            out[r] = to.pixels + 3 * (size_t)row * (size_t)width;
+    int begin = table->starts[0], end = table->starts[width - 1] + table->counts[width - 1];
+    void *memory = reallocate(NULL, (size_t)(end - begin + 1) * RESIZE_BYTES);
+    unsigned char *columns = (unsigned char *)(((uintptr_t)memory + RESIZE_BYTES - 1) & ~(RESIZE_BYTES - 1));
+    for (int y = 0; y < rows; y += ROWS) {
+        const unsigned char *in[ROWS];
+        unsigned char *out[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            size_t row = (size_t)(y + r < rows ? y + r : rows - 1);  // the last row again, where there are fewer
+            in[r] = from->pixels + 3 * (((size_t)first_row + row) * (size_t)from->width + (size_t)begin);
+            out[r] = to.pixels + 3 * row * (size_t)width;
         }
-        for (int x = 0; x < from->width; x++) {
-            ResizeBytes bytes;
-            for (int r = 0; r < 4; r++) memcpy((unsigned char *)&bytes + 4 * r, in[r] + 3 * (size_t)x, 4);
-            resize_load(&wide[x], &bytes);
-        }
+        for (size_t x = 0; x < (size_t)(end - begin); x++)
+            for (int r = 0; r < ROWS; r++) memcpy(columns + RESIZE_BYTES * x + 4 * r, in[r] + 3 * x, 4);
         for (int x = 0; x < width; x++) {
-            const int *weights = table->weights + (size_t)x * (size_t)table->taps;
-            const ResizeSums *pixels = wide + table->starts[x];
-            ResizeSums sums = {0};
-            sums += 1 << (RESIZE_BITS - 1);
-            for (int t = 0; t < table->counts[x]; t++) sums += pixels[t] * weights[t];
-            ResizeBytes bytes = resize_round(&sums);
-            for (int r = 0; r < 4; r++) {
-                unsigned char *at = out[r] + 3 * (size_t)x, *pixel = (unsigned char *)&bytes + 4 * r;
-                if (x + 1 < width)
-                    memcpy(at, pixel, 4);  // the fourth byte lands where the next pixel comes
-                else
-                    memcpy(at, pixel, 3);
-            }
+            unsigned char pixels[RESIZE_BYTES];
+            resize_sum(pixels, columns + (size_t)(table->starts[x] - begin) * RESIZE_BYTES, RESIZE_BYTES,
+                       table->counts[x], table->weights + (size_t)x * (size_t)table->taps);
+            if (x + 1 < width)
+                for (int r = 0; r < ROWS; r++) memcpy(out[r] + 3 * (size_t)x, pixels + 4 * r, 4);
+            else
+                for (int r = 0; r < ROWS; r++) memcpy(out[r] + 3 * (size_t)x, pixels + 4 * r, 3);
         }
     }
     free(memory);
@@ -594,21 +642,11 @@ static inline Image resize_along_y(const Image *from, const ResizeTable *table, 
     Image to = image_unset(width, height);
     size_t row_bytes = 3 * (size_t)width, stride = 3 * (size_t)from->width;
     for (int y = 0; y < height; y++) {
-        const int *weights = table->weights + (size_t)y * (size_t)table->taps;
         const unsigned char *rows =
             from->pixels + (size_t)(table->starts[y] - first_row) * stride + 3 * (size_t)first_column;
-        for (size_t at = 0; at < row_bytes; at += sizeof(ResizeBytes)) {
-            ResizeSums sums = {0}, numbers;
-            sums += 1 << (RESIZE_BITS - 1);
-            for (int t = 0; t < table->counts[y]; t++) {
-                ResizeBytes bytes;
-                memcpy(&bytes, rows + (size_t)t * stride + at, sizeof bytes);
-                resize_load(&numbers, &bytes);
-                sums += numbers * weights[t];
-            }
-            ResizeBytes bytes = resize_round(&sums);
-            memcpy(to.pixels + (size_t)y * row_bytes + at, &bytes, sizeof bytes);
-        }
+        for (size_t at = 0; at < row_bytes; at += RESIZE_BYTES)
+            resize_sum(to.pixels + (size_t)y * row_bytes + at, rows + at, stride, table->counts[y],
+                       table->weights + (size_t)y * (size_t)table->taps);
     }
     return to;
 }
