@@ -339,11 +339,13 @@ __attribute__((format(printf, 2, 3))) static inline void coco_fault(CocoReader *
 static inline void coco_number(CocoReader *reader, int field, const char *text, size_t length) {
     const char *name = coco_field_names[field];
     int shown = length < 40 ? (int)length : 40;
-    double value = json_text_double(text, length);
     if (field <= COCO_CATEGORY_ID) {
         if (!json_text_int64(text, length, &reader->ids[field]))
             coco_fault(reader, "%s %.*s is not a whole number", name, shown, text);
-    } else if (!isfinite(value)) {
+        return;
+    }
+    double value = json_text_double(text, length);
+    if (!isfinite(value)) {
         coco_fault(reader, "%s is not finite", name);
     } else if (field == COCO_BBOX) {
         if (reader->bbox_count < 4) reader->bbox[reader->bbox_count] = value;

@@ -132,8 +132,26 @@ static inline int json_get_string(yajl_val object, const char *key, const char *
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers of a stream arrive as text (YAJL itself would end the whole parse at 1e999 or at 20 digits)
 
-// The number as a double; infinite where its exponent is too large. The text needs no closing zero.
+// The number as a double, correctly rounded; infinite where its exponent is too large. The text needs no closing zero.
 static inline double json_text_double(const char *text, size_t length) {
+    // With a point among up to 15 digits, they and the power of ten are doubles, so that the division alone rounds;
+    // without a point nothing is divided.
+    static const double powers[16] = {1e0, 1e1, 1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
+                                      1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15};
+    size_t at = length > 0 && text[0] == '-', point = length;
+    int64_t digits = 0;
+    for (; length <= 16 && at < length; at++) {
+        if (text[at] == '.' && point == length)
+            point = at;
+        else if (text[at] >= '0' && text[at] <= '9')
+            digits = 10 * digits + (text[at] - '0');
+        else
+            break;
+    }
+    if (at == length) {
+        double value = (double)digits / powers[point < length ? length - 1 - point : 0];
+        return text[0] == '-' ? -value : value;
+    }
     char small[64], *copy = length < sizeof small ? small : (char *)allocate(length + 1);
     memcpy(copy, text, length);
     copy[length] = 0;
@@ -144,8 +162,10 @@ static inline double json_text_double(const char *text, size_t length) {
 
 // 1 and *value if the number is whole and fits ("12" and "12.0" do), else 0.
 static inline int json_text_int64(const char *text, size_t length, int64_t *value) {
+    const double exact = 9007199254740992.0;  // 2^53: below it doubles hold every whole number
+    double wide = json_text_double(text, length);
     char copy[32];
-    if (length < sizeof copy) {
+    if (fabs(wide) >= exact && length < sizeof copy) {
         memcpy(copy, text, length);
         copy[length] = 0;
         char *end;
@@ -153,8 +173,7 @@ static inline int json_text_int64(const char *text, size_t length, int64_t *valu
         *value = strtoll(copy, &end, 10);
         if (*end == 0) return errno == 0;
     }
-    double wide = json_text_double(text, length);
-    if (!(fabs(wide) <= 9007199254740992.0) || wide != floor(wide)) return 0;
+    if (!(fabs(wide) <= exact) || wide != floor(wide)) return 0;
     *value = (int64_t)wide;
     return 1;
 }
@@ -177,23 +196,24 @@ static inline int json_stream(const char *path, const yajl_callbacks *callbacks,
     size_t held = 0;       // bytes at the start of the buffer that no parser call has seen
     long long offset = 0;  // of buffer[0] in the file
     int in_string = 0, escaped = 0, at_end = 0;
+    unsigned char inside[256] = {0}, outside[256] = {0};  // the characters at which the search below stops
+    inside['"'] = inside['\\'] = outside['"'] = outside['N'] = outside['I'] = 1;
     while (status == yajl_status_ok && !at_end) {
         size_t got = fread(buffer + held, 1, JSON_CHUNK_BYTES - held, file);
         at_end = got == 0;
         size_t end = held + got, from = 0, at = 0;
         if (offset == 0 && end >= 3 && memcmp(buffer, "\xEF\xBB\xBF", 3) == 0) from = at = 3;  // a byte order mark
         for (; at < end && status == yajl_status_ok; at++) {
-            unsigned char c = buffer[at];
-            if (in_string) {
-                if (escaped)
-                    escaped = 0;
-                else if (c == '\\')
-                    escaped = 1;
-                else if (c == '"')
-                    in_string = 0;
+            if (escaped) {
+                escaped = 0;
                 continue;
             }
-            if (c == '"') in_string = 1;
+            const unsigned char *stops = in_string ? inside : outside;
+            while (at < end && !stops[buffer[at]]) at++;
+            if (at == end) break;
+            unsigned char c = buffer[at];
+            if (c == '\\') escaped = 1;
+            if (c == '"') in_string = !in_string;
             if (c != 'N' && c != 'I') continue;
             // Outside strings these two letters begin Python's words and nothing else. A word cut by the buffer's end
             // waits for the next read.

@@ -125,6 +125,26 @@ static void test_json(void) {
               !json_text_int64("1e999", 5, &id),
           "json: whole numbers");
     check(isinf(json_text_double("1e999", 5)) && json_text_double("0.25xyz", 4) == 0.25, "json: doubles");
+    int same = 1;
+    for (uint32_t i = 0; i < 4000; i++) {  // digits with a point anywhere, at times with a sign or an exponent
+        char text[40];
+        uint64_t digits =
+            (uint64_t)random_word(6, RANDOM_TEST, 0, i, 0, 0) << 32 | random_word(6, RANDOM_TEST, 0, i, 0, 1);
+        int sign = i % 3 == 0, length = sign + sprintf(text + sign, "%llu", (unsigned long long)(digits >> i % 60));
+        if (sign) text[0] = '-';
+        int point = sign + 1 + (int)random_below(6, RANDOM_TEST, 0, i, 0, 2, (uint32_t)(length - sign));
+        if (i % 7 && point < length) {
+            memmove(text + point + 1, text + point, (size_t)(length - point) + 1);
+            text[point] = '.';
+            length++;
+        }
+        if (i % 11 == 0) length += sprintf(text + length, "e%d", (int)(i % 40) - 20);
+        double value = json_text_double(text, (size_t)length), truth = strtod(text, NULL);
+        same = same && memcmp(&value, &truth, sizeof value) == 0;
+    }
+    double zero = json_text_double("-0.0", 4);
+    check(same && zero == 0 && signbit(zero), "json: doubles are strtod's to the last bit");
+    check(json_text_int64("9007199254740993", 16, &id) && id == 9007199254740993, "json: whole numbers past 2^53");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
