@@ -656,7 +656,7 @@ static inline Image resize_along_y(const Image *from, const ResizeTable *table, 
 static inline void image_resize_crop(Image *image, int full_width, int full_height, int x, int y, int width,
                                      int height) {
     int along_x = full_width != image->width, along_y = full_height != image->height;
-    ResizeTable columns, rows;
+    ResizeTable columns, rows = {NULL, NULL, NULL, 0};
     int first_row = y, num_rows = height;  // of the picture, that the result depends on
     if (along_y) {
         rows = resize_table(image->height, full_height, y, height);
