@@ -308,7 +308,7 @@ static uint64_t fingerprint(const Model *model, int gradients) {
 static void test_same_bytes_in(int half) {
     uint64_t gradient[4], weights[4];
     int threads_before = omp_get_max_threads();
-    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
     for (int run = 0; run < 4; run++) {  // 1, 2 and 3 threads, and the first again
         omp_set_num_threads(run == 3 ? 1 : run + 1);
         SmallRun small;
@@ -381,7 +381,7 @@ static void test_training_step(void) {
     SmallRun small;
     Losses losses;
     Error error;
-    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
     small_run_begin(&small, 1, 0.1, 0, 1);
     double loss = batch_loss(&small.model, &small.acts, small.samples, 1);
     uint64_t gradient = fingerprint(&small.model, 1), weights = fingerprint(&small.model, 0);
@@ -461,7 +461,7 @@ static void test_nonfinite(void) {
     SmallRun small;
     Losses losses;
     Error error;
-    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
     small_run_begin(&small, 0, 0, 0, 1);
     small.model.input_projection.weight->value[3] = (real)NAN;
     model_pack(&small.model);
@@ -1725,7 +1725,7 @@ static void test_dump(const char *folder, int half) {
                          1};
     OptimizerSettings optimizer = {dump_scalar(&dump, "settings.lr"), dump_scalar(&dump, "settings.lr_backbone"),
                                    dump_scalar(&dump, "settings.weight_decay"),
-                                   dump_scalar(&dump, "settings.clip_max_norm")};
+                                   dump_scalar(&dump, "settings.clip_max_norm"), 0};
     for (int step = 0; step < (half ? 1 : DUMP_STEPS); step++)
         dump_step(&dump, &model, &loss, &optimizer, step, (uint64_t)dump_scalar(&dump, "settings.seed"));
     for (int i = 0; i < model.num_params; i++)
@@ -1750,6 +1750,98 @@ static void test_dumps(void) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);
     }
+}
+
+// Twenty steps on given gradients under one of the schedules, with an average of the values; what the averages are
+// swapped for, and back.
+static void test_schedule(TruthDump *dump, const char *name) {
+    enum { COUNT = 12, FIRST = 7, STEPS = 20 };  // the transformer's 7 numbers, the backbone's 5
+    const SafeEntry *start = safetensors_find(&dump->truth, "start"),
+                    *gradients = safetensors_find(&dump->truth, "gradients");
+    char entry[4][64];
+    const char *parts[4] = {"drop", "warmup", "factors", "values"};
+    for (int i = 0; i < 4; i++) snprintf(entry[i], sizeof entry[i], "%s.%s", name, parts[i]);
+    const int64_t drop = (int64_t)dump_scalar(dump, entry[0]), warmup = (int64_t)dump_scalar(dump, entry[1]);
+    const Schedule schedule = {drop == 0, warmup, drop, STEPS};
+    real numbers[4][COUNT];
+    Param params[2], *table[2] = {&params[0], &params[1]};
+    Model model;
+    double factors[STEPS], values[2][COUNT];
+    memset(&model, 0, sizeof model), memset(params, 0, sizeof params), memset(numbers, 0, sizeof numbers);
+    model.params = table, model.num_params = 2;
+    for (int i = 0; i < 2; i++) {
+        const int first = i * FIRST;
+        params[i].group = i ? GROUP_BACKBONE : GROUP_TRANSFORMER, params[i].trained = 1;
+        params[i].count = i ? COUNT - FIRST : FIRST;
+        params[i].value = numbers[0] + first, params[i].grad = numbers[1] + first;
+        params[i].exp_avg = numbers[2] + first, params[i].exp_avg_sq = numbers[3] + first;
+    }
+    for (int k = 0; k < COUNT; k++) numbers[0][k] = (real)safetensors_element(start, k);
+    ema_create(&model);
+    check(params[1].ema[2] == params[1].value[2] && params[0].ema != params[0].value, "averages begin as the values");
+    for (int step = 0; step < STEPS; step++) {
+        const double factor = factors[step] = schedule_factor(&schedule, step);
+        const OptimizerSettings optimizer = {
+            factor * dump_scalar(dump, "settings.lr"), factor * dump_scalar(dump, "settings.lr_backbone"),
+            dump_scalar(dump, "settings.weight_decay"), dump_scalar(dump, "settings.clip_max_norm"),
+            dump_scalar(dump, "settings.ema_decay")};
+        for (int k = 0; k < COUNT; k++) numbers[1][k] = (real)safetensors_element(gradients, step * COUNT + k);
+        optimizer_step(&model, &optimizer, step, gradient_norm(&model));
+    }
+    for (int average = 0; average < 2; average++) {
+        for (int k = 0; k < COUNT; k++) values[average][k] = (double)params[k >= FIRST].value[k % FIRST];
+        ema_swap(&model);
+    }
+    check(params[0].value == numbers[0], "two swaps leave the values where they were");
+    compare(dump, entry[2], factors, STEPS, 0, 1e-10);
+    compare(dump, entry[3], values[0], COUNT, 0, 1e-10);
+    snprintf(entry[3], sizeof entry[3], "%s.ema", name);
+    compare(dump, entry[3], values[1], COUNT, 0, 1e-10);
+    arena_free(&model.ema);
+}
+
+// What is told of the boxes of a picture: 6 queries, 3 targets.
+static void test_watch_boxes(TruthDump *dump) {
+    enum { QUERIES = 6, TARGETS = 3 };
+    real boxes[2 * QUERIES * 4];
+    double targets[TARGETS * 4];
+    int match[2 * QUERIES], classes[TARGETS] = {0, 0, 0};
+    const SafeEntry *pairs = safetensors_find(&dump->truth, "matches");
+    for (int k = 0; k < 2 * QUERIES * 4; k++)  // the layer before the last has boxes of its own
+        boxes[k] = k < QUERIES * 4
+                       ? (real)0.5
+                       : (real)safetensors_element(safetensors_find(&dump->truth, "boxes"), k - QUERIES * 4);
+    for (int k = 0; k < TARGETS * 4; k++)
+        targets[k] = safetensors_element(safetensors_find(&dump->truth, "targets"), k);
+    for (int q = 0; q < 2 * QUERIES; q++) match[q] = q < QUERIES ? 0 : -1;
+    for (int p = 0; p < TARGETS; p++)
+        match[QUERIES + (int)safetensors_element(pairs, 2 * p)] = (int)safetensors_element(pairs, 2 * p + 1);
+    Model model;
+    Activations acts;
+    Losses losses;
+    memset(&model, 0, sizeof model), memset(&acts, 0, sizeof acts), memset(&losses, 0, sizeof losses);
+    model.config.num_queries = QUERIES, model.config.dec_layers = 2;
+    acts.boxes = boxes, acts.match = match;
+    const Targets given = {TARGETS, targets, classes};
+    for (int image = 0; image < 2; image++) watch_boxes(&model, &acts, given, 2, &losses);
+    losses.matched_iou /= 2 * TARGETS;
+    compare(dump, "matched_iou", &losses.matched_iou, 1, 0, 1e-10);
+    compare(dump, "query_spread", &losses.query_spread, 1, 0, 1e-10);
+}
+
+// What needs no network: schedules, the average of the values, what is told of the boxes.
+static void test_options(void) {
+    static const char *const schedules[] = {"drop", "warm", "cosine", "both"};
+    TruthDump dump;
+    Error error;
+    memset(&dump, 0, sizeof dump);
+    dump.folder = "dev/dumps/options", dump.yardstick = "float32";
+    int opened = safetensors_open(&dump.truth, "dev/dumps/options/truth.safetensors", &error);
+    check(opened == 0, "%s", opened ? error.text : "");
+    if (opened != 0) return;
+    for (int i = 0; i < 4; i++) test_schedule(&dump, schedules[i]);
+    test_watch_boxes(&dump);
+    safetensors_close(&dump.truth);
 }
 
 // ImageNet's mean and deviation, channel by channel.
@@ -1831,7 +1923,7 @@ static void test_learns_by_heart_in(int half) {
     Model model;
     Activations acts;
     Losses losses;
-    OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1};
+    OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
     model_create(&model, &config, 1, 1, 1, &error);
     model_initialise(&model, 1);
     calibrate_norms(&model, samples, PICTURES);
@@ -1869,29 +1961,18 @@ typedef struct {
 } Test;
 
 static const Test TESTS[] = {
-    {"random", test_random},
-    {"matmul", test_matmul},
-    {"winograd", test_winograd},
-    {"bf16", test_bf16},
-    {"attention", test_attention},
-    {"dropout", test_dropout},
-    {"layernorm", test_layernorm},
-    {"maxpool", test_maxpool},
-    {"positions", test_positions},
-    {"matching", test_matching},
-    {"boxes", test_boxes},
-    {"normalise", test_normalise},
-    {"dumps", test_dumps},
-    {"gradients", test_gradients},
-    {"same_bytes", test_same_bytes},
-    {"company", test_company},
-    {"step", test_training_step},
-    {"calibrate", test_calibrate},
-    {"nonfinite", test_nonfinite},
-    {"heart", test_learns_by_heart},
-    {"image", test_image},
-    {"dataset", test_dataset},
-    {"eval", test_eval},
+    {"random", test_random},         {"matmul", test_matmul},
+    {"winograd", test_winograd},     {"bf16", test_bf16},
+    {"attention", test_attention},   {"dropout", test_dropout},
+    {"layernorm", test_layernorm},   {"maxpool", test_maxpool},
+    {"positions", test_positions},   {"matching", test_matching},
+    {"boxes", test_boxes},           {"normalise", test_normalise},
+    {"dumps", test_dumps},           {"options", test_options},
+    {"gradients", test_gradients},   {"same_bytes", test_same_bytes},
+    {"company", test_company},       {"step", test_training_step},
+    {"calibrate", test_calibrate},   {"nonfinite", test_nonfinite},
+    {"heart", test_learns_by_heart}, {"image", test_image},
+    {"dataset", test_dataset},       {"eval", test_eval},
 };
 
 int MAIN(int argc, char **argv) {

@@ -2843,6 +2843,7 @@ typedef struct {
     double init_scale;  // uniform: the bound; normal: the deviation
     real *value;
     real *grad, *exp_avg, *exp_avg_sq;  // NULL unless trained
+    real *ema;                          // average of the values; NULL unless trained and asked for
 } Param;
 
 // A linear layer or a convolution, with the frozen batch norm that may follow it folded in.
@@ -2900,6 +2901,7 @@ typedef struct {
     Norm decoder_norm;
     Layer class_head, box_head[3];
     Arena weights, packed, optimizer;  // values; packed panels; gradients and Adam's moments
+    Arena ema;                         // averages of the values
 } Model;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3187,6 +3189,7 @@ static void model_free(Model *model) {
     arena_free(&model->weights);
     arena_free(&model->packed);
     arena_free(&model->optimizer);
+    arena_free(&model->ema);
     memset(model, 0, sizeof *model);
 }
 
@@ -3923,6 +3926,8 @@ typedef struct {
     double class_error;                        // percent of matched queries that name another class
     double grad_norm;                          // of all gradients, before clipping
     int matched, matched_right;                // of the final layer
+    double matched_iou;                        // sum over those pairs
+    double query_spread;                       // how far apart the boxes of an image are, mean: see watch_boxes()
 } Losses;
 
 // The targets of one image: boxes (num_boxes, 4) as cx cy w h in 0..1, classes (num_boxes).
@@ -4151,7 +4156,57 @@ static void losses_finish(Losses *losses, int dec_layers, const LossSettings *se
 
 typedef struct {
     double lr, lr_backbone, weight_decay, clip_max_norm;  // as they are at this step; clip_max_norm 0: no clipping
+    double ema_decay;                                     // of the average, where the model has one
 } OptimizerSettings;
+
+// How the learning rates run: a function of the step alone, so that a run that goes on needs no state for it.
+typedef struct {
+    int cosine;            // from the full rate to 0 over the planned steps; else a tenth after each `drop_steps`
+    int64_t warmup_steps;  // in which the rate rises from 0
+    int64_t drop_steps, planned_steps;
+} Schedule;
+
+// What both learning rates are multiplied with in the step that `step` others came before. With a cosine and a warm-up
+// it is get_cosine_schedule_with_warmup of transformers: the cosine begins where the warm-up ends.
+static double schedule_factor(const Schedule *schedule, int64_t step) {
+    const double warmup = (double)schedule->warmup_steps, after = (double)step - warmup;
+    double factor = after < 0 ? (double)step / warmup : 1;
+    if (!schedule->cosine)
+        factor *= pow(0.1, (double)(step / schedule->drop_steps));
+    else if (after > 0)
+        factor = (1 + cos(M_PI * after / ((double)schedule->planned_steps - warmup))) / 2;
+    return factor;
+}
+
+// Gives the model an exponential average of its trained values, which begins as they are.
+static void ema_create(Model *model) {
+    for (int counting = 1; counting >= 0; counting--) {
+        for (int i = 0; i < model->num_params; i++) {
+            Param *param = model->params[i];
+            if (!param->trained) continue;
+            param->ema = arena_take(&model->ema, param->count);
+            if (!counting) memcpy(param->ema, param->value, param->count * sizeof(real));
+        }
+        if (counting) arena_allocate(&model->ema);
+    }
+}
+
+// Packs every layer that the optimizer has changed.
+static void pack_trained(Model *model) {
+    for (int i = 0; i < model->num_layers; i++)
+        if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
+}
+
+// Exchanges the values and their averages, where there are any: to compute with the averages, and to go back.
+static void ema_swap(Model *model) {
+    if (!model->ema.base) return;
+    for (int i = 0; i < model->num_params; i++) {
+        Param *param = model->params[i];
+        real *value = param->value;
+        if (param->ema) param->value = param->ema, param->ema = value;
+    }
+    pack_trained(model);
+}
 
 static void zero_gradients(Model *model) {
     const double begin = profile_begin();
@@ -4234,7 +4289,11 @@ static double gradient_norm(const Model *model) {
 
 // One AdamW step (Loshchilov and Hutter 2019; betas 0.9 and 0.999, eps 1e-8) with gradients clipped to clip_max_norm,
 // then every changed layer is packed again. step: number of steps taken before this one. grad_norm: gradient_norm().
+// The average follows the new values: ema += (1 - d) (value - ema) with d = min(ema_decay, step / (step + 9)), so that
+// it holds about a tenth of the way so far until that is longer than the decay reaches, and nothing of the start.
+// (d ema + (1 - d) value would be the same, were the two factors, rounded, to add up to 1.)
 static void optimizer_step(Model *model, const OptimizerSettings *settings, int64_t step, double grad_norm) {
+    enum { CHUNK = 4096 };
     const double begin = profile_begin();
     double clip = settings->clip_max_norm > 0 ? fmin(1, settings->clip_max_norm / (grad_norm + 1e-6)) : 1;
     double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
@@ -4242,23 +4301,29 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
         Param *param = model->params[i];
         if (!param->trained) continue;
         double lr = param->group == GROUP_BACKBONE ? settings->lr_backbone : settings->lr;
+        real share = (real)(1 - fmin(settings->ema_decay, (double)step / ((double)step + 9)));
         real decay = (real)(1 - lr * settings->weight_decay), rate = (real)(lr / correction1);
         real root = (real)(1 / sqrt(correction2)), factor = (real)clip;
-        real *value = param->value, *m = param->exp_avg, *v = param->exp_avg_sq;
+        real *value = param->value, *m = param->exp_avg, *v = param->exp_avg_sq, *ema = param->ema;
         const real *grad = param->grad;
         const real beta1 = (real)0.9, beta2 = (real)0.999, rest1 = (real)(1 - 0.9), rest2 = (real)(1 - 0.999),
                    eps = (real)1e-8;
-#pragma omp parallel for simd schedule(static) if (param->count > 16384)
-        for (size_t k = 0; k < param->count; k++) {
-            real g = grad[k] * factor;
-            m[k] = beta1 * m[k] + rest1 * g;
-            v[k] = beta2 * v[k] + rest2 * g * g;
-            value[k] = value[k] * decay - rate * m[k] / (square_root(v[k]) * root + eps);
+#pragma omp parallel for schedule(static) if (param->count > 16384)
+        for (size_t first = 0; first < param->count; first += CHUNK) {  // the average follows while a chunk is in cache
+            const size_t end = param->count - first < CHUNK ? param->count : first + CHUNK;
+#pragma omp simd
+            for (size_t k = first; k < end; k++) {
+                real g = grad[k] * factor;
+                m[k] = beta1 * m[k] + rest1 * g;
+                v[k] = beta2 * v[k] + rest2 * g * g;
+                value[k] = value[k] * decay - rate * m[k] / (square_root(v[k]) * root + eps);
+            }
+#pragma omp simd
+            for (size_t k = first; k < (ema ? end : first); k++) ema[k] += share * (value[k] - ema[k]);
         }
     }
-    profile_end(begin, "AdamW", "", 0, sizeof(real) * 7.0 * (double)model->num_trained);
-    for (int i = 0; i < model->num_layers; i++)
-        if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
+    profile_end(begin, "AdamW", "", 0, sizeof(real) * (model->ema.base ? 9.0 : 7.0) * (double)model->num_trained);
+    pack_trained(model);
 }
 
 static int is_finite_tensor(const void *data, size_t count, int half) {
@@ -4303,6 +4368,32 @@ static void load_image(const Model *model, Activations *acts, const Image *image
     normalise_pixels(acts->pixels, image);
 }
 
+// What is told of an image's final boxes besides its loss, once set_loss has matched them. Adds to losses: the IoU of
+// every pair; and the root of the mean squared distance of the boxes' centres from their mean, in fractions of the
+// picture, over `images`. It is 0 when every query says the same box, and sqrt(1 / 6) when they fill the picture
+// evenly.
+static void watch_boxes(const Model *model, const Activations *acts, Targets targets, double images, Losses *losses) {
+    const int Q = model->config.num_queries;
+    const size_t first = (size_t)(model->config.dec_layers - 1) * (size_t)Q;
+    double mean[2] = {0, 0}, square = 0;
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < 2; i++) mean[i] += (double)acts->boxes[4 * (first + (size_t)q) + (size_t)i] / Q;
+    for (int q = 0; q < Q; q++) {
+        const real *box = acts->boxes + 4 * (first + (size_t)q);
+        const int target = acts->match[first + (size_t)q];
+        for (int i = 0; i < 2; i++) square += ((double)box[i] - mean[i]) * ((double)box[i] - mean[i]) / Q;
+        if (target < 0) continue;
+        double corner[2][4];  // x, y, width, height of both boxes
+        for (int i = 0; i < 4; i++) {
+            const double *other = targets.boxes + 4 * target;
+            corner[0][i] = i < 2 ? (double)box[i] - (double)box[i + 2] / 2 : (double)box[i];
+            corner[1][i] = i < 2 ? other[i] - other[i + 2] / 2 : other[i];
+        }
+        losses->matched_iou += coco_iou(corner[0], corner[1], 0);
+    }
+    losses->query_spread += sqrt(square) / images;
+}
+
 // One optimizer step over a batch: the gradients of its images are added up one after another, in order, with divisors
 // that hold for the whole batch. Samples without pixels (unreadable) are left out. On a loss or gradient that is not
 // finite the weights stay as they are, and -1 comes back with the name of the first bad tensor.
@@ -4324,6 +4415,7 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
         network_forward(model, acts);
         set_loss(model, acts, targets, divisors, loss_settings, losses);
         losses_finish(losses, model->config.dec_layers, loss_settings);
+        watch_boxes(model, acts, targets, divisors.images, losses);
         if (!isfinite(losses->loss)) {
             const char *name = first_nonfinite(model, acts);
             return fail(
@@ -4360,6 +4452,7 @@ static void evaluation_losses(const Model *model, Activations *acts, const LossS
     memset(losses, 0, sizeof *losses);
     set_loss(model, acts, targets, divisors, settings, losses);
     losses_finish(losses, model->config.dec_layers, settings);
+    watch_boxes(model, acts, targets, divisors.images, losses);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

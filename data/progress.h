@@ -7,11 +7,12 @@ Compiles as C11 and as C++17.
 #define DETR_PROGRESS_H
 
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "common.h"
 
-// On a terminal a line that the next one overwrites; elsewhere plain lines, one in ten seconds.
+// On a terminal a line that the next one overwrites, cut off at its edge; elsewhere plain lines, one in ten seconds.
 typedef struct {
     double last;  // when the line was shown, as seconds_now
     int open;     // the terminal's cursor stands behind it
@@ -23,11 +24,13 @@ static inline int progress_due(const Progress *progress) {
 
 __attribute__((format(printf, 2, 3))) static inline void progress_show(Progress *progress, const char *format, ...) {
     int terminal = isatty(STDOUT_FILENO);
+    char line[512];
+    struct winsize size;
     va_list arguments;
     va_start(arguments, format);
-    if (terminal) fputs("\r", stdout);
-    vprintf(format, arguments);
-    fputs(terminal ? "\033[K" : "\n", stdout);
+    vsnprintf(line, sizeof line, format, arguments);
+    int known = terminal && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
+    printf(terminal ? "\r%.*s\033[K" : "%.*s\n", known ? size.ws_col - 1 : (int)sizeof line, line);
     fflush(stdout);
     va_end(arguments);
     progress->last = seconds_now();

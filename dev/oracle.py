@@ -3,11 +3,12 @@
 The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
 
     python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
-                                         under OUTDIR/basic, bottleneck, dc5, odd and even
+                                         under OUTDIR/basic, bottleneck, dc5, odd and even, and OUTDIR/options
     python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
 
 The network is transformers' DetrForObjectDetection. Loss, matching, clipping, parameter groups and dropout are those of
-facebookresearch/detr. Read it in order: cases, random numbers, network, criterion, training steps, dumps, comparison.
+facebookresearch/detr. Read it in order: cases, random numbers, network, criterion, training steps, dumps, options,
+comparison.
 
 Where transformers departs from DETR, or from double precision, the departure is undone here:
   - its sine positions are computed in float32 even for a double model:              `sine_positions`
@@ -37,7 +38,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import linear_sum_assignment
-from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+from torch.optim.swa_utils import AveragedModel
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig, get_cosine_schedule_with_warmup
 from transformers.models.detr import modeling_detr
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,6 +565,92 @@ def write_case(name, case, outdir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Options: what does not need the network. Twenty steps of two small tensors with given gradients under each schedule,
+# and what is told about the boxes of one picture.
+
+OPTIONS = dict(lr=0.01, lr_backbone=0.003, weight_decay=0.05, clip_max_norm=3.0, ema_decay=0.6)
+SCHEDULES = dict(  # drop: steps; a cosine with drop 0
+    drop=dict(warmup=0, drop=6), warm=dict(warmup=4, drop=9), cosine=dict(warmup=0, drop=0), both=dict(warmup=5, drop=0))
+
+
+def scheduler_of(optimizer, warmup, drop, steps):
+    if not drop:
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    if not warmup:
+        return torch.optim.lr_scheduler.StepLR(optimizer, drop)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / warmup) * 0.1 ** (step // drop))
+
+
+def train_options(schedule, start, gradients):
+    """
+    start: the values of the transformer's tensor and of the backbone's; gradients[step]: theirs. Returns the rate of the
+    transformer in each step over the full one, the values and their average after the last.
+    """
+    model = torch.nn.ParameterList([torch.from_numpy(values).clone() for values in start])
+    optimizer = torch.optim.AdamW([dict(params=[model[0]]), dict(params=[model[1]], lr=OPTIONS["lr_backbone"])],
+                                  lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
+    scheduler = scheduler_of(optimizer, steps=len(gradients), **schedule)
+
+    def average(old, value, averaged):  # averaged: how many steps are in it; the first is copied
+        decay = min(OPTIONS["ema_decay"], float(averaged / (averaged + 9)))
+        return decay * old + (1 - decay) * value
+
+    averages, factors = AveragedModel(model, avg_fn=average), []
+    for step in gradients:
+        for parameter, gradient in zip(model, step):
+            parameter.grad = torch.from_numpy(gradient).clone()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIONS["clip_max_norm"])
+        factors.append(optimizer.param_groups[0]["lr"] / OPTIONS["lr"])
+        optimizer.step()
+        scheduler.step()
+        averages.update_parameters(model)
+    flat = lambda parameters: np.concatenate([p.detach().numpy() for p in parameters])
+    return dict(factors=np.array(factors), values=flat(model), ema=flat(averages.module))
+
+
+def told_of(boxes, targets, matches):
+    """The mean IoU of the pairs, and the root of the mean squared distance of the boxes' centres from their mean."""
+    a, b = corners(boxes[matches[:, 0]]), corners(targets[matches[:, 1]])
+    area = lambda low, high: (high - low).clamp(min=0).prod(-1)
+    overlap = area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
+    iou = overlap / (area(a[:, :2], a[:, 2:]) + area(b[:, :2], b[:, 2:]) - overlap)
+    return dict(matched_iou=iou.mean(), query_spread=boxes[:, :2].var(0, correction=0).sum().sqrt())
+
+
+def options_of(start, gradients, boxes, targets, matches):
+    """All results, in the type of the arrays."""
+    told = told_of(torch.from_numpy(boxes), torch.from_numpy(targets), torch.from_numpy(matches))
+    return {**{key: np.array([float(value)]) for key, value in told.items()},
+            **{f"{name}.{key}": value.astype(np.float64) for name, schedule in SCHEDULES.items()
+               for key, value in train_options(schedule, start, gradients).items()}}
+
+
+def write_options(outdir):
+    folder = Path(outdir) / "options"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(7)
+    draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+    uniform = lambda count: generator.uniform(0.2, 0.8, (count, 4)).astype(np.float32)
+    start, gradients = [draw(7), draw(5)], [[draw(7), draw(5)] for _ in range(20)]
+    boxes, targets, matches = uniform(6), uniform(3), np.array([[0, 2], [3, 0], [5, 1]])
+
+    def run(change):
+        changed = [[change(values) for values in step] for step in gradients]
+        return options_of([change(values) for values in start], changed, change(boxes), change(targets), matches)
+
+    truth = run(lambda values: values.astype(np.float64))
+    runs = [run(lambda values: disturb(values, generator)) for _ in range(12)]
+    entries = dict(start=np.concatenate(start), gradients=np.stack([np.concatenate(step) for step in gradients]),
+                   boxes=boxes, targets=targets, matches=matches, **truth)
+    entries.update({key: np.array([error]) for key, error in float32_errors(truth, runs).items()})
+    entries.update({f"settings.{key}": np.array([value]) for key, value in OPTIONS.items()})
+    for name, schedule in SCHEDULES.items():
+        entries.update({f"{name}.{key}": np.array([float(value)]) for key, value in schedule.items()})
+    save_file({key: np.ascontiguousarray(value) for key, value in entries.items()}, folder / "truth.safetensors")
+    (folder / "truth.safetensors").chmod(0o644)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Comparison
 
 def compare(a, b):
@@ -575,8 +663,8 @@ def compare(a, b):
     PyTorch computes parts of autocast by other ways.)
     """
     problems, largest = [], 0.0
-    for name in CASES:
-        for file in ("config.json", "model.safetensors"):
+    for name in [*CASES, "options"]:
+        for file in ("config.json", "model.safetensors") if name in CASES else ():
             if (Path(a) / name / file).read_bytes() != (Path(b) / name / file).read_bytes():
                 problems.append(f"{name}/{file}: not the same bytes")
         one, two = (load_file(Path(folder) / name / "truth.safetensors") for folder in (a, b))
@@ -617,6 +705,8 @@ def main():
     for name, case in CASES.items():
         if arguments.only in (None, name):
             write_case(name, case, arguments.outdir)
+    if arguments.only in (None, "options"):
+        write_options(arguments.outdir)
     return 0
 
 

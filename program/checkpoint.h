@@ -545,16 +545,23 @@ static const float *tensor_for_disk(const Param *param, const real *values, floa
 
 static const char *const MOMENT_NAMES[2] = {"exp_avg", "exp_avg_sq"};
 
-// Writes model.safetensors (moments 0) or optimizer.safetensors (moments 1: exp_avg.NAME and exp_avg_sq.NAME of each
-// trained tensor).
-static int tensors_write(const Model *model, const char *folder, int moments, Error *error) {
-    int capacity = 2 * model->num_params, count = 0;
+// The files of tensors in a checkpoint.
+typedef enum {
+    TENSORS_MODEL,      // model.safetensors: the values
+    TENSORS_OPTIMIZER,  // optimizer.safetensors: exp_avg.NAME and exp_avg_sq.NAME of each trained tensor
+    TENSORS_EMA         // ema.safetensors, with --ema only: as the model's, but the averages of what is trained
+} TensorsFile;
+
+static int tensors_write(const Model *model, const char *folder, TensorsFile which, Error *error) {
+    static const char *const names[3] = {"model", "optimizer", "ema"};
+    int moments = which == TENSORS_OPTIMIZER, capacity = 2 * model->num_params, count = 0;
     SafeTensor *tensors = (SafeTensor *)allocate((size_t)capacity * sizeof(SafeTensor));
     float **copies = (float **)allocate((size_t)capacity * sizeof(float *));
     for (int kind = 0; kind < 1 + moments; kind++) {
         for (int p = 0; p < model->num_params; p++) {
             const Param *param = model->params[p];
             const real *values = !moments ? param->value : kind ? param->exp_avg_sq : param->exp_avg;
+            if (which == TENSORS_EMA && param->ema) values = param->ema;
             if (!values) continue;
             SafeTensor *tensor = &tensors[count];
             tensor->name =
@@ -565,7 +572,7 @@ static int tensors_write(const Model *model, const char *folder, int moments, Er
             tensor->data = tensor_for_disk(param, values, &copies[count++]);
         }
     }
-    char *path = format_string("%s/.next/%s", folder, moments ? "optimizer.safetensors" : "model.safetensors");
+    char *path = format_string("%s/.next/%s.safetensors", folder, names[which]);
     int status = safetensors_write(path, tensors, count, error);
     for (int i = 0; i < count; i++) {
         free((void *)tensors[i].name);
@@ -596,12 +603,23 @@ static int moments_read(Model *model, const char *path, Error *error) {
     return status;
 }
 
+// The file with a folder's weights as they are to be used: the averaged ones where it has any, unless raw ones are
+// wanted. Says so where there is a choice. The caller frees the path.
+static char *weights_choose(const char *folder, int raw) {
+    char *ema = fileset_path(folder, "ema.safetensors"), *model = fileset_path(folder, "model.safetensors");
+    int averaged = is_file(ema) && !raw;
+    if (is_file(ema))
+        printf("weights    %s, %s\n", averaged ? ema : model, averaged ? "averaged by --ema" : "as trained");
+    free(averaged ? model : ema);
+    return averaged ? ema : model;
+}
+
 // Opens a folder for eval and predict: a checkpoint of ours, whose classes have ids, or one that transformers wrote. 0,
-// or -1; the caller frees the network in either case. half: it will compute in bf16.
-static int network_open(Network *network, const char *folder, int half, Error *error) {
+// or -1; the caller frees the network in either case. half: it will compute in bf16. raw: as weights_choose.
+static int network_open(Network *network, const char *folder, int half, int raw, Error *error) {
     if (config_read(network, folder, error) != 0) return -1;
     network->config.half = half;
-    char *weights = fileset_path(folder, "model.safetensors"), *state = fileset_path(folder, "trainer_state.json");
+    char *weights = weights_choose(folder, raw), *state = fileset_path(folder, "trainer_state.json");
     ConfigReader reader = {state, error, 0};
     yajl_val tree = is_file(state) ? json_read(state, error) : NULL, classes = json_member(tree, "classes");
     reader.failed = is_file(state) && !tree;

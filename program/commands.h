@@ -74,9 +74,12 @@ static void draw_detection(Image *image, const Network *network, int label, doub
 
 // Sums over the steps of an epoch, of which log.txt has the means. Numbers and nothing else: it is saved as a list.
 typedef struct {
-    double steps, lr, loss, class_error;
+    double steps, lr, loss, class_error, grad_norm, query_spread;
+    double pairs, matched_iou;           // of the final layer, all of them
     double by_layer[MAX_DEC_LAYERS][4];  // loss_ce, loss_bbox, loss_giou, cardinality_error; layers as in Losses
 } Averages;
+
+enum { NUM_AVERAGES = 8 };  // before by_layer
 
 static const char *const LAYER_KEYS[4] = {"loss_ce", "loss_bbox", "loss_giou", "cardinality_error"};
 
@@ -86,14 +89,20 @@ static void averages_add(Averages *sums, const Losses *losses, double lr, int la
     sums->lr += lr;
     sums->loss += losses->loss;
     sums->class_error += losses->class_error;
+    sums->grad_norm += losses->grad_norm;
+    sums->query_spread += losses->query_spread;
+    sums->pairs += losses->matched;
+    sums->matched_iou += losses->matched_iou;
     for (int k = 0; k < 4; k++)
         for (int l = 0; l < layers; l++) sums->by_layer[l][k] += from[k][l];
 }
 
-// The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled").
+// The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled"). After them
+// what DETR's has not: the gradient's norm, the IoU of matched boxes, the queries' spread.
 static void averages_log(FILE *file, const Averages *sums, const char *split, int layers, const LossSettings *loss) {
     double count = sums->steps > 0 ? sums->steps : 1, weights[4] = {1, loss->bbox_loss_coef, loss->giou_loss_coef, 0};
-    if (strcmp(split, "train") == 0) fprintf(file, "\"train_lr\": %.17g, ", sums->lr / count);
+    int is_train = strcmp(split, "train") == 0;
+    if (is_train) fprintf(file, "\"train_lr\": %.17g, ", sums->lr / count);
     fprintf(file, "\"%s_class_error\": %.17g, \"%s_loss\": %.17g, \"%s_class_error_unscaled\": %.17g, ", split,
             sums->class_error / count, split, sums->loss / count, split, sums->class_error / count);
     for (int unscaled = 0; unscaled < 2; unscaled++) {
@@ -109,6 +118,9 @@ static void averages_log(FILE *file, const Averages *sums, const char *split, in
             }
         }
     }
+    if (is_train) fprintf(file, "\"train_grad_norm\": %.17g, ", sums->grad_norm / count);
+    fprintf(file, "\"%s_matched_iou\": %.17g, \"%s_query_spread\": %.17g, ", split,
+            sums->matched_iou / fmax(sums->pairs, 1), split, sums->query_spread / count);
 }
 
 // Runs the network over a split, a picture at a time, and collects every query's box for scoring. labels: as
@@ -181,6 +193,7 @@ typedef struct {
     Activations acts;
     LoaderSettings loader;
     LossSettings loss;
+    Schedule schedule;
     int64_t steps_per_epoch, last_step;
     // What trainer_state.json keeps
     int64_t step;           // optimizer steps taken
@@ -215,6 +228,7 @@ static int state_write(const Training *run, Error *error) {
     fprintf(file, " \"step_in_epoch\": %lld,\n \"steps_per_epoch\": %lld,\n", step % steps_per_epoch, steps_per_epoch);
     fprintf(file, " \"epochs_logged\": %lld,\n \"seed\": %lld,\n", (long long)run->epochs_logged,
             (long long)run->loader.seed);
+    fprintf(file, " \"planned_steps\": %lld,\n", (long long)run->schedule.planned_steps);
     fprintf(file, " \"from_scratch\": %s,\n \"num_images\": %d,\n \"classes\": [", run->from_scratch ? "true" : "false",
             run->train.num_images);
     for (int c = 0; c < run->train.num_categories; c++) {
@@ -224,7 +238,8 @@ static int state_write(const Training *run, Error *error) {
         fputc('}', file);
     }
     fputs("],\n \"sums\": ", file);
-    for (int i = 0; i < 4 + 4 * run->network.config.dec_layers; i++) fprintf(file, "%s%.17g", i ? ", " : "[", sums[i]);
+    for (int i = 0; i < NUM_AVERAGES + 4 * run->network.config.dec_layers; i++)
+        fprintf(file, "%s%.17g", i ? ", " : "[", sums[i]);
     fputs("],\n \"flags\": ", file);
     settings_write(file, run->settings);
     fputs("\n}\n", file);
@@ -234,10 +249,15 @@ static int state_write(const Training *run, Error *error) {
 static int state_read(Training *run, const char *path, Error *error) {
     yajl_val tree = run->state_tree, classes = json_member(tree, "classes"), list = json_member(tree, "sums");
     ConfigReader reader = {path, error, 0};
-    int count = 4 + 4 * run->network.config.dec_layers,
+    int count = NUM_AVERAGES + 4 * run->network.config.dec_layers,
         num_images = read_int(&reader, tree, "num_images", 0, 0, INT32_MAX);
     double *sums = &run->averages.steps;
+    int64_t planned = run->schedule.planned_steps;
     run->from_scratch = read_bool(&reader, tree, "from_scratch", 0);
+    if (json_get_int64(tree, "planned_steps", &planned, path, error) < 0) return -1;
+    if (run->schedule.cosine && planned != run->schedule.planned_steps)
+        printf("schedule   the cosine now runs over %lld steps, before over %lld\n",
+               (long long)run->schedule.planned_steps, (long long)planned);
     if (json_get_int64(tree, "step", &run->step, path, error) != 1 ||
         json_get_int64(tree, "epochs_logged", &run->epochs_logged, path, error) != 1 || run->step < 0 ||
         run->epochs_logged < 0 || !YAJL_IS_ARRAY(classes) || !YAJL_IS_ARRAY(list) || (int)list->u.array.len != count)
@@ -306,14 +326,16 @@ static void training_report(const Training *run) {
 
 // Writes the whole set; a mid-epoch one keeps the report that is there.
 static int training_save(const Training *run, int with_report, Error *error) {
+    const Model *model = &run->network.model;
     if (fileset_begin(run->folder, error) != 0) return -1;
     FILE *log = fileset_create(run->folder, "log.txt");
     if (log) fputs(run->log, log);
     int status = fileset_close(log, run->folder, "log.txt", error);
     if (status == 0) status = config_write(&run->network, run->folder, error);
     if (status == 0) status = preprocessor_write(&run->network, run->folder, error);
-    if (status == 0) status = tensors_write(&run->network.model, run->folder, 0, error);
-    if (status == 0) status = tensors_write(&run->network.model, run->folder, 1, error);
+    if (status == 0) status = tensors_write(model, run->folder, TENSORS_MODEL, error);
+    if (status == 0) status = tensors_write(model, run->folder, TENSORS_OPTIMIZER, error);
+    if (status == 0 && model->ema.base) status = tensors_write(model, run->folder, TENSORS_EMA, error);
     if (status == 0) status = state_write(run, error);
     if (status == 0 && with_report) training_report(run);
     return status == 0 ? fileset_commit(run->folder, error) : -1;
@@ -359,7 +381,7 @@ static int training_begin(Training *run, Error *error) {
                           run->from_scratch, error);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
-        char *weights = from_folder ? fileset_path(pretrained, "model.safetensors") : format_string("%s", pretrained);
+        char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
         status = weights_read(&network->model, weights,
                               keep_head     ? WEIGHTS_ALL
                               : from_folder ? WEIGHTS_BUT_HEAD
@@ -367,6 +389,7 @@ static int training_begin(Training *run, Error *error) {
                               error);
         free(weights);
     }
+    if (status == 0 && flag_number(settings, "ema") > 0) ema_create(&network->model);
     return status;
 }
 
@@ -374,7 +397,9 @@ static int training_begin(Training *run, Error *error) {
 static int training_resume(Training *run, Error *error) {
     char *state = fileset_path(run->folder, "trainer_state.json"),
          *weights = fileset_path(run->folder, "model.safetensors");
-    char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt");
+    char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt"),
+         *ema = fileset_path(run->folder, "ema.safetensors");
+    Model *model = &run->network.model;
     size_t size;
     int status = config_read(&run->network, run->folder, error);
     run->network.config.half = computes_in_bf16(run->settings);
@@ -383,16 +408,23 @@ static int training_resume(Training *run, Error *error) {
     if (status == 0) status = state_read(run, state, error);
     if (status == 0) status = read_file(log, &run->log, &size, error);
     if (status == 0)
-        status = model_create(&run->network.model, &run->network.config, 1,
-                              flag_number(run->settings, "lr_backbone") > 0, run->from_scratch, error);
-    if (status == 0) status = weights_read(&run->network.model, weights, WEIGHTS_ALL, error);
-    if (status == 0) status = moments_read(&run->network.model, moments, error);
+        status = model_create(model, &run->network.config, 1, flag_number(run->settings, "lr_backbone") > 0,
+                              run->from_scratch, error);
+    if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
+    if (status == 0) status = moments_read(model, moments, error);
+    if (status == 0 && flag_number(run->settings, "ema") > 0) {
+        ema_create(model);
+        ema_swap(model);
+        status = weights_read(model, ema, WEIGHTS_ALL, error);
+        ema_swap(model);
+    }
     for (int c = 0; c < run->train.num_categories && status == 0; c++)
         run->network.label_ids[run->train_labels[c]] = run->train.categories[c].id;
     free(state);
     free(weights);
     free(moments);
     free(log);
+    free(ema);
     return status;
 }
 
@@ -429,21 +461,22 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     } rows[] = {{"weights", (double)model->weights.used},
                 {"packed weights", (double)model->packed.used},
                 {"gradients and Adam's moments", (double)model->optimizer.used},
+                {"average of the weights", (double)model->ema.used},
                 {"activations and workspace", (double)activations_bytes(model, height, width, 1)},
                 {"pictures read ahead", pictures}};
-    double total = 0,
-           available = memory_free() + rows[0].bytes + rows[1].bytes + rows[2].bytes;  // those are taken already
+    double total = 0, taken = rows[0].bytes + rows[1].bytes + rows[2].bytes + rows[3].bytes,  // already
+        available = memory_free() + taken;
     printf("\nmemory     for pictures up to %d x %d, one in flight\n", height, width);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].bytes / MiB);
+        if (rows[i].bytes > 0) printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].bytes / MiB);
         total += rows[i].bytes;
     }
     printf("  %-30s %10.1f MiB", "total", total / MiB);
-    if (available > rows[0].bytes + rows[1].bytes + rows[2].bytes) printf(" of %.1f that are free", available / MiB);
+    if (available > taken) printf(" of %.1f that are free", available / MiB);
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[3].bytes - rows[4].bytes;
+    double fixed = total - rows[4].bytes - rows[5].bytes;
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
@@ -494,9 +527,11 @@ static int training_end_epoch(Training *run, Error *error) {
     memset(&scores, 0, sizeof scores);
     if (evaluated) {
         free(run->detections);
-        if (evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
-                     &run->detections, &run->num_detections))
-            return 1;
+        ema_swap(&run->network.model);
+        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
+                               &run->detections, &run->num_detections);
+        ema_swap(&run->network.model);
+        if (stopped) return 1;
         coco_score(&scores, &run->val, run->detections, run->num_detections);
     }
     FILE *file = open_memstream(&line, &size);
@@ -529,10 +564,10 @@ static int training_end_epoch(Training *run, Error *error) {
 static int training_one_step(Training *run, Sample *samples, char *reported, Losses *losses, Error *error) {
     const Settings *settings = run->settings;
     int batch = run->loader.batch_size, status;
-    int64_t epoch = run->step / run->steps_per_epoch;
-    double drop = pow(0.1, (double)(epoch / flag_int64(settings, "lr_drop")));
-    OptimizerSettings optimizer = {drop * flag_number(settings, "lr"), drop * flag_number(settings, "lr_backbone"),
-                                   flag_number(settings, "weight_decay"), flag_number(settings, "clip_max_norm")};
+    double factor = schedule_factor(&run->schedule, run->step);
+    OptimizerSettings optimizer = {factor * flag_number(settings, "lr"), factor * flag_number(settings, "lr_backbone"),
+                                   flag_number(settings, "weight_decay"), flag_number(settings, "clip_max_norm"),
+                                   flag_number(settings, "ema")};
     for (int i = 0; i < batch; i++) {
         if (!samples[i].image.pixels && !reported[samples[i].index]++)
             fprintf(stderr, "%s: skipped\n", samples[i].error.text);
@@ -552,12 +587,53 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
     return 0;
 }
 
+// What the steps of this process have told so far, to be said once each.
+typedef struct {
+    int64_t steps;
+    double loss, loss_before;  // sum over the steps of this window, and of the one before
+    int said_spread, said_flat, said_waiting;
+} Watch;
+
+// Says on stderr, in plain words, when something looks wrong after a step. waiting: share of the time so far in which
+// there were no pictures to train on.
+static void training_watch(Watch *watch, const Training *run, const Losses *losses, double waiting,
+                           Progress *progress) {
+    const int64_t window = run->last_step / 20 > 500 ? run->last_step / 20 : 500;
+    const int same_box = run->step >= 200 && losses->query_spread < 0.01 && !watch->said_spread;
+    const int slow_data = ++watch->steps >= 100 && waiting > 0.25 && !watch->said_waiting;
+    watch->loss += losses->loss;
+    const int full = watch->steps % window == 0;
+    const int flat = full && watch->steps > window && watch->loss > 0.99 * watch->loss_before && !watch->said_flat;
+    if (same_box || slow_data || flat) progress_end(progress);
+    if (same_box)
+        fprintf(stderr,
+                "warning: step %lld: all queries predict nearly the same box (spread of their centres %.4f of the "
+                "picture): they have not learned to differ yet. If it stays so: --warmup_steps, another --lr, or "
+                "--pretrained\n",
+                (long long)run->step, losses->query_spread);
+    if (flat)
+        fprintf(stderr,
+                "warning: step %lld: the loss does not fall: %.4f over the last %lld steps, %.4f over those before. If "
+                "it should, try another --lr; else there may be nothing left to learn\n",
+                (long long)run->step, watch->loss / (double)window, (long long)window,
+                watch->loss_before / (double)window);
+    if (slow_data)
+        fprintf(stderr,
+                "warning: %.0f %% of the time the training waits for pictures to be read: more than %d --num_workers, "
+                "or smaller files, would help\n",
+                100 * waiting, run->loader.workers);
+    watch->said_spread |= same_box, watch->said_flat |= flat, watch->said_waiting |= slow_data;
+    if (full) watch->loss_before = watch->loss, watch->loss = 0;
+}
+
 // Steps until the last one, a signal or an error. 0, or -1.
 static int training_loop(Training *run, Error *error) {
     int64_t first_step = run->step, save_steps = flag_int64(run->settings, "save_steps"), saved_step = -1;
     char *reported = (char *)allocate((size_t)run->train.num_images);
     Loader *loader = run->step < run->last_step ? loader_start(&run->train, &run->loader, run->step) : NULL;
     Progress progress = {0, 0};
+    Watch watch;
+    memset(&watch, 0, sizeof watch);
     double seconds = 0, waited = 0;
     int status = 0;
     while (status == 0 && !stop_requested) {
@@ -583,15 +659,17 @@ static int training_loop(Training *run, Error *error) {
             char left[32];
             format_time(left, sizeof left,
                         seconds / (double)(run->step - first_step) * (double)(run->last_step - run->step));
-            progress_show(&progress,
-                          "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  %.0f %% "
-                          "waiting for data",
-                          (long long)((run->step - 1) / run->steps_per_epoch + 1),
-                          (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)run->step,
-                          (long long)run->last_step, losses.loss, run->averages.loss / run->averages.steps,
-                          (double)((run->step - first_step) * run->loader.batch_size) / seconds, left,
-                          100 * waited / seconds);
+            progress_show(
+                &progress,
+                "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  gradient %.3g  "
+                "IoU %.2f  spread %.3f  %.0f %% waiting for data",
+                (long long)((run->step - 1) / run->steps_per_epoch + 1),
+                (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)run->step,
+                (long long)run->last_step, losses.loss, run->averages.loss / run->averages.steps,
+                (double)((run->step - first_step) * run->loader.batch_size) / seconds, left, losses.grad_norm,
+                losses.matched_iou / fmax(losses.matched, 1), losses.query_spread, 100 * waited / seconds);
         }
+        if (status == 0) training_watch(&watch, run, &losses, waited / seconds, &progress);
     }
     progress_end(&progress);
     loader_stop(loader);
@@ -621,6 +699,8 @@ static int training_open_folder(Training *run, Error *error) {
         usage_error("--resume and --pretrained exclude each other: a run that goes on has its weights");
     if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
         usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
+    if (flag_given(settings, "lr_drop") && strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0)
+        usage_error("--lr_drop and --lr_schedule cosine exclude each other: the cosine falls without steps");
     if (!resume) flag_require(settings, "output_dir");
     if (resume && output_dir && !same_path(resume, output_dir))
         usage_error("--output_dir %s contradicts --resume %s: a run goes on in its own folder; leave --output_dir out",
@@ -651,8 +731,8 @@ static int training_open_folder(Training *run, Error *error) {
             status = -1;
         flag_set(settings, "output_dir", run->folder, FROM_USER);
     } else {
-        const char *names[4] = {"trainer_state.json", "model.safetensors", "config.json", "log.txt"};
-        for (int i = 0; i < 4 && status == 0; i++) {
+        const char *names[5] = {"trainer_state.json", "model.safetensors", "ema.safetensors", "config.json", "log.txt"};
+        for (int i = 0; i < 5 && status == 0; i++) {
             char *path = format_string("%s/%s", run->folder, names[i]);
             if (access(path, F_OK) == 0)
                 status = fail(
@@ -696,6 +776,10 @@ static int training_open_data(Training *run, Error *error) {
     run->last_step = flag_int64(settings, "epochs") * run->steps_per_epoch;
     if (flag_text(settings, "steps") && flag_int64(settings, "steps") < run->last_step)
         run->last_step = flag_int64(settings, "steps");
+    Schedule schedule = {strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0,
+                         flag_int64(settings, "warmup_steps"), flag_int64(settings, "lr_drop") * run->steps_per_epoch,
+                         run->last_step};
+    run->schedule = schedule;
     run->train_labels = (int *)allocate((size_t)run->train.num_categories * sizeof(int));
     run->val_labels = (int *)allocate((size_t)run->val.num_categories * sizeof(int));
     return 0;
@@ -819,7 +903,8 @@ static int command_eval(Settings *settings, Error *error) {
     flag_require(settings, "resume");
     if (open_split(&set, settings, flag_text(settings, "split"), error) != 0) return -1;
     int *labels = (int *)allocate((size_t)set.num_categories * sizeof(int));
-    int status = network_open(&network, flag_text(settings, "resume"), computes_in_bf16(settings), error);
+    int status = network_open(&network, flag_text(settings, "resume"), computes_in_bf16(settings),
+                              flag_on(settings, "raw_weights"), error);
     if (status == 0) dataset_print_facts(stdout, &set);
     if (status == 0) status = eval_on(settings, &network, &acts, &set, labels, error);
     activations_free(&acts);
@@ -933,7 +1018,9 @@ static int predict_all(Prediction *run, Error *error) {
     const char *json = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
                *dump = flag_text(settings, "dump");
     int height = 1, width = 1, status = 0;
-    if (network_open(&run->network, flag_text(settings, "resume"), computes_in_bf16(settings), error) != 0) return -1;
+    if (network_open(&run->network, flag_text(settings, "resume"), computes_in_bf16(settings),
+                     flag_on(settings, "raw_weights"), error) != 0)
+        return -1;
     if (draw && make_directories(draw, error) != 0) return -1;
     if (json && !(run->json = fopen(json, "w"))) return fail(error, "%s: cannot be written: %s", json, strerror(errno));
     for (int i = 0; i < settings->num_arguments; i++) picture_files_find(&run->pictures, settings->arguments[i]);
@@ -1057,7 +1144,7 @@ static void print_profile(const char *title, double seconds, int runs, double pe
 // counted, stopping when they have taken half a minute. With profile.on it prints where their time went.
 static double bench_seconds(Model *model, Activations *acts, const LossSettings *loss, Sample *samples, int batch,
                             int train, double peak, Error *error) {
-    OptimizerSettings optimizer = {1e-4, 1e-5, 1e-4, 0.1};
+    OptimizerSettings optimizer = {1e-4, 1e-5, 1e-4, 0.1, 0};
     double times[7], total = 0;
     int count = 0;
     for (int run = -1; run < 7 && (run < 3 || total < 30); run++) {

@@ -21,6 +21,8 @@ static const Flag FLAGS[] = {
     {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN, "folder for the checkpoint, log.txt and report.html"},
     {"resume", PATH, "OUT", NULL, 0, 0, TRAIN | EVAL | PREDICT,
      "a checkpoint: train goes on exactly where it stopped, with its flags"},
+    {"raw_weights", SWITCH, NULL, NULL, 0, 0, EVAL | PREDICT,
+     "of a run with --ema the weights as trained, model.safetensors, not their average"},
     {"pretrained", PATH, "FILE|DIR", NULL, 0, 0, TRAIN,
      "start from weights: a folder that transformers wrote, or a .safetensors file of DETR or of a ResNet"},
     {"preset", CHOICE, "demo|small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
@@ -61,9 +63,17 @@ static const Flag FLAGS[] = {
 
     {"lr", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "learning rate"},
     {"lr_backbone", NUMBER, "X", "1e-5", 0, 1e3, TRAIN, "learning rate of the backbone; 0 freezes it"},
+    {"lr_schedule", CHOICE, "step|cosine", "step", 0, 0, TRAIN,
+     "how both rates fall, step: by --lr_drop; cosine: to 0 over all steps that --epochs or --steps ask for; a run "
+     "that "
+     "goes on with more of them takes the longer curve from there on"},
     {"lr_drop", INTEGER, "EPOCHS", "200", 1, 1e9, TRAIN,
      "both rates fall to a tenth each time so many epochs have passed"},
+    {"warmup_steps", INTEGER, "N", "0", 0, 1e15, TRAIN, "both rates rise from 0 in the first N steps"},
     {"weight_decay", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "AdamW's weight decay"},
+    {"ema", NUMBER, "D", "0", 0, 0.999999, TRAIN,
+     "an exponential average of the weights, decay D (at first less): ema.safetensors, which evaluation, eval and "
+     "predict take; 0: none"},
     {"clip_max_norm", NUMBER, "X", "0.1", 0, 1e9, TRAIN, "largest norm of the gradient; 0: not clipped"},
     {"epochs", INTEGER, "N", "300", 1, 1e9, TRAIN | MAY_CHANGE, "passes over the training pictures, in all"},
     {"steps", INTEGER, "N", NULL, 1, 1e15, TRAIN | MAY_CHANGE,
