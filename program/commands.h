@@ -181,6 +181,18 @@ static int evaluate(const Network *network, Activations *acts, const Dataset *se
 // ---------------------------------------------------------------------------------------------------------------------
 // Commands: train
 
+// The evaluation with the highest AP so far, of equal ones (all 0, at first) that with the lowest loss; OUT/best holds
+// the checkpoint.
+typedef struct {
+    int64_t epoch;  // as in log.txt; -1: there was none yet
+    double ap, loss;
+    int64_t evaluations;  // after it, none of them better
+} Best;
+
+static int is_better(double ap, double loss, const Best *best) {
+    return best->epoch < 0 || ap > best->ap || (ap == best->ap && loss < best->loss);
+}
+
 typedef struct {
     Settings *settings;
     const char *folder;  // OUT
@@ -198,6 +210,7 @@ typedef struct {
     // What trainer_state.json keeps
     int64_t step;           // optimizer steps taken
     int64_t epochs_logged;  // epochs that are in log.txt
+    Best best;
     int from_scratch;
     Averages averages;  // of the epoch under way
     char *log;          // log.txt
@@ -219,16 +232,24 @@ static void training_free(Training *run) {
     if (run->lock > 0) close(run->lock);
 }
 
-static int state_write(const Training *run, Error *error) {
+static int state_write(const Training *run, const char *folder, Error *error) {
     const double *sums = &run->averages.steps;
-    FILE *file = fileset_create(run->folder, "trainer_state.json");
-    if (!file) return fileset_close(file, run->folder, "trainer_state.json", error);
+    FILE *file = fileset_create(folder, "trainer_state.json");
+    if (!file) return fileset_close(file, folder, "trainer_state.json", error);
     long long step = run->step, steps_per_epoch = run->steps_per_epoch;
     fprintf(file, "{\n \"step\": %lld,\n \"epoch\": %lld,\n", step, step / steps_per_epoch);
     fprintf(file, " \"step_in_epoch\": %lld,\n \"steps_per_epoch\": %lld,\n", step % steps_per_epoch, steps_per_epoch);
     fprintf(file, " \"epochs_logged\": %lld,\n \"seed\": %lld,\n", (long long)run->epochs_logged,
             (long long)run->loader.seed);
     fprintf(file, " \"planned_steps\": %lld,\n", (long long)run->schedule.planned_steps);
+    if (run->best.epoch >= 0) {
+        fprintf(file, " \"best\": {\"epoch\": %lld, \"evaluations\": %lld, \"ap\": ", (long long)run->best.epoch,
+                (long long)run->best.evaluations);
+        json_print_number(file, run->best.ap);
+        fputs(", \"loss\": ", file);
+        json_print_number(file, run->best.loss);
+        fputs("},\n", file);
+    }
     fprintf(file, " \"from_scratch\": %s,\n \"num_images\": %d,\n \"classes\": [", run->from_scratch ? "true" : "false",
             run->train.num_images);
     for (int c = 0; c < run->train.num_categories; c++) {
@@ -243,7 +264,7 @@ static int state_write(const Training *run, Error *error) {
     fputs("],\n \"flags\": ", file);
     settings_write(file, run->settings);
     fputs("\n}\n", file);
-    return fileset_close(file, run->folder, "trainer_state.json", error);
+    return fileset_close(file, folder, "trainer_state.json", error);
 }
 
 static int state_read(Training *run, const char *path, Error *error) {
@@ -252,9 +273,15 @@ static int state_read(Training *run, const char *path, Error *error) {
     int count = NUM_AVERAGES + 4 * run->network.config.dec_layers,
         num_images = read_int(&reader, tree, "num_images", 0, 0, INT32_MAX);
     double *sums = &run->averages.steps;
+    yajl_val best = json_member(tree, "best");
     int64_t planned = run->schedule.planned_steps;
     run->from_scratch = read_bool(&reader, tree, "from_scratch", 0);
-    if (json_get_int64(tree, "planned_steps", &planned, path, error) < 0) return -1;
+    if (json_get_int64(tree, "planned_steps", &planned, path, error) < 0 ||
+        json_get_int64(best, "epoch", &run->best.epoch, path, error) < 0 ||
+        json_get_int64(best, "evaluations", &run->best.evaluations, path, error) < 0 ||
+        json_get_double(best, "ap", &run->best.ap, path, error) < 0 ||
+        json_get_double(best, "loss", &run->best.loss, path, error) < 0)
+        return -1;
     if (run->schedule.cosine && planned != run->schedule.planned_steps)
         printf("schedule   the cosine now runs over %lld steps, before over %lld\n",
                (long long)run->schedule.planned_steps, (long long)planned);
@@ -324,21 +351,21 @@ static void training_report(const Training *run) {
     free(log);
 }
 
-// Writes the whole set; a mid-epoch one keeps the report that is there.
-static int training_save(const Training *run, int with_report, Error *error) {
+// Writes the whole set into OUT or OUT/best; without the report, the one that is there stays.
+static int training_save(const Training *run, const char *folder, int with_report, Error *error) {
     const Model *model = &run->network.model;
-    if (fileset_begin(run->folder, error) != 0) return -1;
-    FILE *log = fileset_create(run->folder, "log.txt");
+    if (fileset_begin(folder, error) != 0) return -1;
+    FILE *log = fileset_create(folder, "log.txt");
     if (log) fputs(run->log, log);
-    int status = fileset_close(log, run->folder, "log.txt", error);
-    if (status == 0) status = config_write(&run->network, run->folder, error);
-    if (status == 0) status = preprocessor_write(&run->network, run->folder, error);
-    if (status == 0) status = tensors_write(model, run->folder, TENSORS_MODEL, error);
-    if (status == 0) status = tensors_write(model, run->folder, TENSORS_OPTIMIZER, error);
-    if (status == 0 && model->ema.base) status = tensors_write(model, run->folder, TENSORS_EMA, error);
-    if (status == 0) status = state_write(run, error);
+    int status = fileset_close(log, folder, "log.txt", error);
+    if (status == 0) status = config_write(&run->network, folder, error);
+    if (status == 0) status = preprocessor_write(&run->network, folder, error);
+    if (status == 0) status = tensors_write(model, folder, TENSORS_MODEL, error);
+    if (status == 0) status = tensors_write(model, folder, TENSORS_OPTIMIZER, error);
+    if (status == 0 && model->ema.base) status = tensors_write(model, folder, TENSORS_EMA, error);
+    if (status == 0) status = state_write(run, folder, error);
     if (status == 0 && with_report) training_report(run);
-    return status == 0 ? fileset_commit(run->folder, error) : -1;
+    return status == 0 ? fileset_commit(folder, error) : -1;
 }
 
 // The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
@@ -514,6 +541,29 @@ static void training_warn(const Training *run) {
     if (run->train.num_targets == 0) fprintf(stderr, "warning: %s has no box to train on\n", run->train.source);
 }
 
+// Notes an evaluation of the epoch under way. 1 if it is the best so far.
+static int training_judge(Training *run, double ap, double loss) {
+    run->best.evaluations++;
+    if (!is_better(ap, loss, &run->best)) return 0;
+    Best best = {run->epochs_logged, ap, loss, 0};
+    run->best = best;
+    return 1;
+}
+
+static int training_save_best(const Training *run, Error *error) {
+    char *folder = format_string("%s/best", run->folder);
+    int status = make_directories(folder, error);
+    if (status == 0) status = training_save(run, folder, 0, error);
+    free(folder);
+    return status;
+}
+
+// 1 if --patience is at its end.
+static int training_is_over(const Training *run) {
+    int64_t patience = flag_int64(run->settings, "patience");
+    return patience && run->best.evaluations >= patience;
+}
+
 // The epoch under way is complete: evaluates, adds its line to the log, saves. 1 if a signal stopped the evaluation.
 static int training_end_epoch(Training *run, Error *error) {
     int64_t epoch = run->epochs_logged;
@@ -552,12 +602,15 @@ static int training_end_epoch(Training *run, Error *error) {
     if (evaluated)
         printf("; %s: loss %.4f, AP %.3f, AP50 %.3f", run->val.split, test.steps ? test.loss / test.steps : 0,
                scores.stats[0], scores.stats[1]);
-    printf("\n");
+    int better = evaluated && training_judge(run, scores.stats[0], test.steps ? test.loss / test.steps : 0);
+    printf(better ? ", the best so far\n" : "\n");
     fflush(stdout);
     coco_scores_free(&scores);
     run->epochs_logged++;
     memset(&run->averages, 0, sizeof run->averages);
-    return training_save(run, 1, error);
+    // The best first: a run that is killed between the two comes here again, to find the same.
+    if (better && training_save_best(run, error) != 0) return -1;
+    return training_save(run, run->folder, 1, error);
 }
 
 // One optimizer step on the loader's next batch.
@@ -643,9 +696,9 @@ static int training_loop(Training *run, Error *error) {
             saved_step = status == 0 ? run->step : -1;
             continue;
         }
-        if (run->step >= run->last_step) break;
+        if (run->step >= run->last_step || training_is_over(run)) break;
         if (save_steps && run->step > first_step && run->step % save_steps == 0 && saved_step != run->step) {
-            status = training_save(run, 0, error);
+            status = training_save(run, run->folder, 0, error);
             saved_step = run->step;
             continue;
         }
@@ -680,7 +733,7 @@ static int training_loop(Training *run, Error *error) {
     if (status < 0) return -1;
     status = 0;
     char *report = fileset_path(run->folder, "report.html");
-    if (saved_step != run->step) status = training_save(run, !is_file(report), error);
+    if (saved_step != run->step) status = training_save(run, run->folder, !is_file(report), error);
     free(report);
     if (status != 0) return -1;
     if (stop_requested)
@@ -688,6 +741,12 @@ static int training_loop(Training *run, Error *error) {
                run->folder);
     else
         printf("done: %lld steps, checkpoint in %s\n", (long long)run->step, run->folder);
+    if (run->step < run->last_step && training_is_over(run))
+        printf("patience   no better AP in %lld evaluations: a larger --patience goes on\n",
+               (long long)run->best.evaluations);
+    if (run->best.epoch >= 0)
+        printf("best       epoch %lld: loss %.4f, AP %.3f, in %s/best\n", (long long)run->best.epoch + 1,
+               run->best.loss, run->best.ap, run->folder);
     return 0;
 }
 
@@ -761,6 +820,8 @@ static int training_open_data(Training *run, Error *error) {
                run->val.num_targets, run->val.num_problems);
     else
         printf("evaluation none: there is no split \"%s\"\n", split);
+    if (!run->has_val && flag_int64(settings, "patience"))
+        return fail(error, "%s: has no split \"%s\", whose AP --patience would wait for", data, split);
     run->loader.seed = (uint64_t)flag_int64(settings, "seed");
     run->loader.short_side = flag_int(settings, "short_side");
     run->loader.max_size = flag_int(settings, "max_size");
@@ -835,6 +896,11 @@ static int training_run(Training *run, Error *error) {
         printf("nothing to do: %lld steps are taken; a larger --epochs or --steps goes on\n", (long long)run->step);
         return 0;
     }
+    if (run->step < run->last_step && training_is_over(run)) {
+        printf("nothing to do: no better AP in %lld evaluations; a larger --patience goes on\n",
+               (long long)run->best.evaluations);
+        return 0;
+    }
     return training_loop(run, error);
 }
 
@@ -842,6 +908,7 @@ static int command_train(Settings *settings, Error *error) {
     Training run;
     memset(&run, 0, sizeof run);
     run.settings = settings;
+    run.best.epoch = -1;
     watch_signals();
     int status = training_run(&run, error);
     training_free(&run);

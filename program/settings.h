@@ -18,7 +18,8 @@ static const Flag FLAGS[] = {
     {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN, "its split to train on"},
     {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL,
      "its split to evaluate on (train: after each epoch, where it exists)"},
-    {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN, "folder for the checkpoint, log.txt and report.html"},
+    {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN,
+     "folder for the checkpoint, log.txt and report.html; OUT/best: the checkpoint with the best AP so far"},
     {"resume", PATH, "OUT", NULL, 0, 0, TRAIN | EVAL | PREDICT,
      "a checkpoint: train goes on exactly where it stopped, with its flags"},
     {"raw_weights", SWITCH, NULL, NULL, 0, 0, EVAL | PREDICT,
@@ -86,6 +87,8 @@ static const Flag FLAGS[] = {
      "bf16: products of 16-bit numbers, summed in 32 bits; weights, norms and losses stay in 32; fp16: GPUs only"},
     {"seed", INTEGER, "N", "42", 0, 9e18, TRAIN, "of every random number"},
     {"eval_every", INTEGER, "EPOCHS", "1", 1, 1e9, TRAIN, "evaluate after each so many epochs"},
+    {"patience", INTEGER, "N", "0", 0, 1e9, TRAIN | MAY_CHANGE,
+     "stop when N evaluations one after another have brought no better AP (nor, at the same AP, loss); 0: not"},
     {"save_steps", INTEGER, "N", "0", 0, 1e15, TRAIN | MAY_CHANGE,
      "a checkpoint every N steps too, besides each epoch; 0: not"},
 
