@@ -461,6 +461,20 @@ static inline void image_flip(Image *image) {
     free(copy);
 }
 
+// Mirrors top and bottom. In place.
+static inline void image_flip_vertical(Image *image) {
+    size_t row_bytes = 3 * (size_t)image->width;
+    unsigned char *copy = (unsigned char *)reallocate(NULL, row_bytes);
+    for (int y = 0; y < image->height / 2; y++) {
+        unsigned char *upper = image->pixels + (size_t)y * row_bytes,
+                      *lower = image->pixels + (size_t)(image->height - 1 - y) * row_bytes;
+        memcpy(copy, upper, row_bytes);
+        memcpy(upper, lower, row_bytes);
+        memcpy(lower, copy, row_bytes);
+    }
+    free(copy);
+}
+
 // The size DETR resizes a width x height picture to (datasets/transforms.py, get_size_with_aspect_ratio): the short
 // side becomes short_side, unless the long side would then pass max_size (0: no limit); its rounding can pass max_size
 // by a little, and does so here as well. Both results are at least 1.

@@ -16,13 +16,20 @@ Compiles as C11 and as C++17.
 #include "image.h"
 #include <pthread.h>
 
+// What is done to the pictures besides resizing. CROP: DETR's own, mirrored, cropped, of several sizes. JITTER:
+// mirrored, and larger or smaller.
+typedef enum { AUGMENT_NOTHING, AUGMENT_CROP, AUGMENT_JITTER } Augment;
+
 typedef struct {
     uint64_t seed;
     int short_side, max_size;  // pixels; max_size 0: no limit for the long side
-    int augment, shuffle;      // 0 or 1
-    int batch_size;            // pictures in one step
-    int workers;               // threads; 0: the calling thread decodes
-    int prefetch;              // batches that the workers may be ahead
+    Augment augment;
+    int shuffle;     // 0 or 1
+    int batch_size;  // pictures in one step
+    int workers;     // threads; 0: the calling thread decodes
+    int prefetch;    // batches that the workers may be ahead
+    double scales;   // with JITTER: sizes are from (1 - scales) to (1 + scales) times the plain one, 0 <= scales < 1
+    int vflip;       // 0 or 1: mirrored top and bottom too, half of the time, unless nothing is done
 } LoaderSettings;
 
 typedef struct {
@@ -37,19 +44,21 @@ typedef struct {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Augmentation, after make_coco_transforms in DETR's datasets/coco.py: mirrored half of the time, then either resized
-// to a random scale, or resized to 400, 500 or 600, cropped at random, and resized to a random scale.
+// to a random scale, or resized to 400, 500 or 600, cropped at random, and resized to a random scale. Or, for objects
+// whose size and surroundings tell what they are: mirrored, and resized to a random scale around the plain one.
 // While a sample is made its boxes are x0 y0 x1 y1 in pixels of the picture as it stands.
 
 // The numbers of the decisions: elements of RANDOM_AUGMENT for (epoch, index).
 enum {
     AUGMENT_FLIP,
-    AUGMENT_CROP,
+    AUGMENT_IS_CROPPED,
     AUGMENT_FIRST_SCALE,
     AUGMENT_CROP_WIDTH,
     AUGMENT_CROP_HEIGHT,
     AUGMENT_CROP_LEFT,
     AUGMENT_CROP_TOP,
-    AUGMENT_SCALE
+    AUGMENT_SCALE,
+    AUGMENT_VFLIP
 };
 
 static const int augment_scales[11] = {480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800};
@@ -60,6 +69,12 @@ enum { AUGMENT_CROP_MIN = 384, AUGMENT_CROP_MAX = 600 };
 static inline int augment_length(int length, int short_side) {
     int64_t scaled = ((int64_t)length * short_side + 400) / 800;
     return scaled < 1 ? 1 : (int)scaled;
+}
+
+// A length times a factor, rounded; at least 1, but no limit (0) stays none.
+static inline int jitter_length(int length, double factor) {
+    int scaled = (int)lrint(length * factor);
+    return scaled < 1 && length > 0 ? 1 : scaled;
 }
 
 // Moves all boxes to the coordinates of a crop, cuts them off at its edges, and drops those with nothing left.
@@ -81,12 +96,17 @@ static inline void sample_scale_boxes(Sample *sample, double x_ratio, double y_r
     for (int i = 0; i < 4 * sample->num_boxes; i++) sample->boxes[i] *= i % 2 ? y_ratio : x_ratio;
 }
 
-static inline void sample_flip(Sample *sample) {
-    image_flip(&sample->image);
+// Mirrors picture and boxes: left and right, or top and bottom.
+static inline void sample_flip(Sample *sample, int vertical) {
+    const double size = vertical ? sample->image.height : sample->image.width;
+    if (vertical)
+        image_flip_vertical(&sample->image);
+    else
+        image_flip(&sample->image);
     for (int i = 0; i < sample->num_boxes; i++) {
-        double *box = sample->boxes + 4 * i, x0 = box[0];
-        box[0] = sample->image.width - box[2];
-        box[2] = sample->image.width - x0;
+        double *box = sample->boxes + 4 * i + vertical, low = box[0];
+        box[0] = size - box[2];
+        box[2] = size - low;
     }
 }
 
@@ -136,8 +156,8 @@ static inline void sample_free(Sample *sample) {
     memset(sample, 0, sizeof *sample);
 }
 
-// Reads and augments picture `index` of the data set as it is seen in `epoch`; without settings->augment it is only
-// resized. *sample is overwritten; sample_free releases it. Boxes are taken as pixels of the picture that was decoded,
+// Reads and augments picture `index` of the data set as it is seen in `epoch`; with AUGMENT_NOTHING it is only resized.
+// *sample is overwritten; sample_free releases it. Boxes are taken as pixels of the picture that was decoded,
 // whatever size the annotation file gives, and cut off at its edges.
 static inline void sample_make(Sample *sample, const Dataset *set, const LoaderSettings *settings, int epoch,
                                int index) {
@@ -165,15 +185,20 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
     }
     sample_crop_boxes(sample, 0, 0, sample->image.width, sample->image.height);
 
-    if (settings->augment) {
-        AugmentKey key = {settings->seed, (uint32_t)epoch, (uint32_t)index};
-        if (augment_choose(&key, AUGMENT_FLIP, 2)) sample_flip(sample);
-        if (augment_choose(&key, AUGMENT_CROP, 2)) sample_random_crop(sample, &key, settings->short_side);
-        int scale = augment_scales[augment_choose(&key, AUGMENT_SCALE, 11)];
-        sample_resize(sample, augment_length(scale, settings->short_side), settings->max_size);
-    } else {
-        sample_resize(sample, settings->short_side, settings->max_size);
+    AugmentKey key = {settings->seed, (uint32_t)epoch, (uint32_t)index};
+    int short_side = settings->short_side, max_size = settings->max_size;
+    if (settings->augment && augment_choose(&key, AUGMENT_FLIP, 2)) sample_flip(sample, 0);
+    if (settings->augment && settings->vflip && augment_choose(&key, AUGMENT_VFLIP, 2)) sample_flip(sample, 1);
+    if (settings->augment == AUGMENT_CROP) {
+        if (augment_choose(&key, AUGMENT_IS_CROPPED, 2)) sample_random_crop(sample, &key, short_side);
+        short_side = augment_length(augment_scales[augment_choose(&key, AUGMENT_SCALE, 11)], short_side);
     }
+    if (settings->augment == AUGMENT_JITTER) {
+        short_side = augment_between(&key, AUGMENT_SCALE, jitter_length(short_side, 1 - settings->scales),
+                                     jitter_length(short_side, 1 + settings->scales));
+        max_size = jitter_length(max_size, (double)short_side / settings->short_side);
+    }
+    sample_resize(sample, short_side, max_size);
 
     for (int i = 0; i < sample->num_boxes; i++) {
         double *box = sample->boxes + 4 * i, x0 = box[0], y0 = box[1], x1 = box[2], y1 = box[3];
@@ -210,7 +235,9 @@ static inline void epoch_order(int *order, int num_images, const LoaderSettings 
 // Why: if the long side is limited, the short side becomes k = round(max_size / r) for a picture r times as long as
 // wide, so r <= max_size / (k - 1/2), and the long side, at most k * r, can pass max_size by a factor k / (k - 1/2).
 static inline void loader_worst_size(const Dataset *set, const LoaderSettings *settings, int *height, int *width) {
-    int short_side = settings->short_side, max_size = settings->max_size;
+    const double largest = settings->augment == AUGMENT_JITTER ? 1 + settings->scales : 1;
+    int short_side = jitter_length(settings->short_side, largest);
+    int max_size = jitter_length(settings->max_size, (double)short_side / settings->short_side);
     *height = short_side;
     if (max_size > 0) {
         *width = max_size;
@@ -228,7 +255,7 @@ static inline void loader_worst_size(const Dataset *set, const LoaderSettings *s
     }
     // The most stretched crop, then the pictures themselves; unknown sizes (0) count as the crop.
     int64_t low = augment_length(AUGMENT_CROP_MIN, short_side), high = augment_length(AUGMENT_CROP_MAX, short_side);
-    int64_t longest = settings->augment ? (short_side * high + low - 1) / low : short_side;
+    int64_t longest = settings->augment == AUGMENT_CROP ? (short_side * high + low - 1) / low : short_side;
     for (int i = 0; set && i < set->num_images; i++) {
         int out_width, out_height, in_width = set->images[i].width, in_height = set->images[i].height;
         if (in_width < 1 || in_height < 1) continue;

@@ -440,6 +440,10 @@ static void test_resize(void) {
     for (int i = 0; i < 15; i++)
         good = good && memcmp(mirrored.pixels + 3 * i, image.pixels + 3 * (i / 5 * 5 + 4 - i % 5), 3) == 0;
     check(good, "mirrored");
+    image_flip(&mirrored);
+    image_flip_vertical(&mirrored);
+    for (int y = 0; y < 3; y++) good = good && memcmp(mirrored.pixels + 15 * y, image.pixels + 15 * (2 - y), 15) == 0;
+    check(good, "mirrored back, then top and bottom");
     image_free(&image);
     image_free(&mirrored);
 
@@ -605,7 +609,7 @@ static void test_crop_boxes(void) {
 
 static void test_samples(const TestSet *test, const LoaderSettings *settings) {
     LoaderSettings plain = *settings;
-    plain.augment = 0;
+    plain.augment = AUGMENT_NOTHING;
     plain.short_side = 50;
     Sample sample;
     sample_make(&sample, &test->set, &plain, 3, 2);  // 130 x 128; the box is 26 14 44 22
@@ -640,12 +644,51 @@ static void test_samples(const TestSet *test, const LoaderSettings *settings) {
           flipped, without, shapes);
 }
 
+// Mirrored in both directions, each half of the time by itself; every size in the range, the long side with the short.
+static void test_jitter(const TestSet *test, const LoaderSettings *settings) {
+    LoaderSettings jitter = *settings;
+    jitter.augment = AUGMENT_JITTER, jitter.scales = 0.25, jitter.vflip = 1;
+    Sample sample;
+    int worst_height, worst_width, flips[2][2] = {{0, 0}, {0, 0}}, smallest = INT32_MAX, largest = 0;
+    double worst = 0, longest = 0;
+    loader_worst_size(&test->set, &jitter, &worst_height, &worst_width);
+    for (int epoch = 0; epoch < 60; epoch++) {
+        for (int i = 0; i < TEST_IMAGES; i++) {
+            const int width = test->images[i].width, height = test->images[i].height;
+            sample_make(&sample, &test->set, &jitter, epoch, i);
+            const int out_width = sample.image.width, out_height = sample.image.height;
+            const int side = out_width < out_height ? out_width : out_height;
+            const double ratio = (double)out_width * height / ((double)out_height * width);
+            check(sample.num_boxes == 1 && fabs(ratio - 1) < 0.02, "no crop: 1 is %d, the shape's ratio %g",
+                  sample.num_boxes, ratio);
+            check((int64_t)out_width * out_height <= (int64_t)worst_width * worst_height,
+                  "%d x %d is within the worst size", out_width, out_height);
+            const Annotation *box = &test->annotations[5 * i + 3];
+            const int left = fabs(sample.boxes[0] - (box->x + box->width / 2) / width) < 1e-12;
+            const int upper = fabs(sample.boxes[1] - (box->y + box->height / 2) / height) < 1e-12;
+            flips[!left][!upper]++;
+            worst = fmax(worst, test_box_error(&sample));
+            longest = fmax(longest, fmax(out_width, out_height));
+            if (i == 2 && side < smallest) smallest = side;  // nearly square: no limit for its long side
+            if (i == 2 && side > largest) largest = side;
+            sample_free(&sample);
+        }
+    }
+    check(worst < 1.6, "boxes follow the pixels through both flips and scales: at most %g pixels off", worst);
+    for (int i = 0; i < 4; i++)
+        check(abs(flips[i / 2][i % 2] - 105) < 35, "mirrored %d, %d: %d of 420", i / 2, i % 2, flips[i / 2][i % 2]);
+    check(smallest >= 120 && smallest < 125 && largest > 195 && largest <= 200, "short sides from %d to %d", smallest,
+          largest);
+    check(longest > 1.2 * settings->max_size, "the long side's limit grows too: %g", longest);
+}
+
 static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
-    LoaderSettings settings = {5, 160, 260, 1, 1, 2, 0, 0};
+    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0};
     test_crop_boxes();
     test_samples(test, &settings);
+    test_jitter(test, &settings);
 
     int order[100], seen[100] = {0}, first[100], moved = 0, twice = 0;
     epoch_order(first, 100, &settings, 0);

@@ -139,7 +139,8 @@ static int evaluate(const Network *network, Activations *acts, const Dataset *se
     *detections = (EvalDetection *)allocate((size_t)set->num_images * (size_t)num_queries * sizeof(EvalDetection));
     *num_detections = 0;
     loader_settings.batch_size = 1;
-    loader_settings.augment = loader_settings.shuffle = 0;
+    loader_settings.augment = AUGMENT_NOTHING;
+    loader_settings.shuffle = 0;
     Loader *loader = loader_start(set, &loader_settings, 0);
     double begin = seconds_now();
     Progress progress = {begin, 0};
@@ -459,7 +460,7 @@ static int training_resume(Training *run, Error *error) {
 // large, since all are held in memory layer after layer.
 static int training_calibrate(Training *run, int height, int width, Error *error) {
     LoaderSettings plain = run->loader;
-    plain.augment = 0;
+    plain.augment = AUGMENT_NOTHING;
     int64_t most = 5000000 / ((int64_t)height * width);
     int count = most < 4 ? 4 : most > 48 ? 48 : (int)most, readable = 0;
     if (count > run->train.num_images) count = run->train.num_images;
@@ -756,6 +757,9 @@ static int training_open_folder(Training *run, Error *error) {
     const char *resume = flag_text(settings, "resume"), *output_dir = flag_text(settings, "output_dir");
     if (resume && flag_text(settings, "pretrained"))
         usage_error("--resume and --pretrained exclude each other: a run that goes on has its weights");
+    for (int i = 0; i < 2 && flag_on(settings, "no_augment"); i++)
+        if (flag_on(settings, i ? "vflip" : "scales"))
+            usage_error("--%s and --no_augment exclude each other", i ? "vflip" : "scales");
     if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
         usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
     if (flag_given(settings, "lr_drop") && strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0)
@@ -825,7 +829,11 @@ static int training_open_data(Training *run, Error *error) {
     run->loader.seed = (uint64_t)flag_int64(settings, "seed");
     run->loader.short_side = flag_int(settings, "short_side");
     run->loader.max_size = flag_int(settings, "max_size");
-    run->loader.augment = !flag_on(settings, "no_augment");
+    run->loader.augment = flag_on(settings, "no_augment") ? AUGMENT_NOTHING
+                          : flag_on(settings, "scales")   ? AUGMENT_JITTER
+                                                          : AUGMENT_CROP;
+    run->loader.scales = flag_number(settings, "scales");
+    run->loader.vflip = flag_on(settings, "vflip");
     run->loader.shuffle = !flag_on(settings, "no_shuffle");
     run->loader.batch_size = flag_int(settings, "batch_size");
     run->loader.workers = flag_int(settings, "num_workers");
@@ -874,7 +882,7 @@ static int training_run(Training *run, Error *error) {
            (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
            model->config.num_labels);
     LoaderSettings plain = run->loader;
-    plain.augment = 0;
+    plain.augment = AUGMENT_NOTHING;
     loader_worst_size(&run->train, &run->loader, &h, &w);
     widen_plan(&height, &width, h, w);
     loader_worst_size(&run->train, &plain, &h, &w);
@@ -932,14 +940,11 @@ static int score_and_show(const Settings *settings, const Dataset *set, const Ev
 
 static int eval_on(const Settings *settings, Network *network, Activations *acts, Dataset *set, int *labels,
                    Error *error) {
-    LoaderSettings loader = {0,
-                             network->short_side,
-                             network->max_size,
-                             0,
-                             0,
-                             1,
-                             flag_int(settings, "num_workers"),
-                             flag_int(settings, "prefetch")};
+    LoaderSettings loader;
+    memset(&loader, 0, sizeof loader);
+    loader.short_side = network->short_side, loader.max_size = network->max_size;
+    loader.batch_size = 1;
+    loader.workers = flag_int(settings, "num_workers"), loader.prefetch = flag_int(settings, "prefetch");
     int height, width, num_detections, missing = match_labels(labels, network, set), status = 0;
     if (missing == set->num_categories)
         return fail(error, "%s: none of its %d classes is in %s/config.json's id2label", set->source, missing,

@@ -96,6 +96,11 @@ static const Flag FLAGS[] = {
      "pictures are resized to this short side; the augmentation's sizes shrink with it"},
     {"max_size", INTEGER, "PIXELS", "1333", 16, 32768, TRAIN, "... unless the long side would be longer than this"},
     {"no_augment", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures as they are: no flip, no crop, one size"},
+    {"scales", NUMBER, "X", NULL, 0, 0.9, TRAIN,
+     "instead of DETR's crops and sizes: no crop, sizes at random from 1 - X to 1 + X times the plain one; 0: flips "
+     "only"},
+    {"vflip", SWITCH, NULL, NULL, 0, 0, TRAIN,
+     "flip top and bottom too, half of the time: for pictures without an up, like cells or satellites'"},
     {"no_shuffle", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures in the order of the annotation file"},
     {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | MAY_CHANGE,
      "threads that read and resize pictures; 0: between the steps"},
