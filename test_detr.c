@@ -1829,7 +1829,28 @@ static void test_watch_boxes(TruthDump *dump) {
     compare(dump, "query_spread", &losses.query_spread, 1, 0, 1e-10);
 }
 
-// What needs no network: schedules, the average of the values, what is told of the boxes.
+// The best evaluation is the one with the highest AP, of equal ones that with the lowest loss; patience counts from it.
+static void test_best(void) {
+    static const double evaluations[][3] = {
+        // AP, loss, is the best so far
+        {0, 5, 1}, {0, 6, 0}, {0, 4, 1}, {0.1, 9, 1}, {0.1, 9, 0}, {0.05, 1, 0}, {0.1, 8, 1}};
+    Settings settings = settings_for("test_detr", "train", TRAIN);
+    Training run;
+    memset(&run, 0, sizeof run);
+    run.settings = &settings, run.best.epoch = -1;
+    flag_set(&settings, "patience", "2", FROM_USER);
+    for (int i = 0; i < 7; i++) {
+        run.epochs_logged = 10 + i;
+        const int better = training_judge(&run, evaluations[i][0], evaluations[i][1]);
+        check(better == evaluations[i][2] && training_is_over(&run) == (i == 5),
+              "evaluation %d: best so far %d, over %d", i, better, training_is_over(&run));
+    }
+    check(run.best.epoch == 16 && run.best.ap == 0.1 && run.best.loss == 8, "the best evaluation is the last");
+    flag_set(&settings, "patience", "0", FROM_USER), run.best.evaluations = 100;
+    check(!training_is_over(&run), "without patience nothing ends early");
+}
+
+// What needs no network: schedules, the average of the values, what is told of the boxes, the best checkpoint.
 static void test_options(void) {
     static const char *const schedules[] = {"drop", "warm", "cosine", "both"};
     TruthDump dump;
@@ -1841,6 +1862,7 @@ static void test_options(void) {
     if (opened != 0) return;
     for (int i = 0; i < 4; i++) test_schedule(&dump, schedules[i]);
     test_watch_boxes(&dump);
+    test_best();
     safetensors_close(&dump.truth);
 }
 

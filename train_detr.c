@@ -15,7 +15,7 @@ Read it downward; the rooms follow an image on its way to a loss and back:
     Layers         attention, layer norm, max pooling, positions, dropout
     Model          configuration, the table of parameters, forward and backward of one image
     Set loss       boxes, generalized IoU, matching, cross-entropy
-    Optimizer      AdamW in two groups, clipping, the training step
+    Optimizer      AdamW in two groups, clipping, schedule, averaged weights, the training step
     Calibration    statistics for the frozen norms of a network without a pretrained backbone
     main           and the program around it, in program/: flags, checkpoints, commands
 
@@ -4290,7 +4290,7 @@ static double gradient_norm(const Model *model) {
 // One AdamW step (Loshchilov and Hutter 2019; betas 0.9 and 0.999, eps 1e-8) with gradients clipped to clip_max_norm,
 // then every changed layer is packed again. step: number of steps taken before this one. grad_norm: gradient_norm().
 // The average follows the new values: ema += (1 - d) (value - ema) with d = min(ema_decay, step / (step + 9)), so that
-// it holds about a tenth of the way so far until that is longer than the decay reaches, and nothing of the start.
+// it holds about a ninth of the way so far until that is longer than the decay reaches, and nothing of the start.
 // (d ema + (1 - d) value would be the same, were the two factors, rounded, to add up to 1.)
 static void optimizer_step(Model *model, const OptimizerSettings *settings, int64_t step, double grad_norm) {
     enum { CHUNK = 4096 };

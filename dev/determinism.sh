@@ -1,7 +1,8 @@
 #!/bin/bash
 # Same command, same bytes: trains a small model on data/bccd in many ways that must not matter and compares the
-# checkpoint's tensors byte for byte: a second run, 1 and 2 threads, micro-batches, worker threads, and runs that
-# SIGKILL stops at a random moment and that are resumed.
+# checkpoint's tensors and log byte for byte: a second run, 1 and 2 threads, micro-batches, worker threads, and runs that
+# SIGKILL stops at a random moment and that are resumed. Then the same with every option that keeps something from step
+# to step or from epoch to epoch.
 #
 #   dev/determinism.sh [number of kills, default 10]
 #
@@ -23,14 +24,18 @@ mkdir -p "$out"
 settings=(--data data/bccd --backbone tiny --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --hidden_dim 32
     --nheads 4 --num_queries 20 --short_side 96 --max_size 160 --batch_size 4 --norm_init calibrate --steps 8)
 
+# Over two epochs, with evaluations: what schedule, average, best checkpoint and augmentation keep or do.
+options=("${settings[@]}" --train_split test --split test --batch_size 24 --lr_schedule cosine --warmup_steps 3 --ema 0.9
+    --patience 2 --scales 0.3 --vflip)
+
 train() { # train NAME FLAGS...: a run from the start
-    "$program" train --output_dir "$out/$1" "${settings[@]}" "${@:2}" >"$out/$1.log" 2>&1
+    "$program" train --output_dir "$out/$1" "${@:2}" >"$out/$1.log" 2>&1
 }
 
-compare() { # compare NAME WHAT: are its tensors those of the first run?
+compare() { # compare NAME WHAT BASE: are its tensors and its log those of the run BASE?
     local file
-    for file in model.safetensors optimizer.safetensors; do
-        if ! cmp -s "$out/base/$file" "$out/$1/$file"; then
+    for file in $(cd "$out/$3" && find . -name '*.safetensors' -o -name log.txt); do
+        if ! cmp -s "$out/$3/$file" "$out/$1/$file"; then
             failed=$((failed + 1))
             echo "FAILED: $2: $file differs from the plain run's ($out/$1; its output: $out/$1.log)"
             tail -n 3 "$out/$1.log"
@@ -42,62 +47,75 @@ compare() { # compare NAME WHAT: are its tensors those of the first run?
     rm -rf "${out:?}/$1" "$out/$1.log"
 }
 
-start=$(date +%s%N)
-if ! OMP_NUM_THREADS=2 train base; then
-    cat "$out/base.log"
-    echo "0 passed, 1 failed"
-    exit 1
-fi
-milliseconds=$((($(date +%s%N) - start) / 1000000))
-
-OMP_NUM_THREADS=2 train again
-compare again "a second run"
-OMP_NUM_THREADS=1 train thread1
-compare thread1 "1 thread"
-OMP_NUM_THREADS=3 train thread3
-compare thread3 "3 threads"
-for micro in 1 2 4; do
-    train "micro$micro" --micro_batch "$micro"
-    compare "micro$micro" "--micro_batch $micro"
-done
-train workers0 --num_workers 0
-compare workers0 "--num_workers 0"
-train workers3 --num_workers 3 --prefetch 1
-compare workers3 "--num_workers 3 --prefetch 1"
+base() { # base NAME FLAGS...: the run that others are compared with; sets milliseconds
+    local start
+    start=$(date +%s%N)
+    if ! OMP_NUM_THREADS=2 train "$@"; then
+        cat "$out/$1.log"
+        echo "$passed passed, $((failed + 1)) failed"
+        exit 1
+    fi
+    milliseconds=$((($(date +%s%N) - start) / 1000000))
+}
 
 # A checkpoint each step, so that a kill falls into the writing of one as often as into a step. A run that was killed
 # before its first checkpoint starts again; a run may be killed several times.
-train saved --save_steps 1
-compare saved "--save_steps 1"
-for kill in $(seq "$kills"); do
-    name=kill$kill
-    mkdir -p "$out/$name"
-    attempts=0
-    while :; do
-        if [ -e "$out/$name/trainer_state.json" ] || [ -e "$out/$name/.commit/trainer_state.json" ]; then
-            command=("$program" train --data data/bccd --resume "$out/$name")
-        else
-            command=("$program" train --output_dir "$out/$name" "${settings[@]}" --save_steps 1)
+kill_runs() { # kill_runs BASE FLAGS...
+    local kill name attempts command process wait_ms status
+    for kill in $(seq "$kills"); do
+        name=$1-kill$kill
+        mkdir -p "$out/$name"
+        attempts=0
+        while :; do
+            if [ -e "$out/$name/trainer_state.json" ] || [ -e "$out/$name/.commit/trainer_state.json" ]; then
+                command=("$program" train --data data/bccd --resume "$out/$name")
+            else
+                command=("$program" train --output_dir "$out/$name" "${@:2}" --save_steps 1)
+            fi
+            attempts=$((attempts + 1))
+            "${command[@]}" >"$out/$name.log" 2>&1 &
+            process=$!
+            if [ "$attempts" -le 2 ]; then # two kills a run, then it may finish
+                wait_ms=$((RANDOM * 32768 % (milliseconds * 11 / 10 + 1) + RANDOM % 50))
+                sleep "$(printf '%d.%03d' $((wait_ms / 1000)) $((wait_ms % 1000)))"
+                kill -9 "$process" 2>/dev/null
+            fi
+            wait "$process" 2>/dev/null
+            status=$?
+            [ "$status" = 0 ] && break
+            if [ "$status" != 137 ]; then break; fi # an error of its own: the comparison reports it
+        done
+        if [ -n "$(find "$out/$name" -name .next -o -name .commit)" ]; then
+            failed=$((failed + 1))
+            echo "FAILED: $out/$name: a finished run left half-written files behind"
         fi
-        attempts=$((attempts + 1))
-        "${command[@]}" >"$out/$name.log" 2>&1 &
-        process=$!
-        if [ "$attempts" -le 2 ]; then # two kills a run, then it may finish
-            wait_ms=$((RANDOM * 32768 % (milliseconds * 11 / 10 + 1) + RANDOM % 50))
-            sleep "$(printf '%d.%03d' $((wait_ms / 1000)) $((wait_ms % 1000)))"
-            kill -9 "$process" 2>/dev/null
-        fi
-        wait "$process" 2>/dev/null
-        status=$?
-        [ "$status" = 0 ] && break
-        if [ "$status" != 137 ]; then break; fi # an error of its own: the comparison reports it
+        compare "$name" "$1: killed at random moments, $attempts starts" "$1"
     done
-    if [ -e "$out/$name/.next" ] || [ -e "$out/$name/.commit" ]; then
-        failed=$((failed + 1))
-        echo "FAILED: $out/$name: a finished run left half-written files behind"
-    fi
-    compare "$name" "killed at random moments, $attempts starts"
+}
+
+base plain "${settings[@]}"
+OMP_NUM_THREADS=2 train again "${settings[@]}"
+compare again "a second run" plain
+OMP_NUM_THREADS=1 train thread1 "${settings[@]}"
+compare thread1 "1 thread" plain
+OMP_NUM_THREADS=3 train thread3 "${settings[@]}"
+compare thread3 "3 threads" plain
+for micro in 1 2 4; do
+    train "micro$micro" "${settings[@]}" --micro_batch "$micro"
+    compare "micro$micro" "--micro_batch $micro" plain
 done
+train workers0 "${settings[@]}" --num_workers 0
+compare workers0 "--num_workers 0" plain
+train workers3 "${settings[@]}" --num_workers 3 --prefetch 1
+compare workers3 "--num_workers 3 --prefetch 1" plain
+train saved "${settings[@]}" --save_steps 1
+compare saved "--save_steps 1" plain
+kill_runs plain "${settings[@]}"
+
+base options "${options[@]}"
+OMP_NUM_THREADS=3 train thread3 "${options[@]}"
+compare thread3 "options: 3 threads" options
+kill_runs options "${options[@]}"
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
