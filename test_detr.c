@@ -177,7 +177,7 @@ static void small_model(Model *model, int bottleneck, double dropout, int half) 
 }
 
 enum { SMALL_BATCH = 4 };
-static const LossSettings SMALL_LOSS = {1, 5, 2, 5, 2, 0.1, 1};
+static const LossSettings SMALL_LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1};
 
 // Pictures of noise of four sizes; the third has no boxes.
 static void small_batch(Sample samples[SMALL_BATCH]) {
@@ -1095,10 +1095,11 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         memset(ours, 0xFF, results * sizeof(real));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(ours, NULL, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, 0, workspace);
+        attention_forward(ours, NULL, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, NO_PRIOR, 0,
+                          workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(dq_ours, dk_ours, dv_ours, dout_ours, q_ours, k_ours, v_ours, ours, lse_ours, Tq, Tk, C,
-                           heads, dropout, 0, workspace);
+                           heads, dropout, NO_PRIOR, 0, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(real));
         same = same && memcmp(once, ours, results * sizeof(real)) == 0 && workspace[needed] == 42;
     }
@@ -1166,11 +1167,11 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
         memset(ours, 0xFF, results * sizeof(bf16));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(exact, ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, 1,
+        attention_forward(exact, ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, NO_PRIOR, 1,
                           workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(ours + nq, ours + 2 * nq, ours + 2 * nq + nk, x + nq, x, x + 2 * nq, x + 2 * nq + nk, exact,
-                           lse_ours, Tq, Tk, C, heads, dropout, 1, workspace);
+                           lse_ours, Tq, Tk, C, heads, dropout, NO_PRIOR, 1, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(bf16));
         same = same && memcmp(once, ours, results * sizeof(bf16)) == 0 && workspace[needed] == 42;
     }
@@ -1218,8 +1219,9 @@ static void test_attention_nan(int half) {
         for (size_t i = 0; i < 3 * N; i++) store_number(memory, i, (real)test_number(1, i), half);
         for (size_t i = 0; i < N; i++) store_number(dout, i, (real)test_number(2, i), half);
         store_number(memory, (size_t)(which * N + row * C + channel), (real)NAN, half);
-        attention_forward(out, half ? rounded : NULL, lse, memory, k, v, T, T, C, HEADS, none, half, workspace);
-        attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, half, workspace);
+        attention_forward(out, half ? rounded : NULL, lse, memory, k, v, T, T, C, HEADS, none, NO_PRIOR, half,
+                          workspace);
+        attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, NO_PRIOR, half, workspace);
         int wrong = 0, backward = 0;
         for (int i = 0; i < N; i++) {
             const int head = i % C / (C / HEADS);
@@ -1580,12 +1582,12 @@ static void dump_matches(const TruthDump *dump, const Model *model, int *match, 
 // set_loss() with the matches that PyTorch found.
 static void dump_loss(const TruthDump *dump, const Model *model, Activations *acts, int step, int i, Targets targets,
                       LossDivisors divisors, const LossSettings *settings, Losses *losses) {
-    int Q = model->config.num_queries, classes = model->config.num_labels + 1, L = model->config.dec_layers;
+    int Q = model->config.num_queries, classes = num_logits(&model->config), L = model->config.dec_layers;
     dump_matches(dump, model, acts->match, step, i);
     for (int l = 0; l < L; l++)
         layer_loss(losses, acts->dlogits + l * Q * classes, acts->dboxes + l * Q * 4, acts->logits + l * Q * classes,
-                   acts->boxes + l * Q * 4, acts->match + l * Q, l, Q, classes, l == L - 1, targets, divisors, settings,
-                   1, acts->probabilities);
+                   acts->boxes + l * Q * 4, acts->match + l * Q, l, &model->config, l == L - 1, targets, divisors,
+                   settings, 1, acts->probabilities);
 }
 
 // Queries matched with other targets than PyTorch matched them.
@@ -1653,7 +1655,7 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         else
             set_loss(model, &acts, targets[i], divisors, loss_settings, &losses);
         snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
-        compare_reals(dump, name, acts.logits, (size_t)(L * Q * (model->config.num_labels + 1)));
+        compare_reals(dump, name, acts.logits, (size_t)(L * Q * num_logits(&model->config)));
         snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
         compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
         compare_matches(dump, model, acts.match, step, i);
@@ -1711,6 +1713,7 @@ static void test_dump(const char *folder, int half) {
     LossSettings loss = {dump_scalar(&dump, "settings.cost_class"),
                          dump_scalar(&dump, "settings.cost_bbox"),
                          dump_scalar(&dump, "settings.cost_giou"),
+                         model.config.focal ? dump_scalar(&dump, "settings.class_loss_coef") : 1,
                          dump_scalar(&dump, "settings.bbox_loss_coef"),
                          dump_scalar(&dump, "settings.giou_loss_coef"),
                          dump_scalar(&dump, "settings.eos_coef"),
@@ -1733,11 +1736,8 @@ static void test_dumps(void) {
     static const struct {
         const char *folder;
         int takes_bf16;  // every number of channels that is multiplied is even
-    } dumps[] = {{"dev/dumps/basic", 1},
-                 {"dev/dumps/bottleneck", 0},
-                 {"dev/dumps/dc5", 0},
-                 {"dev/dumps/odd", 0},
-                 {"dev/dumps/even", 1}};
+    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},
+                 {"dev/dumps/odd", 0},   {"dev/dumps/even", 1},       {"dev/dumps/anchor", 1}};
     for (size_t f = 0; f < sizeof dumps / sizeof dumps[0]; f++) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);
