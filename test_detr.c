@@ -146,22 +146,28 @@ static void test_boxes(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // A small network and made-up pictures, for tests that need no truth from outside
 
-static ModelConfig small_config(int bottleneck) {
+// The kinds of small networks: basic blocks; bottleneck blocks; the anchor decoder with focal loss, on basic blocks.
+enum { BASIC, BOTTLENECK, ANCHOR, KINDS };
+static const char *const KIND_NAMES[KINDS] = {"basic", "bottleneck", "anchor"};
+
+static ModelConfig small_config(int kind) {
     ModelConfig config;
     memset(&config, 0, sizeof config);
-    config.bottleneck = bottleneck;
+    config.bottleneck = kind == BOTTLENECK;
+    config.anchor = config.focal = kind == ANCHOR;
     config.num_stages = 3;
     for (int s = 0; s < 3; s++) config.depths[s] = 1 + (s == 1), config.widths[s] = 16 << s;
     config.stem_width = 12;
     config.hidden_dim = 32, config.nheads = 4, config.enc_layers = 2, config.dec_layers = 2,
     config.dim_feedforward = 40;
     config.num_queries = 9, config.num_labels = 3;
+    if (kind == ANCHOR) config.dec_layers = 1;  // see test_gradients
     return config;
 }
 
-static void small_model(Model *model, int bottleneck, double dropout, int half) {
+static void small_model(Model *model, int kind, double dropout, int half) {
     Error error;
-    ModelConfig config = small_config(bottleneck);
+    ModelConfig config = small_config(kind);
     config.dropout = dropout, config.half = half;
     if (model_create(model, &config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
@@ -177,7 +183,7 @@ static void small_model(Model *model, int bottleneck, double dropout, int half) 
 }
 
 enum { SMALL_BATCH = 4 };
-static const LossSettings SMALL_LOSS = {1, 5, 2, 5, 2, 0.1, 1};
+static const LossSettings SMALL_LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1};
 
 // Pictures of noise of four sizes; the third has no boxes.
 static void small_batch(Sample samples[SMALL_BATCH]) {
@@ -214,8 +220,8 @@ typedef struct {
 } SmallRun;
 
 // half: computed in bf16, which the build with reals of 64 bits refuses.
-static void small_run_begin(SmallRun *small, int bottleneck, double dropout, int half, int training) {
-    small_model(&small->model, bottleneck, dropout, half);
+static void small_run_begin(SmallRun *small, int kind, double dropout, int half, int training) {
+    small_model(&small->model, kind, dropout, half);
     activations_create(&small->acts, &small->model, 70, 70, training);
     small_batch(small->samples);
 }
@@ -254,17 +260,19 @@ static double batch_loss(Model *model, Activations *acts, const Sample *samples,
 // For every tensor of the network, a random direction d in it: (loss(w + e d) - loss(w - e d)) / 2e against grad . d.
 // Each tensor belongs to one layer, so each layer's backward pass is tested, through all that lies behind it. In double
 // with e = 1e-6 truncation and rounding are both near 1e-9 of the loss; a kink of ReLU within e of zero is rarer still.
+// Where a layer of the anchor decoder looks is a constant in its gradient, but not in differences: so its learned boxes
+// are left out, and it has one layer.
 static void test_gradients(void) {
     if (!IS_DOUBLE) return;
-    for (int bottleneck = 0; bottleneck < 2; bottleneck++) {
-        double dropout = bottleneck ? 0.2 : 0;
+    for (int kind = 0; kind < KINDS; kind++) {
+        double dropout = kind == BOTTLENECK ? 0.2 : 0;
         SmallRun small;
-        small_run_begin(&small, bottleneck, dropout, 0, 1);
+        small_run_begin(&small, kind, dropout, 0, 1);
         batch_loss(&small.model, &small.acts, small.samples, 1);
         double whole = gradient_norm(&small.model), step = 1e-6, total_slope = 0, total_expected = 0;
         for (int i = 0; i < small.model.num_params; i++) {
             Param *param = small.model.params[i];
-            if (!param->trained) continue;
+            if (!param->trained || (kind == ANCHOR && param == small.model.query_embeddings)) continue;
             double expected = 0, norm = 0, loss[2];
             for (size_t k = 0; k < param->count; k++)
                 norm += pow(random_normal(9, RANDOM_TEST, (uint32_t)i, 0, 0, k), 2);
@@ -282,8 +290,8 @@ static void test_gradients(void) {
             double slope = (loss[0] - loss[1]) / (2 * step);
             total_slope += slope, total_expected += expected;
             check(fabs(slope - expected) <= 1e-6 * fmax(fabs(expected), whole),
-                  "gradient of %s (%s%s): %.12g, differences say %.12g", param->name,
-                  bottleneck ? "bottleneck" : "basic", dropout > 0 ? ", dropout" : "", expected, slope);
+                  "gradient of %s (%s%s): %.12g, differences say %.12g", param->name, KIND_NAMES[kind],
+                  dropout > 0 ? ", dropout" : "", expected, slope);
         }
         check(fabs(total_slope - total_expected) <= 1e-6 * fabs(total_expected),
               "gradient of the whole loss: %.12g, differences say %.12g", total_expected, total_slope);
@@ -305,7 +313,7 @@ static uint64_t fingerprint(const Model *model, int gradients) {
     return hash;
 }
 
-static void test_same_bytes_in(int half) {
+static void test_same_bytes_in(int kind, int half) {
     uint64_t gradient[4], weights[4];
     int threads_before = omp_get_max_threads();
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
@@ -314,7 +322,7 @@ static void test_same_bytes_in(int half) {
         SmallRun small;
         Losses losses;
         Error error;
-        small_run_begin(&small, 1, 0.1, half, 1);
+        small_run_begin(&small, kind, 0.1, half, 1);
         for (int64_t step = 0; step < 2; step++)
             training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, step,
                           &losses, &error);
@@ -324,18 +332,21 @@ static void test_same_bytes_in(int half) {
     omp_set_num_threads(threads_before);
     for (int run = 1; run < 4; run++)
         check(gradient[run] == gradient[0] && weights[run] == weights[0],
-              "two steps%s with %d threads give the bytes that 1 thread gives", half ? " in bf16" : "",
-              run == 3 ? 1 : run + 1);
+              "two steps, %s%s, with %d threads give the bytes that 1 thread gives", KIND_NAMES[kind],
+              half ? " in bf16" : "", run == 3 ? 1 : run + 1);
 }
 
 static void test_same_bytes(void) {
-    for (int half = 0; half <= !IS_DOUBLE; half++) test_same_bytes_in(half);
+    for (int half = 0; half <= !IS_DOUBLE; half++) {
+        test_same_bytes_in(BOTTLENECK, half);
+        test_same_bytes_in(ANCHOR, half);
+    }
 }
 
 // What one image gives may not depend on what was computed before it.
-static void test_company_in(int half) {
+static void test_company_in(int kind, int half) {
     SmallRun small;
-    small_run_begin(&small, 0, 0, half, 0);
+    small_run_begin(&small, kind, 0, half, 0);
     size_t count = (size_t)(small.model.config.dec_layers * small.model.config.num_queries) * 4;
     real *alone = (real *)allocate(count * sizeof(real));
     predict_image(&small.model, &small.acts, &small.samples[0].image);
@@ -344,14 +355,17 @@ static void test_company_in(int half) {
     small.acts.dropout.p = 0.5;  // as a training step may leave it
     predict_image(&small.model, &small.acts, &small.samples[0].image);
     check(memcmp(alone, small.acts.boxes, count * sizeof(real)) == 0,
-          "an image's boxes are the same after another image%s", half ? " in bf16" : "");
+          "an image's boxes are the same after another image (%s%s)", KIND_NAMES[kind], half ? ", bf16" : "");
     check(activations_bytes(&small.model, 70, 70, 0) == small.acts.arena.capacity, "the plan is what is allocated");
     free(alone);
     small_run_end(&small);
 }
 
 static void test_company(void) {
-    for (int half = 0; half <= !IS_DOUBLE; half++) test_company_in(half);
+    for (int half = 0; half <= !IS_DOUBLE; half++) {
+        test_company_in(BASIC, half);
+        test_company_in(ANCHOR, half);
+    }
 }
 
 // Tensors of a few numbers, of several chunks and of one that is not trained, against a plain sum.
@@ -382,7 +396,7 @@ static void test_training_step(void) {
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
-    small_run_begin(&small, 1, 0.1, 0, 1);
+    small_run_begin(&small, BOTTLENECK, 0.1, 0, 1);
     double loss = batch_loss(&small.model, &small.acts, small.samples, 1);
     uint64_t gradient = fingerprint(&small.model, 1), weights = fingerprint(&small.model, 0);
     int status = training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 11, 5,
@@ -462,7 +476,7 @@ static void test_nonfinite(void) {
     Losses losses;
     Error error;
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
-    small_run_begin(&small, 0, 0, 0, 1);
+    small_run_begin(&small, BASIC, 0, 0, 1);
     small.model.input_projection.weight->value[3] = (real)NAN;
     model_pack(&small.model);
     uint64_t before = fingerprint(&small.model, 0);
@@ -1002,6 +1016,32 @@ static double test_factor(Dropout dropout, uint64_t element) {
     return word >= (uint32_t)(dropout.p * 4294967296.0) ? 1 / (1 - dropout.p) : 0;
 }
 
+// The logarithm of a prior's Gaussian of a head around a query's box, at a key.
+static double test_prior(AttentionPrior prior, int head, int query, int key) {
+    if (!prior.boxes) return 0;
+    const int cells[2] = {prior.width, prior.height}, place[2] = {key % prior.width, key / prior.width};
+    double squares = 0;
+    for (int axis = 0; axis < 2; axis++) {
+        const double size = (double)prior.boxes[4 * query + 2 + axis];
+        const double middle = (double)prior.boxes[4 * query + axis] + PRIOR_HEADS[head % 8][axis] * size / 2;
+        double deviation = PRIOR_HEADS[head % 8][2] * size / 2;
+        if (deviation * cells[axis] < 1) deviation = 1.0 / cells[axis];
+        squares += pow(((place[axis] + 0.5) / cells[axis] - middle) / deviation, 2);
+    }
+    return -squares / 2;
+}
+
+// A prior of random boxes on a grid of Tk cells, so many to a row; none if there are 0. The caller frees its boxes.
+static AttentionPrior random_prior(int Tq, int Tk, int width) {
+    AttentionPrior prior = NO_PRIOR;
+    if (!width) return prior;
+    real *boxes = (real *)allocate(4 * (size_t)Tq * sizeof(real));
+    for (int i = 0; i < 4 * Tq; i++)
+        boxes[i] = (real)(i % 4 < 2 ? test_uniform(7, (uint64_t)i) : 0.02 + 0.5 * test_uniform(7, (uint64_t)i));
+    prior.boxes = boxes, prior.width = width, prior.height = Tk / width;
+    return prior;
+}
+
 // One head's dimension at a time, as in the paper: probabilities and their factors in full. Returns sum(out * dout).
 //
 // bounds: NULL, or (out, dq, dk, dv) one after another: how far bf16 may be off, from the same inputs. What is rounded
@@ -1013,7 +1053,7 @@ static double test_factor(Dropout dropout, uint64_t element) {
 // Errors of floats are left out.
 static double plain_attention(double *out, double *lse, double *dq, double *dk, double *dv, const double *dout,
                               const double *q, const double *k, const double *v, int Tq, int Tk, int C, int heads,
-                              Dropout dropout, double *bounds) {
+                              Dropout dropout, AttentionPrior prior, double *bounds) {
     const int D = C / heads;
     double loss = 0, *P = (double *)allocate(3 * (size_t)Tk * sizeof(double)), *M = P + Tk, *dP = M + Tk;
     memset(dq, 0, (size_t)Tq * C * sizeof(double));
@@ -1032,6 +1072,7 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
             for (int j = 0; j < Tk; j++) {
                 P[j] = 0;
                 for (int d = 0; d < D; d++) P[j] += qi[d] * k[(size_t)j * C + h * D + d] / sqrt((double)D);
+                P[j] += test_prior(prior, h, i, j);
                 if (P[j] > top) top = P[j];
                 M[j] = test_factor(dropout, ((uint64_t)h * Tq + i) * Tk + j);
             }
@@ -1077,7 +1118,10 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
     return loss;
 }
 
-static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, double spread, int differences) {
+// grid_width: with a prior on a grid of so many columns; 0: without one.
+static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, double spread, int differences,
+                                 int grid_width) {
+    const AttentionPrior prior = random_prior(Tq, Tk, grid_width);
     const size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C, nl = (size_t)heads * Tq, all = 4 * nq + 4 * nk + nl;
     // in the order out, dq, dk, dv, lse, q, dout, k, v
     double *truth = (double *)allocate(all * sizeof(double)), *spare = (double *)allocate(all * sizeof(double));
@@ -1095,7 +1139,7 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
     }
     real *dq_ours = ours + nq, *dk_ours = dq_ours + nq, *dv_ours = dk_ours + nk, *lse_ours = dv_ours + nk;
     const real *q_ours = lse_ours + nl, *dout_ours = q_ours + nq, *k_ours = dout_ours + nq, *v_ours = k_ours + nk;
-    plain_attention(out, lse, dq, dk, dv, dout, q, k, v, Tq, Tk, C, heads, dropout, NULL);
+    plain_attention(out, lse, dq, dk, dv, dout, q, k, v, Tq, Tk, C, heads, dropout, prior, NULL);
     const int threads = omp_get_max_threads();
     int same = 1;
     for (int t = 1; t <= 3; t++) {  // stale numbers in the workspace and the results must not matter: NaN
@@ -1103,25 +1147,25 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         memset(ours, 0xFF, results * sizeof(real));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(ours, NULL, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, 0, workspace);
+        attention_forward(ours, NULL, lse_ours, q_ours, k_ours, v_ours, Tq, Tk, C, heads, dropout, prior, 0, workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(dq_ours, dk_ours, dv_ours, dout_ours, q_ours, k_ours, v_ours, ours, lse_ours, Tq, Tk, C,
-                           heads, dropout, 0, workspace);
+                           heads, dropout, prior, 0, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(real));
         same = same && memcmp(once, ours, results * sizeof(real)) == 0 && workspace[needed] == 42;
     }
     omp_set_num_threads(threads);
-    const double bound = (IS_DOUBLE ? 1e-13 : 2e-6) * (spread > 1 ? 20 : 1);
+    const double bound = (IS_DOUBLE ? 1e-13 : 2e-6) * (spread > 1 || grid_width ? 20 : 1);
     const char *name[] = {"out", "dq", "dk", "dv", "lse"};
     const size_t count[] = {nq, nq, nk, nk, nl};
     size_t at = 0;
-    check(same, "attention %dx%d C %d heads %d p %g: 1, 2, 3 threads: same bits, within the workspace", Tq, Tk, C,
-          heads, p);
+    check(same, "attention %dx%d C %d heads %d p %g grid %d: 1, 2, 3 threads: same bits, within the workspace", Tq, Tk,
+          C, heads, p, grid_width);
     for (int i = 0; i < 5; at += count[i++]) {
         // with one key dq and dk are zero, of which rounding leaves something: held against 1
         const double worst = worst_difference(ours + at, truth + at, count[i], Tk == 1 ? 1 : 1e-30);
-        check(worst < bound, "attention %dx%d C %d heads %d p %g spread %g: %s differs by %.2e, bound %.0e", Tq, Tk, C,
-              heads, p, spread, name[i], worst, bound);
+        check(worst < bound, "attention %dx%d C %d heads %d p %g spread %g grid %d: %s differs by %.2e, bound %.0e", Tq,
+              Tk, C, heads, p, spread, grid_width, name[i], worst, bound);
     }
     for (int i = 0; i < differences; i++) {  // d sum(out * dout) / dx for x in q, k, v
         double *where_x = i % 3 == 0 ? q : i % 3 == 1 ? k : v;
@@ -1131,8 +1175,9 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         double loss[2];
         for (int sign = 0; sign < 2; sign++) {
             where_x[place] = kept + (sign ? step : -step);
-            loss[sign] = plain_attention(spare, spare + nq, spare + nq + nl, spare + 2 * nq + nl,
-                                         spare + 2 * nq + nl + nk, dout, q, k, v, Tq, Tk, C, heads, dropout, NULL);
+            loss[sign] =
+                plain_attention(spare, spare + nq, spare + nq + nl, spare + 2 * nq + nl, spare + 2 * nq + nl + nk, dout,
+                                q, k, v, Tq, Tk, C, heads, dropout, prior, NULL);
         }
         where_x[place] = kept;
         const double numeric = (loss[1] - loss[0]) / (2 * step);
@@ -1143,13 +1188,14 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
                            : "v",
               place, gradient[place], numeric);
     }
-    free(truth), free(spare), free(ours), free(workspace);
+    free(truth), free(spare), free(ours), free(workspace), free((void *)prior.boxes);
 }
 
 // The same in bf16: each element within its bound of plain_attention; and a tensor as a whole within u = 2^-8 of its
 // length, because roundings are independent: one is off by u / 2 to u at most, by 0.58 u at most in the root mean
 // square, and three of them that meet in a result (A or dS, D, the result itself) by less than u typically.
-static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
+static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p, int grid_width) {
+    const AttentionPrior prior = random_prior(Tq, Tk, grid_width);
     const size_t nq = (size_t)Tq * C, nk = (size_t)Tk * C, nl = (size_t)heads * Tq;
     const size_t inputs = 2 * (nq + nk), results = inputs, needed = attention_workspace(Tq, Tk, C, heads, 3);
     // inputs: q, dout, k, v; results and bounds: out, dq, dk, dv
@@ -1166,7 +1212,7 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
         wide[i] = (double)from_bf16(x[i]);
     }
     plain_attention(truth, lse, truth + nq, truth + 2 * nq, truth + 2 * nq + nk, wide + nq, wide, wide + 2 * nq,
-                    wide + 2 * nq + nk, Tq, Tk, C, heads, dropout, bounds);
+                    wide + 2 * nq + nk, Tq, Tk, C, heads, dropout, prior, bounds);
     const int threads = omp_get_max_threads();
     int same = 1;
     for (int t = 1; t <= 3; t++) {
@@ -1174,11 +1220,11 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
         memset(ours, 0xFF, results * sizeof(bf16));
         workspace[needed] = 42;
         omp_set_num_threads(t);
-        attention_forward(exact, ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, 1,
+        attention_forward(exact, ours, lse_ours, x, x + 2 * nq, x + 2 * nq + nk, Tq, Tk, C, heads, dropout, prior, 1,
                           workspace);
         memset(workspace, 0xFF, needed * sizeof(real));
         attention_backward(ours + nq, ours + 2 * nq, ours + 2 * nq + nk, x + nq, x, x + 2 * nq, x + 2 * nq + nk, exact,
-                           lse_ours, Tq, Tk, C, heads, dropout, 1, workspace);
+                           lse_ours, Tq, Tk, C, heads, dropout, prior, 1, workspace);
         if (t == 1) memcpy(once, ours, results * sizeof(bf16));
         same = same && memcmp(once, ours, results * sizeof(bf16)) == 0 && workspace[needed] == 42;
     }
@@ -1206,7 +1252,7 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p) {
               "attention bf16 %dx%d C %d heads %d p %g: %s as a whole is off by %.2e", Tq, Tk, C, heads, p,
               name[tensor], sqrt(error / squares));
     }
-    free(truth), free(x), free(workspace);
+    free(truth), free(x), free(workspace), free((void *)prior.boxes);
 }
 
 // One NaN in q, k or v: it reaches every output that depends on it, and no other.
@@ -1226,8 +1272,9 @@ static void test_attention_nan(int half) {
         for (size_t i = 0; i < 3 * N; i++) store_number(memory, i, (real)test_number(1, i), half);
         for (size_t i = 0; i < N; i++) store_number(dout, i, (real)test_number(2, i), half);
         store_number(memory, (size_t)(which * N + row * C + channel), (real)NAN, half);
-        attention_forward(out, half ? rounded : NULL, lse, memory, k, v, T, T, C, HEADS, none, half, workspace);
-        attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, half, workspace);
+        attention_forward(out, half ? rounded : NULL, lse, memory, k, v, T, T, C, HEADS, none, NO_PRIOR, half,
+                          workspace);
+        attention_backward(dq, dk, dv, dout, memory, k, v, out, lse, T, T, C, HEADS, none, NO_PRIOR, half, workspace);
         int wrong = 0, backward = 0;
         for (int i = 0; i < N; i++) {
             const int head = i % C / (C / HEADS);
@@ -1244,17 +1291,20 @@ static void test_attention_nan(int half) {
 }
 
 static void test_attention(void) {
-    // Tq, Tk, C, heads: one token; the test models; ends inside a block; 1, 2, 4 chunks; head_dim 4, 9, 12, 16, 32, 64
-    const int shapes[][4] = {{1, 1, 4, 1},     {6, 6, 36, 3},    {6, 6, 36, 4},    {48, 96, 32, 1},
-                             {100, 97, 64, 2}, {49, 515, 48, 3}, {25, 1030, 64, 1}};
+    // Tq, Tk, C, heads, columns of the prior's grid: one token; the test models; ends inside a block; 1, 2, 4 chunks;
+    // head_dim 4, 9, 12, 16, 32, 64; more heads than the prior's table has
+    const int shapes[][5] = {{1, 1, 4, 1, 1},     {6, 6, 36, 3, 3},     {6, 6, 36, 4, 2},      {6, 6, 36, 9, 3},
+                             {48, 96, 32, 1, 12}, {100, 97, 64, 2, 97}, {49, 515, 48, 3, 103}, {25, 1030, 64, 1, 103}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const int *s = shapes[i];
-        test_attention_shape(s[0], s[1], s[2], s[3], 0, 1, s[0] < 10 ? 6 : 0);
-        test_attention_shape(s[0], s[1], s[2], s[3], 0.1, 1, s[0] < 10 ? 6 : 3);
-        for (int dropped = 0; dropped < 2 && !IS_DOUBLE; dropped++)
-            test_attention_bf16(s[0], s[1], s[2], s[3], dropped * 0.1);
+        for (int with = 0; with < 2; with++) {
+            test_attention_shape(s[0], s[1], s[2], s[3], 0, 1, s[0] < 10 ? 6 : 0, with * s[4]);
+            test_attention_shape(s[0], s[1], s[2], s[3], 0.1, 1, s[0] < 10 ? 6 : 3, with * s[4]);
+            for (int dropped = 0; dropped < 2 && !IS_DOUBLE; dropped++)
+                test_attention_bf16(s[0], s[1], s[2], s[3], dropped * 0.1, with * s[4]);
+        }
     }
-    test_attention_shape(50, 300, 64, 2, 0.5, 30, 6);  // scores around 170, whose exponentials leave float's range
+    test_attention_shape(50, 300, 64, 2, 0.5, 30, 6, 0);  // scores around 170, whose exponentials leave float's range
     for (int half = 0; half <= !IS_DOUBLE; half++) test_attention_nan(half);
 
     vec x = fill(0);
@@ -1588,12 +1638,12 @@ static void dump_matches(const TruthDump *dump, const Model *model, int *match, 
 // set_loss() with the matches that PyTorch found.
 static void dump_loss(const TruthDump *dump, const Model *model, Activations *acts, int step, int i, Targets targets,
                       LossDivisors divisors, const LossSettings *settings, Losses *losses) {
-    int Q = model->config.num_queries, classes = model->config.num_labels + 1, L = model->config.dec_layers;
+    int Q = model->config.num_queries, classes = num_logits(&model->config), L = model->config.dec_layers;
     dump_matches(dump, model, acts->match, step, i);
     for (int l = 0; l < L; l++)
         layer_loss(losses, acts->dlogits + l * Q * classes, acts->dboxes + l * Q * 4, acts->logits + l * Q * classes,
-                   acts->boxes + l * Q * 4, acts->match + l * Q, l, Q, classes, l == L - 1, targets, divisors, settings,
-                   1, acts->probabilities);
+                   acts->boxes + l * Q * 4, acts->match + l * Q, l, &model->config, l == L - 1, targets, divisors,
+                   settings, 1, acts->probabilities);
 }
 
 // Queries matched with other targets than PyTorch matched them.
@@ -1661,7 +1711,7 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         else
             set_loss(model, &acts, targets[i], divisors, loss_settings, &losses);
         snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
-        compare_reals(dump, name, acts.logits, (size_t)(L * Q * (model->config.num_labels + 1)));
+        compare_reals(dump, name, acts.logits, (size_t)(L * Q * num_logits(&model->config)));
         snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
         compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
         compare_matches(dump, model, acts.match, step, i);
@@ -1719,6 +1769,7 @@ static void test_dump(const char *folder, int half) {
     LossSettings loss = {dump_scalar(&dump, "settings.cost_class"),
                          dump_scalar(&dump, "settings.cost_bbox"),
                          dump_scalar(&dump, "settings.cost_giou"),
+                         model.config.focal ? dump_scalar(&dump, "settings.class_loss_coef") : 1,
                          dump_scalar(&dump, "settings.bbox_loss_coef"),
                          dump_scalar(&dump, "settings.giou_loss_coef"),
                          dump_scalar(&dump, "settings.eos_coef"),
@@ -1741,11 +1792,8 @@ static void test_dumps(void) {
     static const struct {
         const char *folder;
         int takes_bf16;  // every number of channels that is multiplied is even
-    } dumps[] = {{"dev/dumps/basic", 1},
-                 {"dev/dumps/bottleneck", 0},
-                 {"dev/dumps/dc5", 0},
-                 {"dev/dumps/odd", 0},
-                 {"dev/dumps/even", 1}};
+    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},
+                 {"dev/dumps/odd", 0},   {"dev/dumps/even", 1},       {"dev/dumps/anchor", 1}};
     for (size_t f = 0; f < sizeof dumps / sizeof dumps[0]; f++) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);
@@ -1880,16 +1928,88 @@ static void test_normalise(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What the anchor decoder starts from, and predictions
+
+// The boxes of 100 queries cover the picture evenly: of its 25 parts each has the centres of 2 to 6 boxes (4 on
+// average). No layer moves them yet, and no class is likely.
+static void test_anchor_queries(void) {
+    Model model;
+    Error error;
+    ModelConfig config = small_config(ANCHOR);
+    config.num_queries = 100, config.dec_layers = 2;
+    check(model_create(&model, &config, 0, 0, 0, &error) == 0, "the anchor model is created");
+    model_initialise(&model, 3);
+    model_pack(&model);
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    small_batch(samples);
+    activations_create(&acts, &model, 70, 70, 0);
+    predict_image(&model, &acts, &samples[0].image);
+    int centres[25] = {0}, wrong = 0;
+    for (int q = 0; q < config.num_queries; q++) {
+        const real *box = acts.boxes + 4 * (config.num_queries + q);
+        for (int i = 0; i < 4; i++) wrong += fabs((double)(box[i] - acts.boxes[4 * q + i])) > 0;
+        for (int i = 0; i < 2; i++) {
+            wrong += fabs((double)box[2 + i] - ANCHOR_SIZE) > 1e-6;
+            wrong += box[i] - box[2 + i] / 2 < (real)-1e-6 || box[i] + box[2 + i] / 2 > (real)(1 + 1e-6);
+        }
+        const double span = 1 - ANCHOR_SIZE, low = ANCHOR_SIZE / 2;
+        centres[(int)(((double)box[0] - low) / span * 5) + 5 * (int)(((double)box[1] - low) / span * 5)]++;
+    }
+    for (int part = 0; part < 25; part++) wrong += centres[part] < 2 || centres[part] > 6;
+    for (int c = 0; c < config.num_labels; c++)
+        wrong += fabs(1 / (1 + exp(-(double)model.class_head.bias->value[c])) - 0.01) > 1e-6;
+    check(wrong == 0, "%d numbers of what the anchor decoder starts from are wrong", wrong);
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    model_free(&model);
+}
+
+// With focal loss, the pairs of a query and a class in the order of their scores; of equal ones the earlier pair first.
+static void test_detections(void) {
+    SmallRun small;
+    small_run_begin(&small, ANCHOR, 0, 0, 0);
+    const ModelConfig *config = &small.model.config;
+    const int pairs = config->num_queries * config->num_labels;
+    predict_image(&small.model, &small.acts, &small.samples[0].image);
+    for (int i = 0; i < pairs; i++)  // every value twice
+        small.acts.logits[i] = (real)(8 * test_uniform(8, (uint64_t)(i * 5 % pairs / 2)) - 4);
+    Network network;
+    memset(&network, 0, sizeof network);
+    network.config = *config;
+    Detection *found = (Detection *)allocate((size_t)config->num_queries * sizeof(Detection));
+    detect(&network, &small.acts, 200, 100, found);
+    int wrong = 0;
+    for (int d = 0; d < config->num_queries; d++) {
+        const int pair = found[d].query * config->num_labels + found[d].label;
+        const real logit = small.acts.logits[pair], *box = small.acts.boxes + 4 * found[d].query;
+        int before = 0;
+        for (int i = 0; i < pairs; i++)
+            before += small.acts.logits[i] > logit || (small.acts.logits[i] == logit && i < pair);
+        wrong += before != d || fabs(found[d].score - 1 / (1 + exp(-(double)logit))) > 1e-12 ||
+                 fabs(found[d].box[2] - 200 * ((double)box[0] + (double)box[2] / 2)) > 1e-9 ||
+                 fabs(found[d].box[1] - 100 * ((double)box[1] - (double)box[3] / 2)) > 1e-9;
+    }
+    check(wrong == 0, "focal: %d of %d detections are not the best pairs of a query and a class, in order", wrong,
+          config->num_queries);
+    free(found);
+    small_run_end(&small);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Learning by heart
 
 // AP50 of the model's predictions on the pictures it is given, boxes in percent of the picture.
 static double average_precision_50(Model *model, Activations *acts, const Sample *samples, int count) {
-    int Q = model->config.num_queries, classes = model->config.num_labels + 1, num_truths = 0, num_detections = 0;
+    enum { MAX_QUERIES = 16 };
+    int num_truths = 0, num_detections = 0;
     EvalTruth truths[64];
-    EvalDetection detections[128];
-    double probabilities[8];
-    size_t last = (size_t)(model->config.dec_layers - 1) * (size_t)Q;
+    EvalDetection detections[4 * MAX_QUERIES];
+    Detection found[MAX_QUERIES];
+    Network network;
     memset(truths, 0, sizeof truths);
+    memset(&network, 0, sizeof network);
+    network.config = model->config;
     for (int i = 0; i < count; i++) {
         predict_image(model, acts, &samples[i].image);
         for (int b = 0; b < samples[i].num_boxes; b++) {
@@ -1899,19 +2019,16 @@ static double average_precision_50(Model *model, Activations *acts, const Sample
             for (int k = 0; k < 4; k++) truth->box[k] = 100 * (k < 2 ? box[k] - box[k + 2] / 2 : box[k]);
             truth->area = truth->box[2] * truth->box[3];
         }
-        for (int q = 0; q < Q; q++) {
-            const real *box = acts->boxes + (last + (size_t)q) * 4;
-            EvalDetection *detection = &detections[num_detections++];
-            softmax_row(probabilities, acts->logits + (last + (size_t)q) * (size_t)classes, classes);
-            detection->image = i, detection->category = 0;
-            for (int c = 1; c < classes - 1; c++)
-                if (probabilities[c] > probabilities[detection->category]) detection->category = c;
-            detection->score = probabilities[detection->category];
-            for (int k = 0; k < 4; k++) detection->box[k] = 100 * (double)(k < 2 ? box[k] - box[k + 2] / 2 : box[k]);
+        detect(&network, acts, 100, 100, found);
+        for (int q = 0; q < model->config.num_queries; q++) {
+            const double *box = found[q].box;
+            EvalDetection detection = {
+                i, found[q].label, {box[0], box[1], box[2] - box[0], box[3] - box[1]}, found[q].score};
+            detections[num_detections++] = detection;
         }
     }
     CocoScores scores;
-    coco_evaluate(&scores, truths, num_truths, detections, num_detections, classes - 1);
+    coco_evaluate(&scores, truths, num_truths, detections, num_detections, model->config.num_labels);
     double ap50 = scores.stats[1];
     coco_scores_free(&scores);
     return ap50;
@@ -1919,7 +2036,7 @@ static double average_precision_50(Model *model, Activations *acts, const Sample
 
 // A batch of four real pictures is learned from random weights. It takes some 400 steps; a sign or a factor that is
 // wrong anywhere on the way back shows here even if no formula was ever compared.
-static void test_learns_by_heart_in(int half) {
+static void test_learns_by_heart_in(int kind, int half) {
     enum { PICTURES = 4, MAX_BOXES = 8, MAX_STEPS = 1000 };
     Error error;
     Dataset dataset;
@@ -1938,10 +2055,10 @@ static void test_learns_by_heart_in(int half) {
         else
             sample_free(&samples[found]);
     }
-    ModelConfig config = small_config(0);
+    ModelConfig config = small_config(kind);
     for (int s = 0; s < 3; s++) config.depths[s] = 1, config.widths[s] = 24 << s;
-    config.stem_width = 16, config.hidden_dim = 64, config.enc_layers = 1, config.dim_feedforward = 128,
-    config.num_queries = 10, config.half = half;
+    config.stem_width = 16, config.hidden_dim = 64, config.enc_layers = 1, config.dec_layers = 2,
+    config.dim_feedforward = 128, config.num_queries = 10, config.half = half;
     Model model;
     Activations acts;
     Losses losses;
@@ -1959,10 +2076,11 @@ static void test_learns_by_heart_in(int half) {
         if (step == 0) first_loss = losses.loss;
         if (step % 50 == 49) ap50 = average_precision_50(&model, &acts, samples, PICTURES);
     }
-    const char *type = half ? " in bf16" : "";
-    printf("  learned by heart%s: AP50 %.3f after %d steps, loss %.2f from %.2f\n", type, ap50, step, losses.loss,
-           first_loss);
-    check(ap50 >= 0.95, "four pictures are learned by heart%s: AP50 is %.3f after %d steps", type, ap50, step);
+    const char *name = KIND_NAMES[kind], *type = half ? " in bf16" : "";
+    printf("  learned by heart, %s%s: AP50 %.3f after %d steps, loss %.2f from %.2f\n", name, type, ap50, step,
+           losses.loss, first_loss);
+    check(ap50 >= 0.95, "four pictures are learned by heart, %s%s: AP50 is %.3f after %d steps", name, type, ap50,
+          step);
     check(losses.loss < first_loss / 4, "the loss falls: %.3f from %.3f", losses.loss, first_loss);
     free_batch(samples, PICTURES);
     activations_free(&acts);
@@ -1972,7 +2090,10 @@ static void test_learns_by_heart_in(int half) {
 
 static void test_learns_by_heart(void) {
     if (IS_DOUBLE) return;  // the float build does it, in half the time
-    for (int half = 0; half < 2; half++) test_learns_by_heart_in(half);
+    for (int half = 0; half < 2; half++) {
+        test_learns_by_heart_in(BASIC, half);
+        test_learns_by_heart_in(ANCHOR, half);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1983,18 +2104,32 @@ typedef struct {
 } Test;
 
 static const Test TESTS[] = {
-    {"random", test_random},         {"matmul", test_matmul},
-    {"winograd", test_winograd},     {"bf16", test_bf16},
-    {"attention", test_attention},   {"dropout", test_dropout},
-    {"layernorm", test_layernorm},   {"maxpool", test_maxpool},
-    {"positions", test_positions},   {"matching", test_matching},
-    {"boxes", test_boxes},           {"normalise", test_normalise},
-    {"dumps", test_dumps},           {"options", test_options},
-    {"gradients", test_gradients},   {"same_bytes", test_same_bytes},
-    {"company", test_company},       {"step", test_training_step},
-    {"calibrate", test_calibrate},   {"nonfinite", test_nonfinite},
-    {"heart", test_learns_by_heart}, {"image", test_image},
-    {"dataset", test_dataset},       {"eval", test_eval},
+    {"random", test_random},
+    {"matmul", test_matmul},
+    {"winograd", test_winograd},
+    {"bf16", test_bf16},
+    {"attention", test_attention},
+    {"dropout", test_dropout},
+    {"layernorm", test_layernorm},
+    {"maxpool", test_maxpool},
+    {"positions", test_positions},
+    {"matching", test_matching},
+    {"boxes", test_boxes},
+    {"normalise", test_normalise},
+    {"dumps", test_dumps},
+    {"options", test_options},
+    {"queries", test_anchor_queries},
+    {"detections", test_detections},
+    {"gradients", test_gradients},
+    {"same_bytes", test_same_bytes},
+    {"company", test_company},
+    {"step", test_training_step},
+    {"calibrate", test_calibrate},
+    {"nonfinite", test_nonfinite},
+    {"heart", test_learns_by_heart},
+    {"image", test_image},
+    {"dataset", test_dataset},
+    {"eval", test_eval},
 };
 
 int MAIN(int argc, char **argv) {

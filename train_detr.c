@@ -2284,12 +2284,68 @@ INLINE void attention_complete_pair(real *scores, int keys, int wide) {
     for (int j = 0; keys % 2 && j < wide; j++) vec_store(scores + keys * Q_BLOCK + j * LANES, fill((real)-INFINITY));
 }
 
+// Where a query is to look, for keys that are the cells of a grid: to its scores are added the logarithms of Gaussians
+// around the query's box (SMCA: Gao et al. 2021, where the network chooses each head's middle). It has no gradient.
+typedef struct {
+    const real *boxes;  // (Tq, 4): cx, cy, w, h in 0..1; NULL: there is no prior
+    int height,
+        width;  // of the grid; key y * width + x is the cell with the centre (x + 0.5) / width, (y + 0.5) / height
+} AttentionPrior;
+
+static const AttentionPrior NO_PRIOR = {NULL, 0, 0};
+
+// By head modulo 8: the Gaussian's middle (x, y) from the box's centre and its deviation, in halves of the box's width
+// and height. Four heads look at the four sides and, a deviation away, at the middle; the others at boxes of other
+// sizes around the same centre.
+static const double PRIOR_HEADS[8][3] = {{-1, 0, 1}, {1, 0, 1}, {0, -1, 1},  {0, 1, 1},
+                                         {0, 0, 1},  {0, 0, 2}, {0, 0, 0.5}, {0, 0, 4}};
+
+// The Gaussians of one block of queries of one head: middle and 1 / (2 deviation^2) along x and y. A deviation is at
+// least one cell, so that the smallest box has some cells to look at.
+typedef struct {
+    vec middle[2][WIDE], steepness[2][WIDE];
+} PriorBlock;
+
+static void attention_prior_block(PriorBlock *block, AttentionPrior prior, int head, int first,
+                                  const AttentionPlan *plan) {
+    const double *of_head = PRIOR_HEADS[head % 8];
+    memset(block, 0, sizeof *block);
+    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
+        const real *box = prior.boxes + 4 * (first + i);
+        for (int axis = 0; axis < 2; axis++) {
+            const double half_size = (double)box[2 + axis] / 2, cell = 1.0 / (axis ? prior.height : prior.width);
+            const double deviation = fmax(of_head[2] * half_size, cell);
+            block->middle[axis][i / LANES][i % LANES] = (real)((double)box[axis] + of_head[axis] * half_size);
+            block->steepness[axis][i / LANES][i % LANES] = (real)(0.5 / (deviation * deviation));
+        }
+    }
+}
+
+// Adds the prior to a block's raw scores (keys, Q_BLOCK), which are still to be multiplied by plan->scale. key: the
+// first of the block.
+INLINE void attention_add_prior(real *scores, const PriorBlock *block, AttentionPrior prior, int key, int keys,
+                                const AttentionPlan *plan, int wide) {
+    const real inverse_scale = 1 / plan->scale;
+    for (int i = 0; i < keys; i++) {
+        const real x = (real)(((key + i) % prior.width + 0.5) / prior.width);
+        const real y = (real)(((key + i) / prior.width + 0.5) / prior.height);
+#pragma GCC unroll 3
+        for (int j = 0; j < wide; j++) {
+            const vec dx = x - block->middle[0][j], dy = y - block->middle[1][j];
+            const vec distance = dx * dx * block->steepness[0][j] + dy * dy * block->steepness[1][j];
+            real *score = scores + i * Q_BLOCK + j * LANES;
+            vec_store(score, vec_load(score) - distance * inverse_scale);
+        }
+    }
+}
+
 typedef struct {
     real *out, *lse;
     bf16 *rounded;
     const void *q;
     const real *keys, *values;  // packed: keys as rows, values as units along the keys
     Dropout dropout;
+    AttentionPrior prior;
     AttentionPlan plan;
 } AttentionForward;
 
@@ -2347,11 +2403,14 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
         base[j] = fill(sizeof(real) == 4 ? (real)-3.4e38 : (real)-1.7e308);
         total[j] = fill(0);
     }
+    PriorBlock gaussians;
+    if (f->prior.boxes) attention_prior_block(&gaussians, f->prior, head, first, plan);
     attention_pack_columns(queries, f->q, first, plan->Tq, head, plan);
     for (int key = 0; key < plan->Tk; key += K_BLOCK) {
         const int count = plan->Tk - key < K_BLOCK ? plan->Tk - key : K_BLOCK;
         const size_t at = (head * plan->head_keys + key * padded_dim) / (half ? 2 : 1);
         attention_scores(scores, f->keys + at, queries, count, plan, wide, half);
+        if (f->prior.boxes) attention_add_prior(scores, &gaussians, f->prior, key, count, plan, wide);
         attention_forward_scores(scores, shrink, base, total, f, ((uint64_t)head * plan->Tq + first) * plan->Tk + key,
                                  count, wide, half);
         attention_sum_keys(sums, f->values + at, scores, half ? (count + 1) / 2 : count, start, plan, wide, half);
@@ -2392,16 +2451,17 @@ static void attention_forward_block(const AttentionForward *f, int head, int fir
 
 // out (Tq, C) from q (Tq, C), k (Tk, C), v (Tk, C); C = heads * head_dim, a head has head_dim adjacent channels.
 // lse (heads, Tq): logarithm of the softmax's denominator, sum over keys of exp(score). All of out and lse is written.
-// dropout: on the probabilities, element (head * Tq + query) * Tk + key. A NaN in q, k or v comes out as NaN.
-// half: q, k and v are bf16, and rounded (Tq, C) receives out as bf16; else rounded is NULL. workspace:
-// attention_workspace() reals.
+// dropout: on the probabilities, element (head * Tq + query) * Tk + key. prior: is added to the scores. A NaN in q, k
+// or v comes out as NaN. half: q, k and v are bf16, and rounded (Tq, C) receives out as bf16; else rounded is NULL.
+// workspace: attention_workspace() reals.
 static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q, const void *k, const void *v, int Tq,
-                              int Tk, int C, int heads, Dropout dropout, int half, real *workspace) {
+                              int Tk, int C, int heads, Dropout dropout, AttentionPrior prior, int half,
+                              real *workspace) {
     const double begin = profile_begin();
     const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, half);
     const size_t all_keys = heads * plan.head_keys;
     real *keys = workspace, *values = keys + all_keys, *scratch = values + all_keys;
-    const AttentionForward f = {out, lse, rounded, q, keys, values, dropout, plan};
+    const AttentionForward f = {out, lse, rounded, q, keys, values, dropout, prior, plan};
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
@@ -2432,6 +2492,7 @@ typedef struct {
     real *dots, *lse;  // (heads, padded_queries)
     real *scratch;
     Dropout dropout;
+    AttentionPrior prior;
     AttentionPlan plan;
 } AttentionBackward;
 
@@ -2513,12 +2574,15 @@ INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int c
     real *scores = scratch, *dscores = scores + K_BLOCK * Q_BLOCK, *dkeys = dscores + K_BLOCK * Q_BLOCK;
     real *dvalues = dkeys + (size_t)plan->chunk * padded_dim, ones[Q_BLOCK];
     real *dq_part = b->dq_parts + chunk * plan->heads * plan->head_queries + block;
+    PriorBlock gaussians;
+    if (b->prior.boxes) attention_prior_block(&gaussians, b->prior, head, first, plan);
     for (int i = 0; i < Q_BLOCK; i++) ones[i] = 1;
     for (int key = start; key < end; key += K_BLOCK) {
         const int count = end - key < K_BLOCK ? end - key : K_BLOCK;
         const size_t key_at = (head * plan->head_keys + (size_t)key * padded_dim) / (half ? 2 : 1);
         const size_t chunk_at = (size_t)(key - start) * padded_dim;
         attention_scores(scores, b->keys + key_at, b->query_columns + at, count, plan, wide, half);
+        if (b->prior.boxes) attention_add_prior(scores, &gaussians, b->prior, key, count, plan, wide);
         attention_scores(dscores, b->values + key_at, b->dout_columns + at, count, plan, wide, half);
         attention_backward_scores(scores, dscores, b->lse + lanes, b->dots + lanes, count, b,
                                   ((uint64_t)head * Tq + first) * Tk + key, wide, half);
@@ -2566,7 +2630,8 @@ static void attention_backward_sum(const AttentionBackward *b, int head, int fir
         attention_unpack(b->dq, first + i, head, sum + i, Q_BLOCK, plan->scale, plan);
 }
 
-// dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout is what it was there.
+// dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout and prior are what they
+// were there.
 // half: all of them but out and lse are bf16.
 //
 // With scores S = q k^T scale, P = softmax(S), A = M P (M: 1 / (1 - p) where kept, else 0) and out = A v:
@@ -2578,12 +2643,12 @@ static void attention_backward_sum(const AttentionBackward *b, int head, int fir
 // A task is one head and one chunk of keys: it owns its rows of dk and dv, and its part of dq.
 static void attention_backward(void *dq, void *dk, void *dv, const void *dout, const void *q, const void *k,
                                const void *v, const real *out, const real *lse, int Tq, int Tk, int C, int heads,
-                               Dropout dropout, int half, real *workspace) {
+                               Dropout dropout, AttentionPrior prior, int half, real *workspace) {
     const double begin = profile_begin();
     AttentionBackward b;
     const AttentionPlan plan = b.plan = attention_plan(Tq, Tk, C, heads, half);
     const size_t all_keys = heads * plan.head_keys, all_queries = heads * plan.head_queries;
-    b.dq = dq, b.dk = dk, b.dv = dv, b.dropout = dropout;
+    b.dq = dq, b.dk = dk, b.dv = dv, b.dropout = dropout, b.prior = prior;
     b.keys = workspace;
     b.values = b.keys + all_keys;
     b.key_units = half ? b.keys + all_keys / 2 : b.keys;
@@ -2786,9 +2851,17 @@ static void maxpool_backward(real *dx, const void *dy, const unsigned char *argm
 // ---------------------------------------------------------------------------------------------------------------------
 // Positions
 
+// features (count): a number as sines and cosines of falling frequencies, angle / 10000^(2 (i / 2) / count) for i <
+// count, sines for even i (i / 2 is rounded down).
+static void sine_features(real *features, int count, double angle) {
+    for (int i = 0; i < count; i++) {
+        const double slow = angle / pow(10000, 2.0 * (i / 2) / count);
+        features[i] = (real)(i % 2 ? cos(slow) : sin(slow));
+    }
+}
+
 // pos (h * w, C): DETR's PositionEmbeddingSine over an unpadded h x w grid, normalize=True, temperature 10000. The
-// first C / 2 channels tell y, the others x; with angle = 2 pi (place + 1) / (places + 1e-6), channel i of a half is
-// sin(angle / 10000^(2 (i / 2) / (C / 2))) for even i, the cosine of the same for odd i (i / 2 is rounded down).
+// first C / 2 channels tell y, the others x, as features of the angle 2 pi (place + 1) / (places + 1e-6).
 static void sine_positions(real *pos, int h, int w, int C) {
     const int half = C / 2;
     for (int along_x = 0; along_x < 2; along_x++) {
@@ -2796,11 +2869,7 @@ static void sine_positions(real *pos, int h, int w, int C) {
         for (int place = 0; place < places; place++) {
             // computed at the first cell of this row or column, then copied along it
             real *first = pos + (size_t)(along_x ? place : place * w) * C + (along_x ? half : 0);
-            const double angle = 2 * 3.14159265358979323846 * (place + 1) / (places + 1e-6);
-            for (int i = 0; i < half; i++) {
-                const double slow = angle / pow(10000, 2.0 * (i / 2) / half);
-                first[i] = (real)(i % 2 ? cos(slow) : sin(slow));
-            }
+            sine_features(first, half, 2 * 3.14159265358979323846 * (place + 1) / (places + 1e-6));
             const size_t step = (size_t)(along_x ? w : 1) * C;
             for (int i = 1; i < (along_x ? h : w); i++) memcpy(first + i * step, first, (size_t)half * sizeof(real));
         }
@@ -2822,13 +2891,18 @@ typedef struct {
     int timm_names;  // the checkpoint calls the backbone's tensors what timm calls them (always so with dilation)
     // transformer
     int hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, num_queries;
-    int num_labels;  // classes without "no object": logits have num_labels + 1 channels, the last is "no object"
+    int num_labels;  // classes without "no object"
+    int focal;       // --class_loss focal: a class's score is the sigmoid of its logit, and "no object" has no logit
+    int anchor;      // --decoder anchor: queries are boxes, which the decoder's layers move
     double dropout;
     int half;  // --precision bf16: how it is computed, no property of the network
 } ModelConfig;
 
+// Logits of a query: one for each class; without focal the last is "no object".
+static inline int num_logits(const ModelConfig *config) { return config->num_labels + !config->focal; }
+
 enum ParamGroup { GROUP_BACKBONE, GROUP_TRANSFORMER, GROUP_STATISTICS };  // statistics: a norm's mean and variance
-enum ParamInit { INIT_ZERO, INIT_ONE, INIT_UNIFORM, INIT_NORMAL };
+enum ParamInit { INIT_ZERO, INIT_ONE, INIT_UNIFORM, INIT_NORMAL, INIT_CONSTANT, INIT_BOXES };
 
 // One tensor of the network. The table of these is what initialising, loading, saving, the optimizer, the memory plan
 // and the tests walk.
@@ -2840,7 +2914,7 @@ typedef struct {
     enum ParamGroup group;
     int trained;  // the optimizer changes it
     enum ParamInit init;
-    double init_scale;  // uniform: the bound; normal: the deviation
+    double init_scale;  // uniform: the bound; normal: the deviation; constant: the value; boxes: their width and height
     real *value;
     real *grad, *exp_avg, *exp_avg_sq;  // NULL unless trained
     real *ema;                          // average of the values; NULL unless trained and asked for
@@ -2895,7 +2969,9 @@ typedef struct {
     Block *blocks;  // all stages, one after another
     int num_blocks;
     Layer input_projection;
-    Param *query_embeddings;  // (num_queries, hidden_dim)
+    Param *query_embeddings;  // (num_queries, hidden_dim): positions; anchor: (num_queries, 4), logits of cx, cy, w, h
+    Param *query_content;     // anchor: (num_queries, hidden_dim), the decoder's first input
+    Layer query_position_head[2];  // anchor: from a box's sine features to the query's position
     AttentionBlock *encoder_attention, *decoder_self, *decoder_cross;
     FeedForward *encoder_ffn, *decoder_ffn;
     Norm decoder_norm;
@@ -2988,6 +3064,8 @@ static void add_norm(Model *model, Norm *norm, const char *name) {
         add_param(model, GROUP_TRANSFORMER, 1, INIT_ZERO, 0, model->config.hidden_dim, 0, 0, 0, "%s.bias", name);
 }
 
+static const double ANCHOR_SIZE = 0.1;  // width and height of the boxes that --decoder anchor starts from
+
 // Glorot and Bengio 2010: what DETR gives every matrix of the transformer.
 static double xavier_bound(int in, int out) { return sqrt(6.0 / ((double)in + out)); }
 
@@ -3073,8 +3151,12 @@ static void model_walk(Model *model) {
         }
     }
     add_linear(model, &model->input_projection, in, C, -1, HALF_DX, "model.input_projection");
-    model->query_embeddings = add_param(model, GROUP_TRANSFORMER, 1, INIT_NORMAL, 1, config->num_queries, C, 0, 0,
-                                        "model.query_position_embeddings.weight");
+    model->query_embeddings = add_param(model, GROUP_TRANSFORMER, 1, config->anchor ? INIT_BOXES : INIT_NORMAL,
+                                        config->anchor ? ANCHOR_SIZE : 1, config->num_queries, config->anchor ? 4 : C,
+                                        0, 0, "model.query_position_embeddings.weight");
+    if (config->anchor)
+        model->query_content = add_param(model, GROUP_TRANSFORMER, 1, INIT_NORMAL, 1, config->num_queries, C, 0, 0,
+                                         "model.query_content_embeddings.weight");
     for (int l = 0; l < config->enc_layers; l++) {
         snprintf(name, sizeof name, "model.encoder.layers.%d", l);
         add_attention(model, &model->encoder_attention[l], name, "self_attn");
@@ -3086,12 +3168,23 @@ static void model_walk(Model *model) {
         add_attention(model, &model->decoder_cross[l], name, "encoder_attn");
         add_feed_forward(model, &model->decoder_ffn[l], name);
     }
+    for (int i = 0; i < 2 && config->anchor; i++) {
+        const int in = i == 0 ? 2 * C : C;
+        snprintf(name, sizeof name, "model.decoder.query_position_head.layers.%d", i);
+        add_linear(model, &model->query_position_head[i], in, C, xavier_bound(in, C), REAL_OPERANDS, name);
+    }
     add_norm(model, &model->decoder_norm, "model.decoder.layernorm");
-    add_linear(model, &model->class_head, C, config->num_labels + 1, -1, REAL_OPERANDS, "class_labels_classifier");
+    add_linear(model, &model->class_head, C, num_logits(config), -1, REAL_OPERANDS, "class_labels_classifier");
+    if (config->focal) {  // every class starts with a score of 0.01 (Lin et al. 2017)
+        model->class_head.bias->init = INIT_CONSTANT;
+        model->class_head.bias->init_scale = -log(99);
+    }
     for (int i = 0; i < 3; i++) {
         snprintf(name, sizeof name, "bbox_predictor.layers.%d", i);
         add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, REAL_OPERANDS, name);
     }
+    if (config->anchor)  // at first the layers leave the boxes where they are
+        model->box_head[2].weight->init = model->box_head[2].bias->init = INIT_ZERO;
 }
 
 // The memory of a model that has been walked, in two arenas: what a checkpoint needs, and what only training needs.
@@ -3193,9 +3286,20 @@ static void model_free(Model *model) {
     memset(model, 0, sizeof *model);
 }
 
+// Boxes as logits, number i of (count, 4): their centres cover the picture evenly, however many there are. (The
+// additive recurrence of Roberts 2018, "The unreasonable effectiveness of quasirandom sequences", with the plastic
+// number.)
+static double spread_box(size_t i, double size) {
+    double place = i % 4 < 2 ? (double)(i / 4 + 1) * (i % 4 ? 0.56984029099805327 : 0.75487766624669276) : 0;
+    double value = i % 4 < 2 ? size / 2 + (1 - size) * (place - floor(place)) : size;
+    return log(value / (1 - value));
+}
+
 static void param_initialise(Param *param, int index, uint64_t seed) {
     for (size_t i = 0; i < param->count; i++) {
         double value = param->init == INIT_ONE ? 1 : 0;
+        if (param->init == INIT_CONSTANT) value = param->init_scale;
+        if (param->init == INIT_BOXES) value = spread_box(i, param->init_scale);
         if (param->init == INIT_UNIFORM)
             value = param->init_scale * (2 * random_uniform(seed, RANDOM_INIT, (uint32_t)index, 0, 0, i) - 1);
         if (param->init == INIT_NORMAL)
@@ -3327,6 +3431,7 @@ typedef struct {
     real *lse, *sum, *mean, *rstd, *out;  // residual + attention, its statistics, after the norm
     void *operand;                        // out as what reads it next multiplies it: bf16, or out itself
     int num_queries, num_keys;
+    AttentionPrior prior;
 } AttentionActivations;
 
 typedef struct {
@@ -3354,23 +3459,28 @@ typedef struct {
     void **encoder_query;      // a layer: (T, C), its input plus positions
     AttentionActivations *encoder_attention, *decoder_self, *decoder_cross;
     FeedForwardActivations *encoder_ffn, *decoder_ffn;
-    void *memory_query;                      // (T, C) encoder output plus positions
-    real *target;                            // (Q, C) zeros (of bf16 as well), the decoder's first input
-    void **self_query, **cross_query;        // a layer: (Q, C), input plus query embeddings
-    real *states, *state_mean, *state_rstd;  // (L, Q, C): decoder outputs after the shared norm
-    real *logits, *box_hidden[2], *boxes;    // (L, Q, num_labels + 1); (L, Q, C); (L, Q, 4) as cx cy w h in 0..1
+    void *memory_query;  // (T, C) encoder output plus positions
+    real *target;        // (Q, C), the decoder's first input: zeros, or the queries' content
+    void *target_operand;
+    real *references;                                        // anchor: (L, Q, 4), the box that each layer receives
+    real *box_features, *position_hidden, *query_positions;  // anchor: (L, Q, 2 C), (L, Q, C), (L, Q, C)
+    void **self_query, **cross_query;                        // a layer: (Q, C), input plus the queries' positions
+    real *states, *state_mean, *state_rstd;                  // (L, Q, C): decoder outputs after the shared norm
+    real *logits, *box_hidden[2];                            // (L, Q, num_logits); (L, Q, C)
+    real *box_logits, *boxes;                                // (L, Q, 4) as cx cy w h, before the sigmoid and in 0..1
     real *dlogits, *dboxes;
     // scratch of the way back
     void *dshortcut;  // of a block with a shortcut, what comes back through it
     real *dstem;
     real *dstates;
-    real *dx, *dsum, *dquery, *dmemory, *dmemory_query, *dquery_embeddings;  // (max(T, Q), C)
+    real *dx, *dsum, *dquery, *dmemory, *dmemory_query;  // (max(T, Q), C)
+    real *dquery_positions;                              // (Q, C), which the layers share; anchor: (L, Q, C)
     void *dprojected, *dattended, *dq, *dk, *dv;
     real *workspace;  // for attention and for the weights' gradients
     // the matcher's
     double *costs;
     size_t costs_capacity;
-    double *probabilities;  // (num_labels + 1)
+    double *probabilities;  // (num_logits)
     int *match;             // (L, Q): the target that a query is matched with, or -1
 } Activations;
 
@@ -3405,14 +3515,14 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
     const size_t bytes = number_bytes(config->half), C = (size_t)config->hidden_dim, R = (size_t)rows;
     if (acts->training) {
         void **halves[5] = {&acts->dprojected, &acts->dattended, &acts->dq, &acts->dk, &acts->dv};
-        real **reals[6] = {&acts->dx,      &acts->dsum,          &acts->dquery,
-                           &acts->dmemory, &acts->dmemory_query, &acts->dquery_embeddings};
+        real **reals[5] = {&acts->dx, &acts->dsum, &acts->dquery, &acts->dmemory, &acts->dmemory_query};
         arena->used = begin;
         acts->dshortcut = arena_bytes(arena, shortcut * bytes);
         acts->dstem = arena_take(arena, stem);
         acts->dstates = arena_take(arena, (size_t)(config->dec_layers * Q) * C);
         for (int i = 0; i < 5; i++) *halves[i] = arena_bytes(arena, R * C * bytes);
-        for (int i = 0; i < 6; i++) *reals[i] = arena_take(arena, R * C);
+        for (int i = 0; i < 5; i++) *reals[i] = arena_take(arena, R * C);
+        acts->dquery_positions = arena_take(arena, (size_t)((config->anchor ? config->dec_layers : 1) * Q) * C);
         arena->used = larger(arena->used, forward);
     }
     size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, omp_get_max_threads());
@@ -3503,7 +3613,7 @@ static void plan_attention(Activations *acts, const Model *model, AttentionActiv
                            int num_keys, const char *name, int layer) {
     Arena *arena = &acts->arena;
     size_t C = (size_t)model->config.hidden_dim, rows = (size_t)num_queries, keys = (size_t)num_keys;
-    a->num_queries = num_queries, a->num_keys = num_keys;
+    a->num_queries = num_queries, a->num_keys = num_keys, a->prior = NO_PRIOR;
     const int half = model->config.half;
     a->query = take_named(arena, rows * C, half, "%s %d: query", name, layer);
     a->key = take_named(arena, keys * C, half, "%s %d: key", name, layer);
@@ -3559,7 +3669,14 @@ static void activations_plan(Activations *acts, const Model *model, int height, 
     }
     const void *memory = operand;
     acts->memory_query = arena_bytes(arena, tokens * C * bytes);
-    operand = x = acts->target = arena_take(arena, Q * C);
+    x = acts->target = arena_take(arena, Q * C);
+    operand = acts->target_operand = half ? arena_bytes(arena, Q * C * bytes) : acts->target;
+    if (config->anchor) {
+        acts->references = arena_take(arena, L * Q * 4);
+        acts->box_features = arena_take(arena, L * Q * 2 * C);
+        acts->position_hidden = (real *)take_named(arena, L * Q * C, 0, "query positions, hidden");
+        acts->query_positions = (real *)take_named(arena, L * Q * C, 0, "query positions");
+    }
     for (int l = 0; l < config->dec_layers; l++) {
         AttentionActivations *self = &acts->decoder_self[l], *cross = &acts->decoder_cross[l];
         acts->self_query[l] = arena_bytes(arena, Q * C * bytes);
@@ -3573,18 +3690,23 @@ static void activations_plan(Activations *acts, const Model *model, int height, 
         cross->key_in = acts->memory_query;
         cross->value_in = memory;
         cross->residual = self->out;
+        if (config->anchor) {
+            cross->prior.boxes = acts->references + (size_t)l * Q * 4;
+            cross->prior.height = acts->map_height, cross->prior.width = acts->map_width;
+        }
         acts->decoder_ffn[l].in = cross->operand, acts->decoder_ffn[l].residual = cross->out;
         x = acts->decoder_ffn[l].out, operand = acts->decoder_ffn[l].operand;
     }
     acts->states = (real *)take_named(arena, L * Q * C, 0, "decoder states");
     acts->state_mean = arena_take(arena, L * Q), acts->state_rstd = arena_take(arena, L * Q);
-    acts->logits = (real *)take_named(arena, L * Q * ((size_t)config->num_labels + 1), 0, "logits");
+    acts->logits = (real *)take_named(arena, L * Q * (size_t)num_logits(config), 0, "logits");
     for (int i = 0; i < 2; i++) acts->box_hidden[i] = (real *)take_named(arena, L * Q * C, 0, "box head, layer %d", i);
+    acts->box_logits = arena_take(arena, L * Q * 4);
     acts->boxes = (real *)take_named(arena, L * Q * 4, 0, "pred_boxes");
-    acts->dlogits = (real *)take_named(arena, L * Q * ((size_t)config->num_labels + 1), 0, "gradient of the logits");
+    acts->dlogits = (real *)take_named(arena, L * Q * (size_t)num_logits(config), 0, "gradient of the logits");
     acts->dboxes = (real *)take_named(arena, L * Q * 4, 0, "gradient of the boxes");
     acts->match = (int *)arena_bytes(arena, L * Q * sizeof(int));
-    acts->probabilities = (double *)arena_bytes(arena, ((size_t)config->num_labels + 1) * sizeof(double));
+    acts->probabilities = (double *)arena_bytes(arena, (size_t)num_logits(config) * sizeof(double));
 }
 
 static void activations_lists(Activations *acts, const Model *model, int training) {
@@ -3688,8 +3810,8 @@ static void attention_block_forward(Activations *acts, const Model *model, const
     layer_forward(a->key, a->key_in, a->num_keys, 1, &block->key, 0, NULL);
     layer_forward(a->value, a->value_in, a->num_keys, 1, &block->value, 0, NULL);
     attention_forward(a->attended, rounded(model, a->attended_operand), a->lse, a->query, a->key, a->value,
-                      a->num_queries, a->num_keys, C, model->config.nheads, dropout_at(acts, site), model->config.half,
-                      acts->workspace);
+                      a->num_queries, a->num_keys, C, model->config.nheads, dropout_at(acts, site), a->prior,
+                      model->config.half, acts->workspace);
     add_residual(a->sum, a->residual, a->attended_operand, &block->output, a->num_queries, dropout_at(acts, site + 1));
     layernorm_forward(a->out, rounded(model, a->operand), a->mean, a->rstd, a->sum, block->norm.weight->value,
                       block->norm.bias->value, a->num_queries, C);
@@ -3710,7 +3832,7 @@ static void attention_block_backward(Activations *acts, const Model *model, cons
     layer_backward(acts->dattended, a->attended_operand, dprojected, rows, 1, &block->output, NULL, NULL,
                    acts->workspace);
     attention_backward(acts->dq, acts->dk, acts->dv, acts->dattended, a->query, a->key, a->value, a->attended, a->lse,
-                       rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), model->config.half,
+                       rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), a->prior, model->config.half,
                        acts->workspace);
     layer_backward(dquery, a->query_in, acts->dq, rows, 1, &block->query, NULL, NULL, acts->workspace);
     layer_backward(dkey, a->key_in, acts->dk, a->num_keys, 1, &block->key, dkey, NULL, acts->workspace);
@@ -3781,6 +3903,43 @@ static void block_backward(Activations *acts, const Block *block, const BlockAct
     layer_backward(b->in, b->in, dy, b->height, b->width, &block->conv[0], dshortcut, b->in, acts->workspace);
 }
 
+static void sigmoid(real *y, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) y[i] = (real)(1 / (1 + exp(-(double)x[i])));
+}
+
+// What is added to the queries (Q, C) where decoder layer l compares them: learned, and the same for all layers; or,
+// with
+// --decoder anchor, a function of the box that the layer receives (DAB-DETR: Liu et al. 2022),
+//   relu(features W0 + b0) W1 + b1, features: those of 2 pi cx, 2 pi cy, 2 pi w, 2 pi h beside each other.
+static const real *query_positions(const Model *model, Activations *acts, int l) {
+    if (!model->config.anchor) return model->query_embeddings->value;
+    const int Q = model->config.num_queries, C = model->config.hidden_dim;
+    const size_t first = (size_t)l * (size_t)Q, count = (size_t)C / 2;
+    const real *reference = acts->references + first * 4;
+    real *features = acts->box_features + first * 4 * count, *hidden = acts->position_hidden + first * (size_t)C,
+         *positions = acts->query_positions + first * (size_t)C;
+    for (int i = 0; i < 4 * Q; i++)
+        sine_features(features + (size_t)i * count, (int)count, 2 * 3.14159265358979323846 * (double)reference[i]);
+    layer_forward(hidden, features, Q, 1, &model->query_position_head[0], 1, NULL);
+    layer_forward(positions, hidden, Q, 1, &model->query_position_head[1], 0, NULL);
+    return positions;
+}
+
+// The boxes of decoder layer l: sigmoid(box head). With --decoder anchor the head says by how much the layer moves the
+// box it received, in logits, and what comes out is the next layer's reference (Deformable DETR: Zhu et al. 2021).
+static void box_head_forward(const Model *model, Activations *acts, int l) {
+    const int Q = model->config.num_queries, anchor = model->config.anchor;
+    const size_t first = (size_t)l * (size_t)Q, state = first * (size_t)model->config.hidden_dim, count = (size_t)Q * 4;
+    real *logits = acts->box_logits + first * 4, *boxes = acts->boxes + first * 4;
+    const real *before = !anchor ? NULL : l ? logits - count : model->query_embeddings->value;
+    layer_forward(acts->box_hidden[0] + state, acts->states + state, Q, 1, &model->box_head[0], 1, NULL);
+    layer_forward(acts->box_hidden[1] + state, acts->box_hidden[0] + state, Q, 1, &model->box_head[1], 1, NULL);
+    layer_forward(logits, acts->box_hidden[1] + state, Q, 1, &model->box_head[2], 0, before);
+    sigmoid(boxes, logits, count);
+    if (anchor && l < model->config.dec_layers - 1)
+        memcpy(acts->references + (first + (size_t)Q) * 4, boxes, count * sizeof(real));
+}
+
 // The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
 static void network_forward(const Model *model, Activations *acts) {
     const ModelConfig *config = &model->config;
@@ -3804,31 +3963,38 @@ static void network_forward(const Model *model, Activations *acts) {
     }
     add_rows(acts->memory_query, half, x, acts->positions, map_count);
 
-    const real *queries = model->query_embeddings->value;
-    memset(acts->target, 0, query_count * sizeof(real));
+    if (config->anchor) {
+        sigmoid(acts->references, model->query_embeddings->value, (size_t)Q * 4);
+        memcpy(acts->target, model->query_content->value, query_count * sizeof(real));
+    } else {
+        memset(acts->target, 0, query_count * sizeof(real));
+    }
+    if (half) add_rows(acts->target_operand, 1, acts->target, NULL, query_count);
     x = acts->target;
     for (int l = 0; l < L; l++) {
         int site = 4 * config->enc_layers + 6 * l;
-        add_rows(acts->self_query[l], half, x, queries, query_count);
+        const real *positions = query_positions(model, acts, l);
+        add_rows(acts->self_query[l], half, x, positions, query_count);
         attention_block_forward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site);
-        add_rows(acts->cross_query[l], half, acts->decoder_self[l].out, queries, query_count);
+        add_rows(acts->cross_query[l], half, acts->decoder_self[l].out, positions, query_count);
         attention_block_forward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2);
         feed_forward_forward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4);
         x = acts->decoder_ffn[l].out;
         layernorm_forward(acts->states + (size_t)l * query_count, NULL, acts->state_mean + l * Q,
                           acts->state_rstd + l * Q, x, model->decoder_norm.weight->value,
                           model->decoder_norm.bias->value, Q, C);
+        box_head_forward(model, acts, l);
     }
     layer_forward(acts->logits, acts->states, L * Q, 1, &model->class_head, 0, NULL);
-    layer_forward(acts->box_hidden[0], acts->states, L * Q, 1, &model->box_head[0], 1, NULL);
-    layer_forward(acts->box_hidden[1], acts->box_hidden[0], L * Q, 1, &model->box_head[1], 1, NULL);
-    layer_forward(acts->boxes, acts->box_hidden[1], L * Q, 1, &model->box_head[2], 0, NULL);
-    for (int i = 0; i < L * Q * 4; i++) acts->boxes[i] = (real)(1 / (1 + exp(-(double)acts->boxes[i])));
 }
 
+// With --decoder anchor the box that a layer receives is a constant to it, but for the learned boxes in the first
+// layer, which its boxes are sums with: their gradient is that of the sum.
 static void heads_backward(const Model *model, Activations *acts) {
     int rows = model->config.dec_layers * model->config.num_queries;
     for (int i = 0; i < rows * 4; i++) acts->dboxes[i] *= acts->boxes[i] * (1 - acts->boxes[i]);  // through the sigmoid
+    Param *learned = model->query_embeddings;
+    if (model->config.anchor) add_rows(learned->grad, 0, learned->grad, acts->dboxes, learned->count);
     layer_backward(acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL,
                    acts->workspace);
     real **hidden = acts->box_hidden;  // their gradients take their place
@@ -3836,6 +4002,15 @@ static void heads_backward(const Model *model, Activations *acts) {
     layer_backward(hidden[0], hidden[0], hidden[1], rows, 1, &model->box_head[1], NULL, hidden[0], acts->workspace);
     layer_backward(acts->dstates, acts->states, hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL,
                    acts->workspace);
+}
+
+// From acts->dquery_positions, with --decoder anchor, to the head that made the positions.
+static void query_positions_backward(const Model *model, Activations *acts) {
+    const int rows = model->config.dec_layers * model->config.num_queries;
+    real *hidden = acts->position_hidden;  // its gradient takes its place
+    layer_backward(hidden, hidden, acts->dquery_positions, rows, 1, &model->query_position_head[1], NULL, hidden,
+                   acts->workspace);
+    layer_backward_weight(acts->box_features, hidden, rows, 1, &model->query_position_head[0], acts->workspace);
 }
 
 // Leaves the gradient of the encoder's output in acts->dmemory.
@@ -3846,9 +4021,10 @@ static void decoder_backward(const Model *model, Activations *acts) {
     real *dx = acts->dx, *dquery = acts->dquery, *dresidual = acts->dsum;
     memset(acts->dmemory, 0, map_count * sizeof(real));
     memset(acts->dmemory_query, 0, map_count * sizeof(real));
-    memset(acts->dquery_embeddings, 0, query_count * sizeof(real));
+    memset(acts->dquery_positions, 0, (config->anchor ? config->dec_layers : 1) * query_count * sizeof(real));
     for (int l = config->dec_layers - 1; l >= 0; l--) {
         int site = 4 * config->enc_layers + 6 * l;
+        real *dpositions = acts->dquery_positions + (config->anchor ? (size_t)l * query_count : 0);
         layernorm_backward(dquery, model->decoder_norm.weight->grad, model->decoder_norm.bias->grad,
                            acts->dstates + (size_t)l * query_count, acts->decoder_ffn[l].out, acts->state_mean + l * Q,
                            acts->state_rstd + l * Q, model->decoder_norm.weight->value, Q, C);
@@ -3859,14 +4035,19 @@ static void decoder_backward(const Model *model, Activations *acts) {
         feed_forward_backward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4, dx, dx);
         attention_block_backward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2, dresidual,
                                  dquery, acts->dmemory_query, acts->dmemory, dx);
-        add_rows(acts->dquery_embeddings, 0, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dpositions, 0, dpositions, dquery, query_count);
         add_rows(dx, 0, dresidual, dquery, query_count);
         attention_block_backward(acts, model, &model->decoder_self[l], &acts->decoder_self[l], site, dresidual, dquery,
                                  dquery, dresidual, dx);
-        add_rows(acts->dquery_embeddings, 0, acts->dquery_embeddings, dquery, query_count);
+        add_rows(dpositions, 0, dpositions, dquery, query_count);
         add_rows(dx, 0, dresidual, dquery, query_count);
     }
-    add_rows(model->query_embeddings->grad, 0, model->query_embeddings->grad, acts->dquery_embeddings, query_count);
+    if (config->anchor) {
+        query_positions_backward(model, acts);
+        add_rows(model->query_content->grad, 0, model->query_content->grad, dx, query_count);
+    } else {
+        add_rows(model->query_embeddings->grad, 0, model->query_embeddings->grad, acts->dquery_positions, query_count);
+    }
     add_rows(acts->dmemory, 0, acts->dmemory, acts->dmemory_query, map_count);
 }
 
@@ -3913,9 +4094,10 @@ static void network_backward(const Model *model, Activations *acts) {
 // Set loss: DETR's criterion (models/detr.py, models/matcher.py of the reference), one image at a time
 
 typedef struct {
-    double cost_class, cost_bbox, cost_giou;          // the matcher's weights
-    double bbox_loss_coef, giou_loss_coef, eos_coef;  // the loss's; eos: weight of the class "no object"
-    int aux_loss;                                     // every decoder layer is trained, not only the last
+    double cost_class, cost_bbox, cost_giou;                 // the matcher's weights
+    double class_loss_coef, bbox_loss_coef, giou_loss_coef;  // the loss's
+    double eos_coef;                                         // of the class "no object", in softmax's cross-entropy
+    int aux_loss;                                            // every decoder layer is trained, not only the last
 } LossSettings;
 
 // What one optimizer step measured, as DETR logs it: unweighted, entry dec_layers - 1 is the final layer.
@@ -4045,13 +4227,34 @@ static double softmax_row(double *probabilities, const real *logits, int classes
     return highest + log(sum);
 }
 
+// Focal loss (Lin et al. 2017) of one logit z that should say yes (positive) or no, with the sigmoid p of z:
+//   yes: 0.25 (1 - p)^2 (-log p),   no: 0.75 p^2 (-log (1 - p)).
+// derivative, or NULL: receives d/dz. With x = -z for yes, x = z for no, q = sigmoid(x) and softplus(x) = -log(1 - q)
+// both are alpha q^2 softplus(x), whose derivative by x is alpha q^2 (2 (1 - q) softplus(x) + q).
+static double focal_loss(double z, int positive, double *derivative) {
+    const double alpha = positive ? 0.25 : 0.75, x = positive ? -z : z;
+    const double q = 1 / (1 + exp(-x)), softplus = fmax(x, 0) + log1p(exp(-fabs(x)));
+    if (derivative) *derivative = (positive ? -1 : 1) * alpha * q * q * (2 * (1 - q) * softplus + q);
+    return alpha * q * q * softplus;
+}
+
+// What the classes add to the cost of a query with these logits, if it is matched with a target of class c: (classes).
+// softmax: -p(c). focal: by how much the loss grows if c should be yes instead of no (Deformable DETR's matcher).
+static void class_costs(double *costs, const real *logits, const ModelConfig *config) {
+    const int classes = num_logits(config);
+    if (!config->focal) softmax_row(costs, logits, classes);
+    for (int c = 0; c < classes; c++)
+        costs[c] =
+            config->focal ? focal_loss((double)logits[c], 1, NULL) - focal_loss((double)logits[c], 0, NULL) : -costs[c];
+}
+
 // Matches the queries of one decoder layer with the targets at the least total cost
-//   cost_bbox * |b - t|_1 - cost_class * p(class of t) - cost_giou * GIoU(b, t).
+//   cost_bbox * |b - t|_1 + cost_class * (class cost) - cost_giou * GIoU(b, t).
 // match: (num_queries), the target of each query or -1. Every target finds a query, or every query a target if there
-// are more targets. logits: (num_queries, classes) with the last class "no object"; boxes: (num_queries, 4).
-static void match_queries(Activations *acts, int *match, const real *logits, const real *boxes, int num_queries,
-                          int classes, Targets targets, const LossSettings *settings) {
-    int T = targets.num_boxes, Q = num_queries, transposed = T > Q;
+// are more targets. logits: (num_queries, num_logits); boxes: (num_queries, 4).
+static void match_queries(Activations *acts, int *match, const real *logits, const real *boxes,
+                          const ModelConfig *config, Targets targets, const LossSettings *settings) {
+    int T = targets.num_boxes, Q = config->num_queries, transposed = T > Q;
     int rows = transposed ? Q : T, columns = transposed ? T : Q;
     size_t costs = (size_t)T * (size_t)Q;
     size_t needed = costs + (size_t)(rows + 2 * columns) + (size_t)(3 * columns + rows + 1) / 2;
@@ -4061,10 +4264,10 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
         acts->costs = (double *)reallocate(acts->costs, needed * sizeof(double));
         acts->costs_capacity = needed;
     }
-    double *cost = acts->costs, *workspace = cost + costs, *probabilities = acts->probabilities;
+    double *cost = acts->costs, *workspace = cost + costs, *of_class = acts->probabilities;
     int *column_of_row = (int *)(workspace + rows + 2 * columns) + 3 * columns;
     for (int q = 0; q < Q; q++) {
-        softmax_row(probabilities, logits + (size_t)q * (size_t)classes, classes);
+        class_costs(of_class, logits + (size_t)q * (size_t)num_logits(config), config);
         double box[4] = {(double)boxes[4 * q], (double)boxes[4 * q + 1], (double)boxes[4 * q + 2],
                          (double)boxes[4 * q + 3]};
         for (int t = 0; t < T; t++) {
@@ -4072,7 +4275,7 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
             double distance = 0;
             for (int i = 0; i < 4; i++) distance += fabs(box[i] - target[i]);
             cost[transposed ? (size_t)q * (size_t)T + (size_t)t : (size_t)t * (size_t)Q + (size_t)q] =
-                settings->cost_bbox * distance - settings->cost_class * probabilities[targets.classes[t]] -
+                settings->cost_bbox * distance + settings->cost_class * of_class[targets.classes[t]] -
                 settings->cost_giou * generalized_iou(box, target, NULL);
         }
     }
@@ -4085,27 +4288,47 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
     }
 }
 
+// The class loss of one query; writes its gradient, scaled by `weight`, to dlogits (classes). label: its class, or
+// num_labels for "no object".
+//   cross-entropy: w (log sum exp z - z_label) / divisors.weights, w = eos_coef for "no object", else 1;
+//                  d/dz = w (softmax - onehot) / divisors.weights
+//   focal:         the sum over classes of focal_loss / divisors.boxes
+static double class_loss(real *dlogits, const real *z, int label, const ModelConfig *config, LossDivisors divisors,
+                         const LossSettings *settings, double weight, double *probabilities) {
+    const int classes = num_logits(config);
+    if (config->focal) {
+        double sum = 0, num_boxes = fmax(divisors.boxes, 1), derivative;
+        for (int c = 0; c < classes; c++) {
+            sum += focal_loss((double)z[c], c == label, &derivative);
+            dlogits[c] = (real)(weight * derivative / num_boxes);
+        }
+        return sum / num_boxes;
+    }
+    const double log_sum = softmax_row(probabilities, z, classes),
+                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights;
+    for (int c = 0; c < classes; c++) dlogits[c] = (real)(weight * w * (probabilities[c] - (c == label)));
+    return w * (log_sum - (double)z[label]);
+}
+
 // Loss of one decoder layer l of one image: adds its share to `losses`, writes its gradient to dlogits and dboxes,
 // scaled by `weight` (0 for an auxiliary layer that is not trained).
-//   cross-entropy: sum of w (log sum exp z - z_class) / divisors.weights, w = eos_coef for "no object", else 1;
-//                  d/dz = w (softmax - onehot) / divisors.weights
-//   boxes:         bbox_loss_coef |b - t|_1 / divisors.boxes + giou_loss_coef (1 - GIoU) / divisors.boxes
+//   classes: class_loss_coef * class_loss
+//   boxes:   bbox_loss_coef |b - t|_1 / divisors.boxes + giou_loss_coef (1 - GIoU) / divisors.boxes
+// A query says "object" if its most likely class is one; with focal loss, if it is at least as likely as not.
 static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *logits, const real *boxes,
-                       const int *match, int l, int num_queries, int classes, int is_final, Targets targets,
+                       const int *match, int l, const ModelConfig *config, int is_final, Targets targets,
                        LossDivisors divisors, const LossSettings *settings, double weight, double *probabilities) {
-    int objects = 0, no_object = classes - 1;
+    const int classes = num_logits(config), no_object = config->num_labels;
+    int objects = 0;
     double num_boxes = fmax(divisors.boxes, 1);
-    for (int q = 0; q < num_queries; q++) {
+    for (int q = 0; q < config->num_queries; q++) {
         const real *z = logits + (size_t)q * (size_t)classes;
         int target = match[q], label = target >= 0 ? targets.classes[target] : no_object, best = 0;
-        double log_sum = softmax_row(probabilities, z, classes),
-               w = (target >= 0 ? 1 : settings->eos_coef) / divisors.weights;
-        losses->loss_ce[l] += w * (log_sum - (double)z[label]);
-        for (int c = 0; c < classes; c++) {
+        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, settings,
+                                         weight * settings->class_loss_coef, probabilities);
+        for (int c = 1; c < classes; c++)
             if (z[c] > z[best]) best = c;
-            dlogits[(size_t)q * (size_t)classes + (size_t)c] = (real)(weight * w * (probabilities[c] - (c == label)));
-        }
-        objects += best != no_object;
+        objects += config->focal ? z[best] > 0 : best != no_object;
         for (int i = 0; i < 4; i++) dboxes[4 * q + i] = 0;
         if (target < 0) continue;
         if (is_final) losses->matched++, losses->matched_right += best == label;
@@ -4129,15 +4352,14 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
 static void set_loss(const Model *model, Activations *acts, Targets targets, LossDivisors divisors,
                      const LossSettings *settings, Losses *losses) {
     const double begin = profile_begin();
-    int Q = model->config.num_queries, classes = model->config.num_labels + 1, L = model->config.dec_layers;
-    for (int l = 0; l < L; l++) {
-        size_t row = (size_t)l * (size_t)Q;
-        const real *logits = acts->logits + row * (size_t)classes, *boxes = acts->boxes + row * 4;
-        int is_final = l == L - 1;
-        match_queries(acts, acts->match + row, logits, boxes, Q, classes, targets, settings);
-        layer_loss(losses, acts->dlogits + row * (size_t)classes, acts->dboxes + row * 4, logits, boxes,
-                   acts->match + row, l, Q, classes, is_final, targets, divisors, settings,
-                   is_final || settings->aux_loss, acts->probabilities);
+    const ModelConfig *config = &model->config;
+    for (int l = 0; l < config->dec_layers; l++) {
+        size_t row = (size_t)l * (size_t)config->num_queries, place = row * (size_t)num_logits(config);
+        const real *logits = acts->logits + place, *boxes = acts->boxes + row * 4;
+        int is_final = l == config->dec_layers - 1;
+        match_queries(acts, acts->match + row, logits, boxes, config, targets, settings);
+        layer_loss(losses, acts->dlogits + place, acts->dboxes + row * 4, logits, boxes, acts->match + row, l, config,
+                   is_final, targets, divisors, settings, is_final || settings->aux_loss, acts->probabilities);
     }
     profile_end(begin, "matching and loss", "", 0, 0);
 }
@@ -4147,7 +4369,8 @@ static void losses_finish(Losses *losses, int dec_layers, const LossSettings *se
     losses->class_error = 100 - (losses->matched ? 100.0 * losses->matched_right / losses->matched : 0);
     losses->loss = 0;
     for (int l = settings->aux_loss ? 0 : dec_layers - 1; l < dec_layers; l++)
-        losses->loss += losses->loss_ce[l] + settings->bbox_loss_coef * losses->loss_bbox[l] +
+        losses->loss += settings->class_loss_coef * losses->loss_ce[l] +
+                        settings->bbox_loss_coef * losses->loss_bbox[l] +
                         settings->giou_loss_coef * losses->loss_giou[l];
 }
 
@@ -4591,7 +4814,8 @@ static double forward_flops(const Model *model, int height, int width, double *u
     sum += T * (double)model->input_projection.weight->count;
     sum += model->config.enc_layers * (T * (4 * C * C + 2 * C * F) + 2 * T * T * C);
     sum += model->config.dec_layers * (Q * (6 * C * C + 2 * C * F) + 2 * T * C * C + 2 * Q * Q * C + 2 * Q * T * C);
-    sum += model->config.dec_layers * Q * (C * (model->config.num_labels + 1) + 2 * C * C + 4 * C);
+    sum += model->config.dec_layers * Q * (C * num_logits(&model->config) + 2 * C * C + 4 * C);
+    if (model->config.anchor) sum += model->config.dec_layers * Q * 3 * C * C;
     activations_free(&acts);
     return 2 * sum;
 }

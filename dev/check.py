@@ -3,7 +3,8 @@
 What the trainer promises about other people's software, checked against that software (make check-python):
 
     checkpoints   transformers opens a folder that ./train_detr wrote, and ./train_detr one that transformers wrote:
-                  same logits, same boxes, same detections
+                  same logits, same boxes, same detections; what is no DETR to it (--decoder anchor, --class_loss
+                  focal) it refuses, and dev/oracle.py's TrainDetr opens
     pixels        pictures of every kind are decoded and resized to Pillow's bytes
     scores        `score` prints what pycocotools prints (dev/check_eval.py)
 
@@ -30,7 +31,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
-from transformers import DetrConfig, DetrForObjectDetection
+from transformers import AutoModelForObjectDetection, DetrConfig, DetrForObjectDetection
 
 import check_eval
 import oracle
@@ -254,29 +255,39 @@ def published_model(folder):
     return folder
 
 
+def open_checkpoint(folder):
+    """The folder in PyTorch; nothing in it may be missing or left over."""
+    kind = oracle.TrainDetr if own_kind(folder) else DetrForObjectDetection
+    # Old configurations leave use_pretrained_backbone out, for which 4.57 would fetch weights that are replaced at once.
+    offline = json.loads((folder / "config.json").read_text()).get("use_timm_backbone", True) and not FIVE
+    options = dict(use_pretrained_backbone=False) if offline else {}
+    model, information = kind.from_pretrained(folder, output_loading_info=True, **options)
+    wrong = {key: sorted(names)[:3] for key, names in information.items()
+             if names and not all("num_batches_tracked" in str(name) for name in names)}
+    assert not wrong, f"transformers finds {wrong}"
+    return model.eval()
+
+
+def own_kind(folder):
+    return json.loads((folder / "config.json").read_text())["model_type"] == "train_detr"
+
+
 def agree(folder, scratch):
-    """`predict` and transformers on three pictures: logits, boxes, detections. Returns the figure to print."""
+    """`predict` and PyTorch on three pictures: logits, boxes, detections. Returns the figure to print."""
     generator = np.random.default_rng(11)
     paths = [write_picture(scratch / f"{width}x{height}", "jpeg", generator, width, height)
              for width, height in ((130, 97), (75, 140), (210, 64))]
     run("predict", "--resume", folder, "--dump", scratch / "dump.safetensors", "--json", scratch / "found.json",
         "--threshold", 0, *paths)
     dump, found = load_file(scratch / "dump.safetensors"), json.loads((scratch / "found.json").read_text())
-    # Old configurations leave use_pretrained_backbone out, for which 4.57 would fetch weights that are replaced at once.
-    offline = json.loads((folder / "config.json").read_text()).get("use_timm_backbone", True) and not FIVE
-    options = dict(use_pretrained_backbone=False) if offline else {}
-    model, information = DetrForObjectDetection.from_pretrained(folder, output_loading_info=True, **options)
-    wrong = {key: sorted(names)[:3] for key, names in information.items()
-             if names and not all("num_batches_tracked" in str(name) for name in names)}
-    assert not wrong, f"transformers finds {wrong}"
-    model.eval()
+    model = open_checkpoint(folder)
+    focal = own_kind(folder) and model.config.class_loss == "focal"
     worst, scale = 0.0, 0.0
     assert len(found) == len(paths)
     for place, (path, entry) in enumerate(zip(paths, found)):
         pixels = torch.from_numpy(dump[f"{place}.pixel_values"]).permute(2, 0, 1)[None].contiguous()
         with torch.no_grad():
-            output = model(pixels)
-        logits, boxes = output.logits[0].numpy(), output.pred_boxes[0].numpy()
+            logits, boxes = (layers[-1].numpy() for layers in oracle.run_image(model, pixels))
         for name, theirs in (("logits", logits), ("pred_boxes", boxes)):
             ours = dump[f"{place}.{name}"]
             assert ours.shape == theirs.shape, f"{name}: {ours.shape}, transformers {theirs.shape}"
@@ -284,17 +295,25 @@ def agree(folder, scratch):
             assert difference <= LIMIT, f"picture {place}: {name} differ by {difference:.2g}"
             worst = max(worst, difference)
         scale = max(scale, float(logits.std()))
-        check_detections(entry, path, logits, boxes, model.config.id2label)
+        check_detections(entry, path, logits, boxes, model.config.id2label, focal)
     assert scale > 0.05, "these logits are too small for the comparison to mean anything"
     return f"largest difference {worst:.1e} (logits spread {scale:.2g})"
 
 
-def check_detections(entry, path, logits, boxes, id2label):
-    """The entry of --json at threshold 0 against DETR's PostProcess on the logits, clipped to the picture."""
+def check_detections(entry, path, logits, boxes, id2label, focal):
+    """
+    The entry of --json at threshold 0 against DETR's PostProcess on the logits, with focal loss against Deformable DETR's,
+    clipped to the picture.
+    """
     width, height = Image.open(path).size
     assert (entry["width"], entry["height"]) == (width, height)
-    probabilities = torch.from_numpy(logits).softmax(-1).numpy()[:, :-1]
-    scores, labels = probabilities.max(-1), probabilities.argmax(-1)
+    if focal:
+        scores, pairs = torch.from_numpy(logits).sigmoid().flatten().topk(len(logits))
+        scores, labels, boxes = scores.numpy(), pairs.numpy() % logits.shape[1], boxes[pairs.numpy() // logits.shape[1]]
+        probabilities = scores[:, None]
+    else:
+        probabilities = torch.from_numpy(logits).softmax(-1).numpy()[:, :-1]
+        scores, labels = probabilities.max(-1), probabilities.argmax(-1)
     centre, half = boxes[:, :2], boxes[:, 2:] / 2
     corners = np.concatenate([centre - half, centre + half], axis=1) * [width, height, width, height]
     corners = np.clip(corners, 0, [width, height, width, height])
@@ -308,6 +327,18 @@ def check_detections(entry, path, logits, boxes, id2label):
         if near.sum() == 1 and scores[query] - second > LIMIT:
             assert detection["label"] == id2label[int(labels[query])], f"rank {rank}: label {detection['label']}"
             assert np.abs(np.array(detection["box"]) - corners[query]).max() < LIMIT * max(width, height), f"rank {rank}: box"
+
+
+def trained_own(folder, *flags):
+    """A checkpoint that is no DETR to transformers, which must say so."""
+    run("train", "--data", "data/bccd", "--output_dir", folder, "--steps", 2, "--backbone", "resnet18", *flags, *TINY)
+    for kind in (AutoModelForObjectDetection, DetrForObjectDetection):
+        try:
+            kind.from_pretrained(folder)
+        except (ValueError, RuntimeError):
+            continue
+        raise AssertionError(f"{kind.__name__} opens what it does not know")
+    return folder
 
 
 def trained(folder, *flags):
@@ -324,6 +355,8 @@ def check_checkpoints():
     yield "trained, resnet18", lambda at: agree(trained(at / "out", "--backbone", "resnet18", *TINY), at)
     yield "trained, resnet50", lambda at: agree(trained(at / "out", "--backbone", "resnet50", *TINY), at)
     yield "trained, resnet18 DC5", lambda at: agree(trained(at / "out", "--backbone", "resnet18", "--dilation", *TINY), at)
+    for flags in (["--decoder", "anchor", "--class_loss", "focal"], ["--decoder", "anchor"], ["--class_loss", "focal"]):
+        yield f"trained, {' '.join(flags)}", lambda at, flags=flags: agree(trained_own(at / "out", *flags), at)
     yield "trained from save_pretrained", lambda at: agree(
         trained(at / "out", "--pretrained", native_model(at / "start", "odd"), "--short_side", 64, "--max_size", 96), at)
     yield "saved, native basic", lambda at: agree(native_model(at / "model", "basic"), at)

@@ -3,11 +3,12 @@
 The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
 
     python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
-                                         under OUTDIR/basic, bottleneck, dc5, odd and even, and OUTDIR/options
+                                         under OUTDIR/basic, bottleneck, dc5, odd, even and anchor, and OUTDIR/options
     python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
 
-The network is transformers' DetrForObjectDetection. Loss, matching, clipping, parameter groups and dropout are those of
-facebookresearch/detr. Read it in order: cases, random numbers, network, criterion, training steps, dumps, options,
+The network is transformers' DetrForObjectDetection, and `TrainDetr` what --decoder anchor and --class_loss focal make of
+it: TrainDetr.from_pretrained(OUT) opens such a checkpoint. Loss, matching, clipping, parameter groups and dropout are those
+of facebookresearch/detr. Read it in order: cases, random numbers, network, criterion, training steps, dumps, options,
 comparison.
 
 Where transformers departs from DETR, or from double precision, the departure is undone here:
@@ -25,6 +26,8 @@ How far a float32 program may be from the truth is measured on PyTorch itself, w
 distribution: `float32_runs` draws twelve of them. Its autocast to bf16 is the measure of --precision bf16: `bf16_errors`.
 """
 import argparse
+import json
+import math
 import os
 import sys
 import warnings
@@ -43,7 +46,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig, get_c
 from transformers.models.detr import modeling_detr
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The five cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
+# The six cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
 # has more boxes than there are queries, the second a crowd among its boxes, the third none (`SHARES` turns them round
 # in the second step). Weights other than DETR's own, so that a factor that is mixed up or left out shows.
 
@@ -77,6 +80,11 @@ CASES = dict(
         timm=dict(backbone="resnet50", layers=[1, 1, 2, 1], channels=[4, 4, 6, 8]),
         detr=dict(d_model=24, heads=4, ffn=32, encoder_layers=1, decoder_layers=2, num_queries=6), num_classes=3,
         sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
+    anchor=dict(
+        numpy_seed=104, settings=dict(dropout=0.1, cost_class=2, class_loss_coef=1.5), decoder="anchor", class_loss="focal",
+        backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12, 16], depths=[1, 1, 1, 1]),
+        detr=dict(d_model=32, heads=8, ffn=24, encoder_layers=1, decoder_layers=3, num_queries=7), num_classes=4,
+        sizes=[[(61, 139), (101, 58), (72, 52)], [(50, 64), (97, 41), (65, 120)]]),
 )
 
 SHARES = [["many", "crowd", "none"], ["none", "many", "crowd"]]  # what boxes image i of step s has
@@ -87,7 +95,7 @@ def settings_of(case):
 
 
 def config_of(case):
-    """The DetrConfig of a case. DC5 has no ResNetConfig: it is a timm backbone, sized by timm's own arguments."""
+    """The configuration of a case. DC5 has no ResNetConfig: it is a timm backbone, sized by timm's own arguments."""
     detr, settings = case["detr"], settings_of(case)
     if "timm" in case:
         arguments = dict(case["timm"])
@@ -97,12 +105,13 @@ def config_of(case):
         backbone = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
                         backbone_config=ResNetConfig(out_features=["stage4"], **case["backbone"]))
     names = {index: f"class {index}" for index in range(case["num_classes"])}
-    return DetrConfig(
+    departs = {key: case[key] for key in ("decoder", "class_loss") if key in case}
+    return (TrainDetrConfig if departs else DetrConfig)(
         d_model=detr["d_model"], encoder_layers=detr["encoder_layers"], decoder_layers=detr["decoder_layers"],
         encoder_attention_heads=detr["heads"], decoder_attention_heads=detr["heads"], encoder_ffn_dim=detr["ffn"],
         decoder_ffn_dim=detr["ffn"], num_queries=detr["num_queries"], auxiliary_loss=False, dropout=settings["dropout"],
         attention_dropout=settings["dropout"], activation_dropout=settings["dropout"],
-        id2label=names, label2id={name: index for index, name in names.items()}, **backbone)
+        id2label=names, label2id={name: index for index, name in names.items()}, **backbone, **departs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,8 +224,115 @@ def sine_positions(self, pixel_values, pixel_mask):
     return positions
 
 
+class TrainDetrConfig(DetrConfig):
+    """A DetrConfig with `decoder`, "plain" or "anchor", and `class_loss`, "softmax" or "focal"."""
+    model_type = "train_detr"
+
+    def __init__(self, decoder="plain", class_loss="softmax", **rest):
+        self.decoder, self.class_loss = decoder, class_loss
+        super().__init__(**rest)
+
+
+# Where head h of the anchor decoder's cross-attention looks, by h modulo 8: the Gaussian's middle (x, y) from the box's
+# centre and its deviation, in halves of the box's width and height.
+HEADS = [(-1, 0, 1), (1, 0, 1), (0, -1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 2), (0, 0, 0.5), (0, 0, 4)]
+
+
+def spatial_prior(boxes, height, width, heads):
+    """
+    boxes (queries, 4) -> (heads, queries, height * width), the logarithms of Gaussians around the boxes: what is added to
+    the scores. A deviation is at least one cell. (Gao et al. 2021, "Fast convergence of DETR with spatially modulated
+    co-attention", where the network chooses each head's middle.)
+    """
+    offset_x, offset_y, spread = (boxes.new_tensor([HEADS[h % 8][i] for h in range(heads)])[:, None] for i in range(3))
+
+    def along(cells, centre, size, offset):  # (heads, queries, cells)
+        place = (torch.arange(cells, dtype=boxes.dtype) + 0.5) / cells
+        deviation = (spread * size / 2).clamp(min=1 / cells)
+        return -((place - (centre + offset * size / 2)[..., None]) / deviation[..., None]) ** 2 / 2
+
+    x, y, w, h = boxes.unbind(-1)
+    return (along(height, y, h, offset_y)[..., :, None] + along(width, x, w, offset_x)[..., None, :]).flatten(-2)
+
+
+def sine_features(boxes, channels):
+    """boxes (queries, 4) -> (queries, 4 * channels): cx, cy, w and h as DETR's sine positions have a place in 0..1."""
+    channel = torch.arange(channels, dtype=boxes.dtype)
+    wavelength = 10000 ** (2 * torch.div(channel, 2, rounding_mode="floor") / channels)
+    angle = 2 * math.pi * boxes[..., None] / wavelength
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).flatten(-2)
+
+
+def attend(attention, queries, keys, values, prior=0.0):
+    """DETR's attention of (1, queries, C), (1, keys, C), (1, keys, C), with a term that is added to the scores."""
+    split = lambda rows: rows[0].unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)  # (heads, rows, C / heads)
+    q, k, v = split(attention.q_proj(queries)), split(attention.k_proj(keys)), split(attention.v_proj(values))
+    weights = F.softmax(q @ k.transpose(1, 2) * attention.scaling + prior, -1)
+    out = F.dropout(weights, attention.dropout, attention.training) @ v
+    return attention.out_proj(out.transpose(0, 1).flatten(1))[None]
+
+
+class TrainDetr(DetrForObjectDetection):
+    """
+    DETR with --decoder anchor and --class_loss focal, each if the configuration says so; for one picture at a time.
+
+    focal: the class head has no channel "no object"; a class's score is the sigmoid of its logit.
+    anchor: a query is a learned state and a learned box, in logits. Its position in a decoder layer is a function of its
+    box there (DAB-DETR: Liu et al. 2022), its cross-attention looks where the box is (`spatial_prior`), and each layer
+    moves the box (Deformable DETR: Zhu et al. 2021). A box that a layer receives is a constant to it.
+    """
+    config_class = TrainDetrConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        channels, model = config.d_model, self.model
+        if config.class_loss == "focal":
+            self.class_labels_classifier = torch.nn.Linear(channels, config.num_labels)
+        if config.decoder == "anchor":
+            model.query_position_embeddings = torch.nn.Embedding(config.num_queries, 4)
+            model.query_content_embeddings = torch.nn.Embedding(config.num_queries, channels)
+            model.decoder.query_position_head = modeling_detr.DetrMLPPredictionHead(2 * channels, channels, channels, 2)
+
+    def anchor_decoder(self, memory, positions, height, width):
+        """
+        memory, positions (1, height * width, C) -> logits (layers, queries, classes), boxes (layers, queries, 4). Its
+        dropouts are DETR's, in DETR's order.
+        """
+        decoder, logits, boxes = self.model.decoder, [], []
+        state, reference = self.model.query_content_embeddings.weight[None], self.model.query_position_embeddings.weight
+        for layer in decoder.layers:
+            drop = lambda x, p=layer.dropout: F.dropout(x, p, self.training)
+            box = reference.detach().sigmoid()
+            place = decoder.query_position_head(sine_features(box, self.config.d_model // 2))[None]
+            x = state + place
+            state = layer.self_attn_layer_norm(state + drop(attend(layer.self_attn, x, x, state)))
+            prior = spatial_prior(box, height, width, layer.encoder_attn.num_heads)
+            x = attend(layer.encoder_attn, state + place, memory + positions, memory, prior)
+            state = layer.encoder_attn_layer_norm(state + drop(x))
+            x = drop(layer.activation_fn(layer.fc1(state)), layer.activation_dropout)
+            state = layer.final_layer_norm(state + drop(layer.fc2(x)))
+            normed = decoder.layernorm(state)[0]
+            moved = reference + self.bbox_predictor(normed)
+            logits.append(self.class_labels_classifier(normed))
+            boxes.append(moved.sigmoid())
+            reference = moved.detach()
+        return torch.stack(logits), torch.stack(boxes)
+
+    def layers(self, pixel_values):
+        """(1, 3, H, W) -> logits (layers, queries, classes), boxes (layers, queries, 4) of every decoder layer."""
+        if self.config.decoder == "plain":
+            return plain_layers(self, pixel_values)
+        features, places = self.model.backbone(pixel_values, torch.ones_like(pixel_values[:, 0]))
+        grid = self.model.input_projection(features[-1][0])
+        tokens, positions = (x.flatten(2).transpose(1, 2) for x in (grid, places[-1]))
+        memory = self.model.encoder(inputs_embeds=tokens, object_queries=positions)[0]
+        return self.anchor_decoder(memory, positions, *grid.shape[2:])
+
+
 def open_model(folder, dtype):
-    model = DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32).to(dtype).train()
+    with open(Path(folder) / "config.json") as file:
+        kind = TrainDetr if json.load(file)["model_type"] == "train_detr" else DetrForObjectDetection
+    model = kind.from_pretrained(folder, dtype=torch.float32).to(dtype).train()
     model.model.encoder.dropout = 0.0  # the one on the encoder's input; each layer has its own value
     positions = sine_positions if dtype == torch.float64 else float32_positions
     modeling_detr.DetrSinePositionEmbedding.forward = positions
@@ -241,23 +357,29 @@ def trained_parameters(model, settings):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def run_image(model, pixel_values, autocast=False):
+def plain_layers(model, pixel_values):
     """
-    (1, 3, H, W) -> logits (layers, queries, classes + 1) and boxes (layers, queries, 4) of every decoder layer, in the
-    type of pixel_values. With autocast to bf16 on the way.
+    transformers' DETR: (1, 3, H, W) -> logits (layers, queries, classes) and boxes (layers, queries, 4) of every decoder
+    layer.
     """
     states = []
     hooks = [layer.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
              for layer in model.model.decoder.layers]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        final = model(pixel_values)
-        normed = model.model.decoder.layernorm(torch.cat(states))
-        logits, pred_boxes = model.class_labels_classifier(normed), model.bbox_predictor(normed).sigmoid()
+    final = model(pixel_values)
+    normed = model.model.decoder.layernorm(torch.cat(states))
+    logits, pred_boxes = model.class_labels_classifier(normed), model.bbox_predictor(normed).sigmoid()
     for hook in hooks:
         hook.remove()
     for ours, theirs in ((logits, final.logits), (pred_boxes, final.pred_boxes)):
-        assert torch.allclose(ours[-1:], theirs, atol=0.05 if autocast else 1e-5)
-    return logits.to(pixel_values.dtype), pred_boxes.to(pixel_values.dtype)
+        assert torch.allclose(ours[-1:], theirs, atol=0.05 if torch.is_autocast_enabled("cpu") else 1e-5)
+    return logits, pred_boxes
+
+
+def run_image(model, pixel_values, autocast=False):
+    """`layers` of the model, in the type of pixel_values. With autocast to bf16 on the way."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        run = model.layers if isinstance(model, TrainDetr) else lambda pixels: plain_layers(model, pixels)
+        return [output.to(pixel_values.dtype) for output in run(pixel_values)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,12 +400,25 @@ def generalized_iou(boxes, others):
     return overlap / union - (hull - union) / hull
 
 
+def focal_losses(logits, positive):
+    """
+    Lin et al. 2017, alpha 0.25, gamma 2: of each logit, as one that should say yes or no. -log(p) is softplus(-logit) and
+    -log(1 - p) is softplus(logit), so that no logarithm needs the 1e-8 that Deformable DETR's matcher adds.
+    """
+    p = logits.sigmoid()
+    return 0.25 * (1 - p) ** 2 * F.softplus(-logits) if positive else 0.75 * p**2 * F.softplus(logits)
+
+
 @torch.no_grad()
-def match(logits, pred_boxes, labels, boxes, settings, margins):
-    """One image, one layer: pairs (query, target), sorted by query, min(queries, targets) of them."""
+def match(logits, pred_boxes, labels, boxes, settings, margins, focal):
+    """
+    One image, one layer: pairs (query, target), sorted by query, min(queries, targets) of them. focal: the class's cost is
+    by how much the loss is larger if the query should say yes (Deformable DETR's matcher).
+    """
     if len(labels) == 0:
         return torch.zeros(0, 2, dtype=torch.int64)
-    cost = (-settings["cost_class"] * logits.softmax(-1)[:, labels]
+    of_class = focal_losses(logits, True) - focal_losses(logits, False) if focal else -logits.softmax(-1)
+    cost = (settings["cost_class"] * of_class[:, labels]
             + settings["cost_bbox"] * (pred_boxes[:, None] - boxes[None]).abs().sum(-1)
             - settings["cost_giou"] * generalized_iou(pred_boxes, boxes)).double().numpy()
     rows, columns = linear_sum_assignment(cost)
@@ -295,24 +430,36 @@ def match(logits, pred_boxes, labels, boxes, settings, margins):
     return torch.from_numpy(np.array(sorted(zip(rows, columns)), np.int64))
 
 
-def criterion(logits, pred_boxes, targets, settings, margins, given=None):
+def classes_loss(logits, wanted, num_boxes, settings, focal):
     """
-    logits (images, layers, queries, classes + 1), pred_boxes (images, layers, queries, 4), targets: (labels, boxes) of
-    each image without crowds; given[image][layer]: the pairs, where they are not to be looked for. Returns the loss that
-    is minimised, everything that is logged, matches[image][layer].
+    logits (images, queries, classes), wanted (images, queries): the class of each query, the number of labels for "no
+    object", which is softmax's last class. focal: the sum over queries and classes per box (Deformable DETR).
+    """
+    if focal:
+        yes = F.one_hot(wanted, logits.shape[-1] + 1)[..., :-1].bool()
+        return torch.where(yes, focal_losses(logits, True), focal_losses(logits, False)).sum() / num_boxes
+    class_weights = torch.ones(logits.shape[-1], dtype=logits.dtype)
+    class_weights[-1] = settings["eos_coef"]
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), class_weights)
+
+
+def criterion(logits, pred_boxes, targets, settings, margins, given=None, focal=False):
+    """
+    logits (images, layers, queries, classes), pred_boxes (images, layers, queries, 4), targets: (labels, boxes) of each
+    image without crowds; given[image][layer]: the pairs, where they are not to be looked for. Returns the loss that is
+    minimised, everything that is logged, matches[image][layer].
     """
     images, layers, queries, classes = logits.shape
+    num_labels = classes if focal else classes - 1
     num_boxes = max(1, sum(len(labels) for labels, _ in targets))
-    class_weights = torch.ones(classes, dtype=logits.dtype)
-    class_weights[-1] = settings["eos_coef"]
     log, total, matches = {}, 0, [[] for _ in targets]
     for layer in [layers - 1, *range(layers - 1)]:  # the final layer first, then the auxiliary ones, as DETR does
         suffix = "" if layer == layers - 1 else f"_{layer}"
-        wanted = torch.full((images, queries), classes - 1)
+        wanted = torch.full((images, queries), num_labels)
         l1 = giou = correct = cardinality_error = 0
         for image, (labels, boxes) in enumerate(targets):
             pairs = (given[image][layer] if given else
-                     match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins))
+                     match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins, focal))
             matches[image].append(pairs)
             query, target = pairs[:, 0], pairs[:, 1]
             wanted[image, query] = labels[target]
@@ -321,23 +468,26 @@ def criterion(logits, pred_boxes, targets, settings, margins, given=None):
             giou = giou + (1 - generalized_iou(predicted, true).diagonal()).sum()
             best = logits[image, layer].argmax(-1)
             correct += int((best[query] == labels[target]).sum())
-            cardinality_error += abs(int((best != classes - 1).sum()) - len(labels))
+            says_object = logits[image, layer].amax(-1) > 0 if focal else best != num_labels
+            cardinality_error += abs(int(says_object.sum()) - len(labels))
             if margins:
                 ranked = logits[image, layer].detach().sort(-1).values
                 margins.add("class", (ranked[:, -1] - ranked[:, -2]).min())
+                if focal:
+                    margins.add("class", ranked[:, -1].abs().min())
                 if len(pairs):
                     margins.add("box", (predicted - true).detach().abs().min())
                     edges, true_edges = corners(predicted.detach()), corners(true)
                     for against in (true_edges, true_edges.roll(2, -1)):  # left with left, left with right, ...
                         margins.add("edge", (edges - against).abs().min())
-        terms = dict(loss_ce=F.cross_entropy(logits[:, layer].flatten(0, 1), wanted.flatten(), class_weights),
+        terms = dict(loss_ce=classes_loss(logits[:, layer], wanted, num_boxes, settings, focal),
                      loss_bbox=l1 / num_boxes, loss_giou=giou / num_boxes)
-        total = (total + terms["loss_ce"] + settings["bbox_loss_coef"] * terms["loss_bbox"]
+        total = (total + settings.get("class_loss_coef", 1) * terms["loss_ce"] + settings["bbox_loss_coef"] * terms["loss_bbox"]
                  + settings["giou_loss_coef"] * terms["loss_giou"])
         log.update({name + suffix: value.item() for name, value in terms.items()})
         log["cardinality_error" + suffix] = cardinality_error / images
         if layer == layers - 1:
-            matched = int((wanted != classes - 1).sum())
+            matched = int((wanted != num_labels).sum())
             log["class_error"] = 100 - 100 * correct / max(1, matched)
     return total, {"loss": total.item(), **log}, [layers[1:] + layers[:1] for layers in matches]
 
@@ -414,7 +564,8 @@ def train(case, folder, batches, dtype, channels_last=False, margins=None, gener
             targets.append((torch.from_numpy(image["labels"][target]), torch.from_numpy(image["boxes"][target]).to(dtype)))
         logits, pred_boxes = (torch.stack(each) for each in zip(*outputs))
         given = autocast and [torch.from_numpy(autocast[f"s{step}.i{index}.matches"]) for index in range(len(images))]
-        loss, log, matches = criterion(logits, pred_boxes, targets, settings, margins, given)
+        focal = case.get("class_loss") == "focal"
+        loss, log, matches = criterion(logits, pred_boxes, targets, settings, margins, given, focal)
         optimizer.zero_grad()
         loss.backward()
         for index in range(len(images)):
@@ -536,7 +687,8 @@ def write_case(name, case, outdir):
     folder = Path(outdir) / name
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(case["numpy_seed"])
-    model = DetrForObjectDetection(config_of(case))
+    config = config_of(case)
+    model = (TrainDetr if isinstance(config, TrainDetrConfig) else DetrForObjectDetection)(config)
     fill(model, generator)
     model.save_pretrained(folder, safe_serialization=True)
     batches = [draw_images(case, step, generator) for step in (0, 1)]

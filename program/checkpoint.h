@@ -89,6 +89,8 @@ static ModelConfig config_from_flags(const Settings *settings) {
     config.dim_feedforward = flag_int(settings, "dim_feedforward");
     config.num_queries = flag_int(settings, "num_queries");
     config.dropout = flag_number(settings, "dropout");
+    config.anchor = strcmp(flag_text(settings, "decoder"), "anchor") == 0;
+    config.focal = strcmp(flag_text(settings, "class_loss"), "focal") == 0;
     config.half = computes_in_bf16(settings);
     if (config.hidden_dim % 4 || config.hidden_dim % config.nheads)
         usage_error("--hidden_dim %d must be a multiple of 4 and of --nheads %d", config.hidden_dim, config.nheads);
@@ -97,6 +99,10 @@ static ModelConfig config_from_flags(const Settings *settings) {
                     flag_text(settings, "backbone"));
     return config;
 }
+
+// As the flags and config.json call them.
+static const char *decoder_name(const ModelConfig *config) { return config->anchor ? "anchor" : "plain"; }
+static const char *class_loss_name(const ModelConfig *config) { return config->focal ? "focal" : "softmax"; }
 
 // Status 2 if the user gave a model flag that says something else than config.json.
 static void config_check_flags(const ModelConfig *config, const Settings *settings, const char *folder) {
@@ -119,6 +125,11 @@ static void config_check_flags(const ModelConfig *config, const Settings *settin
     if (flag_given(settings, "dropout") && flag_number(settings, "dropout") != config->dropout)
         usage_error("--dropout %s contradicts %s/config.json, which has %g: leave it out, or change it there",
                     flag_text(settings, "dropout"), folder, config->dropout);
+    const char *const choices[2][2] = {{"decoder", decoder_name(config)}, {"class_loss", class_loss_name(config)}};
+    for (int i = 0; i < 2; i++)
+        if (flag_given(settings, choices[i][0]) && strcmp(flag_text(settings, choices[i][0]), choices[i][1]) != 0)
+            usage_error("--%s %s contradicts %s/config.json, which has %s: leave it out", choices[i][0],
+                        flag_text(settings, choices[i][0]), folder, choices[i][1]);
     if (flag_given(settings, "dilation") && !config->dilation)
         usage_error("--dilation contradicts %s/config.json, which has none: leave it out", folder);
     if (flag_given(settings, "backbone") && !same_backbone(&named, config))
@@ -248,9 +259,20 @@ static void config_read_labels(ConfigReader *reader, Network *network, yajl_val 
         if (!network->label_names[i]) network->label_names[i] = format_string("LABEL_%d", i);
 }
 
+// What is no DETR to transformers has a model_type of its own, and says in what it differs.
+static const char OWN_MODEL_TYPE[] = "train_detr";
+
 static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tree) {
     ModelConfig *config = &network->config;
-    const char *const only[5][2] = {{"model_type", "detr"},
+    const int own = strcmp(read_text(reader, tree, "model_type", ""), OWN_MODEL_TYPE) == 0;
+    const char *decoder = own ? read_text(reader, tree, "decoder", "plain") : "plain";
+    const char *class_loss = own ? read_text(reader, tree, "class_loss", "softmax") : "softmax";
+    config->anchor = strcmp(decoder, "anchor") == 0;
+    config->focal = strcmp(class_loss, "focal") == 0;
+    if (strcmp(decoder, decoder_name(config)) != 0 || strcmp(class_loss, class_loss_name(config)) != 0)
+        CONFIG_FAIL(reader, "%s: \"decoder\" is %.40s and \"class_loss\" %.40s: plain or anchor, softmax or focal",
+                    reader->path, decoder, class_loss);
+    const char *const only[5][2] = {{"model_type", own ? OWN_MODEL_TYPE : "detr"},
                                     {"activation_function", "relu"},
                                     {"num_channels", "3"},
                                     {"position_embedding_type", "sine"},
@@ -373,12 +395,18 @@ static void config_write_backbone(FILE *file, const ModelConfig *config) {
     fputs(", \"output_stride\": 16},\n", file);
 }
 
-// Writes config.json, as DetrConfig.save_pretrained does, into the set of `folder`. 0, or -1.
+// Writes config.json, as DetrConfig.save_pretrained does, into the set of `folder`. transformers knows neither the
+// anchor decoder nor the focal loss's head: with these the model_type is another, and the shapes of the query
+// embeddings or of the class head are no DETR's, so that it refuses the folder instead of misreading it. 0, or -1.
 static int config_write(const Network *network, const char *folder, Error *error) {
     const ModelConfig *config = &network->config;
     FILE *file = fileset_create(folder, "config.json");
     if (!file) return fileset_close(file, folder, "config.json", error);
-    fputs("{\n \"architectures\": [\"DetrForObjectDetection\"],\n \"model_type\": \"detr\",\n", file);
+    if (config->anchor || config->focal)
+        fprintf(file, "{\n \"model_type\": \"%s\",\n \"decoder\": \"%s\",\n \"class_loss\": \"%s\",\n", OWN_MODEL_TYPE,
+                decoder_name(config), class_loss_name(config));
+    else
+        fputs("{\n \"architectures\": [\"DetrForObjectDetection\"],\n \"model_type\": \"detr\",\n", file);
     fputs(" \"is_encoder_decoder\": true,\n \"num_channels\": 3,\n \"use_pretrained_backbone\": false,\n", file);
     config_write_backbone(file, config);
     const struct {

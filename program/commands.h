@@ -31,35 +31,61 @@ typedef struct {
     double box[4];  // x0, y0, x1, y1 in pixels of the original picture, not clipped
 } Detection;
 
-// What the network says about the picture it was last run on, for each query the best class that is not "no object", as
-// DETR's PostProcess: the score is the softmax over all classes. detections: (num_queries), in the queries' order.
-static void detect(const Network *network, const Activations *acts, int width, int height, Detection *detections) {
-    const ModelConfig *config = &network->config;
-    int classes = config->num_labels + 1;
-    size_t first = (size_t)(config->dec_layers - 1) * (size_t)config->num_queries;
-    for (int q = 0; q < config->num_queries; q++) {
-        const real *logits = acts->logits + (first + (size_t)q) * (size_t)classes,
-                   *box = acts->boxes + 4 * (first + (size_t)q);
+// The best class of each query that is not "no object", as DETR's PostProcess: the score is the softmax over all
+// classes. detections: (num_queries), in the queries' order; their boxes are left out. logits: (num_queries, num_labels
+// + 1).
+static void best_classes(Detection *detections, const real *logits, const ModelConfig *config, double *probabilities) {
+    const int classes = num_logits(config);
+    for (int q = 0; q < config->num_queries; q++, logits += classes) {
         int label = 0;
-        softmax_row(acts->probabilities, logits, classes);
+        softmax_row(probabilities, logits, classes);
         for (int c = 1; c < config->num_labels; c++)
             if (logits[c] > logits[label]) label = c;
-        Detection *found = &detections[q];
-        found->query = q;
-        found->label = label;
-        found->score = acts->probabilities[label];
+        detections[q].query = q;
+        detections[q].label = label;
+        detections[q].score = probabilities[label];
+    }
+}
+
+// With focal loss classes are independent, and a query may be in several pairs of a query and a class, or in none: the
+// num_queries pairs with the greatest sigmoid, greatest first, as Deformable DETR's PostProcess.
+static void best_pairs(Detection *detections, const real *logits, const ModelConfig *config) {
+    const int Q = config->num_queries, classes = num_logits(config);
+    for (int pair = 0, count = 0; pair < Q * classes; pair++) {
+        const double score = 1 / (1 + exp(-(double)logits[pair]));
+        if (count == Q && !(score > detections[Q - 1].score)) continue;
+        int at = count < Q ? count++ : Q - 1;
+        for (; at > 0 && detections[at - 1].score < score; at--) detections[at] = detections[at - 1];
+        detections[at].query = pair / classes;
+        detections[at].label = pair % classes;
+        detections[at].score = score;
+    }
+}
+
+// What the network says about the picture it was last run on. detections: (num_queries).
+static void detect(const Network *network, const Activations *acts, int width, int height, Detection *detections) {
+    const ModelConfig *config = &network->config;
+    const size_t first = (size_t)(config->dec_layers - 1) * (size_t)config->num_queries;
+    const real *logits = acts->logits + first * (size_t)num_logits(config);
+    if (config->focal)
+        best_pairs(detections, logits, config);
+    else
+        best_classes(detections, logits, config, acts->probabilities);
+    for (int d = 0; d < config->num_queries; d++) {
+        const real *box = acts->boxes + 4 * (first + (size_t)detections[d].query);
         for (int i = 0; i < 4; i++) {
             double centre = (double)box[i & 1], half = (double)box[2 + (i & 1)] / 2;
-            found->box[i] = (i < 2 ? centre - half : centre + half) * (i & 1 ? height : width);
+            detections[d].box[i] = (i < 2 ? centre - half : centre + half) * (i & 1 ? height : width);
         }
     }
 }
 
-// Best score first; equal ones in the queries' order.
+// Best score first; equal ones in the order of queries and classes.
 static int compare_detections(const void *a, const void *b) {
     const Detection *left = (const Detection *)a, *right = (const Detection *)b;
     if (left->score != right->score) return left->score > right->score ? -1 : 1;
-    return left->query < right->query ? -1 : left->query > right->query;
+    if (left->query != right->query) return left->query < right->query ? -1 : 1;
+    return left->label < right->label ? -1 : left->label > right->label;
 }
 
 static void draw_detection(Image *image, const Network *network, int label, double score, const double box[4]) {
@@ -100,7 +126,8 @@ static void averages_add(Averages *sums, const Losses *losses, double lr, int la
 // The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled"). After them
 // what DETR's has not: the gradient's norm, the IoU of matched boxes, the queries' spread.
 static void averages_log(FILE *file, const Averages *sums, const char *split, int layers, const LossSettings *loss) {
-    double count = sums->steps > 0 ? sums->steps : 1, weights[4] = {1, loss->bbox_loss_coef, loss->giou_loss_coef, 0};
+    double count = sums->steps > 0 ? sums->steps : 1,
+           weights[4] = {loss->class_loss_coef, loss->bbox_loss_coef, loss->giou_loss_coef, 0};
     int is_train = strcmp(split, "train") == 0;
     if (is_train) fprintf(file, "\"train_lr\": %.17g, ", sums->lr / count);
     fprintf(file, "\"%s_class_error\": %.17g, \"%s_loss\": %.17g, \"%s_class_error_unscaled\": %.17g, ", split,
@@ -854,10 +881,17 @@ static int training_open_data(Training *run, Error *error) {
     return 0;
 }
 
-static LossSettings loss_from_flags(const Settings *settings) {
-    LossSettings loss = {flag_number(settings, "set_cost_class"), flag_number(settings, "set_cost_bbox"),
-                         flag_number(settings, "set_cost_giou"),  flag_number(settings, "bbox_loss_coef"),
-                         flag_number(settings, "giou_loss_coef"), flag_number(settings, "eos_coef"),
+// The focal loss is a small number (a query that is as unsure as can be, at p = 0.5, has 0.04 to 0.13): it counts
+// twice, in the matching too, as in Deformable DETR.
+static LossSettings loss_from_flags(const Settings *settings, const ModelConfig *config) {
+    const double class_weight = config->focal ? 2 : 1;
+    LossSettings loss = {class_weight * flag_number(settings, "set_cost_class"),
+                         flag_number(settings, "set_cost_bbox"),
+                         flag_number(settings, "set_cost_giou"),
+                         class_weight,
+                         flag_number(settings, "bbox_loss_coef"),
+                         flag_number(settings, "giou_loss_coef"),
+                         flag_number(settings, "eos_coef"),
                          !flag_on(settings, "no_aux_loss")};
     return loss;
 }
@@ -865,8 +899,8 @@ static LossSettings loss_from_flags(const Settings *settings) {
 static int training_run(Training *run, Error *error) {
     int height = 0, width = 0, h, w;
     if (training_open_folder(run, error) != 0 || training_open_data(run, error) != 0) return -1;
-    run->loss = loss_from_flags(run->settings);
     if ((run->state_tree ? training_resume(run, error) : training_begin(run, error)) != 0) return -1;
+    run->loss = loss_from_flags(run->settings, &run->network.config);
     if (run->has_val && match_labels(run->val_labels, &run->network, &run->val)) {
         for (int c = 0; c < run->val.num_categories; c++)
             if (run->val_labels[c] < 0)
@@ -878,9 +912,9 @@ static int training_run(Training *run, Error *error) {
     for (int i = 0; i < model->num_params; i++)
         parameters += model->params[i]->group == GROUP_STATISTICS ? 0 : model->params[i]->count;
     printf("kernel     %s, %d threads\n", KERNEL, omp_get_max_threads());
-    printf("model      %.2f million parameters, %.2f million of them trained; %d queries, %d + 1 classes\n",
+    printf("model      %.2f million parameters, %.2f million of them trained; %d queries, %d%s classes\n",
            (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
-           model->config.num_labels);
+           model->config.num_labels, model->config.focal ? "" : " + 1");
     LoaderSettings plain = run->loader;
     plain.augment = AUGMENT_NOTHING;
     loader_worst_size(&run->train, &run->loader, &h, &w);
@@ -1044,7 +1078,7 @@ typedef struct {
 static int predict_picture(Prediction *run, const char *path, Detection *found, Error *error) {
     const char *draw = flag_text(run->settings, "draw"), *dump = flag_text(run->settings, "dump");
     const ModelConfig *shape = &run->network.config;
-    int width, height, count = 0, status = 0, num_queries = shape->num_queries, classes = shape->num_labels + 1;
+    int width, height, count = 0, status = 0, num_queries = shape->num_queries, classes = num_logits(shape);
     Image original, image;
     Error why;
     if (image_read(path, &original, &why) != 0) {
@@ -1240,7 +1274,7 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
 static int command_bench(Settings *settings, Error *error) {
     const char *size = flag_text(settings, "size"), *json_path = flag_text(settings, "json");
     ModelConfig config = config_from_flags(settings);
-    LossSettings loss = {1, 5, 2, 5, 2, 0.1, !flag_on(settings, "no_aux_loss")};
+    LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss")};
     Model model;
     Activations acts;
     int height, width, used = 0, batch = flag_int(settings, "batch_size");

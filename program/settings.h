@@ -51,16 +51,22 @@ static const Flag FLAGS[] = {
     {"dropout", NUMBER, "P", "0.1", 0, 0.99, TRAIN | BENCH,
      "probability that an activation of the transformer is dropped"},
     {"no_aux_loss", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH, "train on the last decoder layer's boxes only"},
+    {"decoder", CHOICE, "plain|anchor", "plain", 0, 0, TRAIN | BENCH,
+     "anchor: queries are boxes, which each layer looks around and moves: learns from few pictures and in few epochs"},
     {"norm_init", CHOICE, "calibrate|identity", NULL, 0, 0, TRAIN,
      "without pretrained weights: the frozen norms' mean and variance from some training pictures (calibrate, the "
      "default), or 0 and 1"},
 
+    {"class_loss", CHOICE, "softmax|focal", "softmax", 0, 0, TRAIN | BENCH,
+     "softmax: cross-entropy with a class \"no object\"; focal: each class says yes or no; counts twice in the "
+     "matching "
+     "and in the loss"},
     {"set_cost_class", NUMBER, "X", "1", 0, 1e6, TRAIN, "matching: weight of the class probability"},
     {"set_cost_bbox", NUMBER, "X", "5", 0, 1e6, TRAIN, "matching: weight of the boxes' L1 distance"},
     {"set_cost_giou", NUMBER, "X", "2", 0, 1e6, TRAIN, "matching: weight of generalized IoU"},
     {"bbox_loss_coef", NUMBER, "X", "5", 0, 1e6, TRAIN, "loss: weight of the boxes' L1 distance"},
     {"giou_loss_coef", NUMBER, "X", "2", 0, 1e6, TRAIN, "loss: weight of generalized IoU"},
-    {"eos_coef", NUMBER, "X", "0.1", 0, 1e6, TRAIN, "loss: weight of the class \"no object\""},
+    {"eos_coef", NUMBER, "X", "0.1", 0, 1e6, TRAIN, "softmax: weight of the class \"no object\""},
 
     {"lr", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "learning rate"},
     {"lr_backbone", NUMBER, "X", "1e-5", 0, 1e3, TRAIN, "learning rate of the backbone; 0 freezes it"},
