@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Do the tests notice an error? Plants one-line errors, one at a time, and runs the quick tests on each.
 
-    dev/mutants.py [--jobs N] [--only TEXT] [--list]
+    dev/mutants.py [--jobs N] [--minutes M] [--only TEXT] [--list]
 
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
 flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an
 end; one that survives shows that something is not tested. Exit status 0 when every error of the table was planted and
-caught.
+caught. With --minutes, errors that have not begun when the time is up are not planted, and counted; which come first
+depends on the sources, so that each change has another part of the table tried.
 
 Needs Python's standard library and a C compiler only.
 """
@@ -15,6 +16,7 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
@@ -125,6 +127,7 @@ def first_failure(output):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="errors tried at the same time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no error after this time")
     parser.add_argument("--only", default="", help="only entries that contain this text")
     parser.add_argument("--list", action="store_true", help="check the table against the sources and print it")
     arguments = parser.parse_args()
@@ -140,6 +143,7 @@ def main():
         print(f"{len(table)} errors in the table, {len(complaints)} of them not as the sources are")
         return 1 if complaints else 0
 
+    end = time.monotonic() + 60 * arguments.minutes
     longest = 0
     for real in sorted({entry[-1] for entry in table}):
         verdict, seconds, output = build_and_test("original", None, "", "", real, 3600)
@@ -151,16 +155,26 @@ def main():
     limit = max(60.0, 10 * longest)
     print(f"the program as it is: passes in {longest:.0f} s; {len(table)} errors, {arguments.jobs} at a time", flush=True)
 
-    caught = survivors = broken = 0
+    if arguments.minutes < float("inf"):
+        random.Random("".join((ROOT / source).read_text() for source in SOURCES)).shuffle(table)
+
+    def try_error(entry):
+        if time.monotonic() > end:
+            return "not planted", 0, ""
+        return build_and_test(f"line{entry[0]}", *entry[1:], limit)
+
+    caught = survivors = broken = left = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = {}
         for entry in table:
-            jobs[pool.submit(build_and_test, f"line{entry[0]}", *entry[1:], limit)] = entry
+            jobs[pool.submit(try_error, entry)] = entry
         for job in concurrent.futures.as_completed(jobs):
             number, file, original, replacement, _ = jobs[job]
             verdict, seconds, output = job.result()
             what = f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}"
-            if verdict.startswith("caught"):
+            if verdict == "not planted":
+                left += 1
+            elif verdict.startswith("caught"):
                 caught += 1
                 print(f"{verdict:8s} {seconds:4.0f} s  {what}   [{first_failure(output)}]", flush=True)
             elif verdict == "survives":
@@ -169,7 +183,7 @@ def main():
             else:
                 broken += 1
                 print(f"{verdict.upper()}  {what}\n{output[-1500:]}", flush=True)
-    print(f"mutants: {caught} caught, {survivors} survived, {broken} did not compile")
+    print(f"mutants: {caught} caught, {survivors} survived, {broken} did not compile, {left} not planted: time was up")
     print(f"{caught} passed, {survivors + broken} failed")
     return 0 if survivors + broken == 0 else 1
 
