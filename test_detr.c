@@ -3,6 +3,7 @@ test_detr.c: every check of numbers. It includes the trainer with its main left 
 
     make test                  runs it in float and in double; needs no Python
     ./test_detr NAME ...       runs only the tests whose names begin so
+    ./test_detr -NAME ...      leaves those out
 
 The truth in dev/dumps/ was made by PyTorch (dev/oracle.py). In double everything must agree with PyTorch's float64 to
 1e-10: a wrong formula cannot hide. In float the yardstick is PyTorch's own float32 error, which the dumps carry, and
@@ -2137,8 +2138,11 @@ int MAIN(int argc, char **argv) {
     int num_tests = (int)(sizeof TESTS / sizeof TESTS[0]);
     printf("numbers are %s, kernel: %s\n", IS_DOUBLE ? "double" : "float", KERNEL);
     for (int i = 0; i < num_tests; i++) {
-        int wanted = argc < 2;
-        for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;
+        int wanted = argc < 2 || argv[1][0] == '-';
+        for (int a = 1; a < argc; a++) {
+            const char *name = argv[a] + (*argv[a] == '-');
+            if (strncmp(TESTS[i].name, name, strlen(name)) == 0) wanted = *argv[a] != '-';
+        }
         if (!wanted) continue;
         int passed = num_passed, failed = num_failed;
         double start = seconds_now();

@@ -7,7 +7,7 @@ The table is dev/mutants.txt: for each error the file, the exact piece of a line
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
 flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an
 end; one that survives shows that something is not tested. Exit status 0 when every error of the table was planted and
-caught. With --minutes, errors that have not begun when the time is up are not planted, and counted; which come first
+caught. With --minutes, errors that have not begun when the time is up are only compiled, and counted; which come first
 depends on the sources, so that each change has another part of the table tried.
 
 Needs Python's standard library and a C compiler only.
@@ -80,7 +80,10 @@ def check_table(table):
 
 
 def build_and_test(name, file, original, replacement, real, limit):
-    """Plants one error and returns (verdict, seconds, last lines of output); file None: the program as it is."""
+    """
+    Plants one error and returns (verdict, seconds, last lines of output). File None: the program as it is; limit 0: only
+    asks the compiler whether it is C.
+    """
     start = time.monotonic()
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -93,10 +96,13 @@ def build_and_test(name, file, original, replacement, real, limit):
     (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
-    command += [f"-DREAL={real}", "test_detr.c", "-o", "test_detr"] + shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
+    command += [f"-DREAL={real}", "test_detr.c"] + (["-o", "test_detr"] if limit else ["-fsyntax-only"])
+    command += shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if built.returncode != 0:
         return "does not compile", time.monotonic() - start, built.stderr[-2000:]
+    if not limit:
+        return "not planted", time.monotonic() - start, ""
     verdict, output = "survives", ""
     for test in BF16 if real == "float" else TESTS.get(file, OTHER):
         try:
@@ -127,7 +133,7 @@ def first_failure(output):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="errors tried at the same time")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no error after this time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="only compile what has not begun by then")
     parser.add_argument("--only", default="", help="only entries that contain this text")
     parser.add_argument("--list", action="store_true", help="check the table against the sources and print it")
     arguments = parser.parse_args()
@@ -159,9 +165,7 @@ def main():
         random.Random("".join((ROOT / source).read_text() for source in SOURCES)).shuffle(table)
 
     def try_error(entry):
-        if time.monotonic() > end:
-            return "not planted", 0, ""
-        return build_and_test(f"line{entry[0]}", *entry[1:], limit)
+        return build_and_test(f"line{entry[0]}", *entry[1:], limit if time.monotonic() < end else 0)
 
     caught = survivors = broken = left = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
