@@ -1893,7 +1893,9 @@ INLINE real lane_sum(vec x) {
 
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// exp(x) for x <= 88 (709 in double), 0 below -87.3 (-708.3), NaN for NaN; the relative error is below 1e-7 (1e-15).
+// exp(x) for x <= 88 (709 in double), 0 below -50 (-690), NaN for NaN; the relative error is below 1e-7 (1e-15). A
+// weight so small beside the largest, which is at least 1 / keys, changes no sum; but a little above the smallest normal
+// number its product with a gradient would be a denormal one, with which a processor is 100 times slower.
 // With n = round(x / ln 2) and r = x - n ln 2 it is 2^n exp(r), exp(r) by a polynomial: |r| <= 0.347. Adding
 // 1.5 * 2^23 (2^52) leaves n in the lowest bits; the exponent's bias is added with it, so that a shift makes 2^n.
 INLINE vec exp_lanes(vec x) {
@@ -1904,7 +1906,7 @@ INLINE vec exp_lanes(vec x) {
         1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
     static const double minimax[] = {1, 1, 0.49999993, 0.16666515, 0.041668457, 0.0083694188, 0.0013813145};
     const double *series = is_float ? minimax : taylor;
-    const real lowest = (real)(is_float ? -87.3 : -708.3);
+    const real lowest = (real)(is_float ? -50 : -690);
     const real magic = (real)(is_float ? 12582912.0 + 127 : 6755399441055744.0 + 1023);
     const real ln2_high = (real)(is_float ? 0.693359375 : 0.693147180369123816490);  // few bits: n ln2_high is exact
     const real ln2_low = (real)(is_float ? -2.12194440e-4 : 1.90821492927058770002e-10);
