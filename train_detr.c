@@ -1894,8 +1894,8 @@ INLINE real lane_sum(vec x) {
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // exp(x) for x <= 88 (709 in double), 0 below -50 (-690), NaN for NaN; the relative error is below 1e-7 (1e-15). A
-// weight so small beside the largest, which is at least 1 / keys, changes no sum; but a little above the smallest normal
-// number its product with a gradient would be a denormal one, with which a processor is 100 times slower.
+// weight that small beside the largest changes no sum, but its product with a gradient could be a denormal number, with
+// which a processor is a hundred times slower.
 // With n = round(x / ln 2) and r = x - n ln 2 it is 2^n exp(r), exp(r) by a polynomial: |r| <= 0.347. Adding
 // 1.5 * 2^23 (2^52) leaves n in the lowest bits; the exponent's bias is added with it, so that a shift makes 2^n.
 INLINE vec exp_lanes(vec x) {
