@@ -17,7 +17,8 @@ struct Trace {
     uint32_t time, pc;  // programs are linked below 4 GB
     uint16_t who;
     uint8_t bytes;   // of the cell, a bit each
-    bool by_blocks;  // by more than one block of the operation
+    bool by_blocks;   // by more than one block of the operation
+    bool by_streams;  // also by an operation of another stream, to which `pc` belongs
 };
 struct Cell {  // all zero: nothing written, nobody there
     Trace write, read;
@@ -42,7 +43,7 @@ __attribute__((constructor(101))) static void reserve() {
 static bool ordered(const Trace &t, bool shared) {
     const State &s = *running;
     if (t.time < s.operation_start) return !s.concurrent || waited_for(t.time, false);
-    if (!shared && (t.by_blocks || t.time < s.block_start)) return false;
+    if (!shared && (t.by_streams || t.by_blocks || t.time < s.block_start)) return false;
     if (t.time < s.barrier_time || t.who == s.thread) return true;
     int warp = s.thread >> 5;
     bool same_warp = t.who < kWarp ? t.who >> 5 == warp : t.who == (kWarp | warp);
@@ -52,7 +53,7 @@ static bool ordered(const Trace &t, bool shared) {
 [[noreturn]] static void race(const Trace &t, bool write, uintptr_t address, Access access, uintptr_t pc, const void *frame) {
     const State &s = *running;
     const char *scope = "between warps", *remedy = "no __syncthreads";
-    if (t.time < s.operation_start) scope = "between streams", remedy = "no event";
+    if (t.by_streams || t.time < s.operation_start) scope = "between streams", remedy = "no event";
     else if (!is_shared((void *)address) && (t.by_blocks || t.time < s.block_start)) scope = "between blocks", remedy = "no order";
     else if (t.who < kWarp ? t.who >> 5 == s.thread >> 5 : t.who == (kWarp | s.thread >> 5)) scope = "within a warp", remedy = "no __syncwarp";
     std::string who = t.who < kWarp ? "thread " + std::to_string(t.who) : "several threads", here = source(pc, frame);
@@ -64,28 +65,30 @@ static bool ordered(const Trace &t, bool shared) {
 // Notes an access beside those that were not ordered before it.
 static void note(Trace &t, uint8_t bytes, uint32_t pc, bool shared) {
     const State &s = *running;
-    bool by_blocks = false;
+    bool by_blocks = false, by_streams = false;
     uint16_t who = (uint16_t)s.thread;
     if (t.time && !ordered(t, shared)) {
+        by_streams = t.by_streams || t.time < s.operation_start;
         by_blocks = t.time >= s.operation_start && (t.by_blocks || t.time < s.block_start);
         bool same_warp = t.who < kWarp ? t.who >> 5 == who >> 5 : t.who == (kWarp | who >> 5);
         who = same_warp ? (uint16_t)(kWarp | who >> 5) : kSeveral;
         bytes |= t.bytes;
+        if (by_streams) pc = t.pc;
     }
-    t = {s.now, pc, who, bytes, by_blocks};
+    t = {s.now, pc, who, bytes, by_blocks, by_streams};
 }
 
 // `bytes` of the cell at `address`, a bit each.
 static inline void visit(Cell &cell, uint8_t bytes, uintptr_t address, Access access, uintptr_t pc, const void *frame) {
     bool shared = is_shared((void *)address), reads = access == kRead || access == kReadUnchecked;
     if (cell.outside) fail("out of bounds: %s at %s; %s", reads ? "read" : "write", source(pc, frame).c_str(), describe((void *)address).c_str());
+    // Bytes of one cell that several threads hold side by side cannot be told apart afterwards: no report then.
+    auto clash = [&](const Trace &t) { return t.time && (t.bytes & bytes) && !(bytes == 1 || bytes == 2 ? t.bytes != bytes && t.who >= kWarp : false) && !ordered(t, shared); };
+    if (!(access == kAtomic && cell.atomic) && clash(cell.write)) race(cell.write, true, address, access, pc, frame);
     if ((access == kRead || access == kAtomic) && (cell.initialised & bytes) != bytes) {
         if (cell.awaits_copy) fail("read at %s before the wait for cp.async; %s", source(pc, frame).c_str(), describe((void *)address).c_str());
         fail("uninitialised read at %s; %s", source(pc, frame).c_str(), describe((void *)address).c_str());
     }
-    // Bytes of one cell that several threads hold side by side cannot be told apart afterwards: no report then.
-    auto clash = [&](const Trace &t) { return t.time && (t.bytes & bytes) && !(bytes == 1 || bytes == 2 ? t.bytes != bytes && t.who >= kWarp : false) && !ordered(t, shared); };
-    if (!(access == kAtomic && cell.atomic) && clash(cell.write)) race(cell.write, true, address, access, pc, frame);
     if (reads) return note(cell.read, bytes, (uint32_t)pc, shared);
     if (clash(cell.read)) race(cell.read, false, address, access, pc, frame);
     note(cell.write, bytes, (uint32_t)pc, shared);

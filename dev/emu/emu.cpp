@@ -191,7 +191,7 @@ static void *allocate(bool pinned, size_t bytes, uintptr_t pc) {
     map(begin, pages, PROT_READ | PROT_WRITE);
     Allocation a = {(char *)begin + pages - rounded, (char *)begin, (char *)begin + pages, bytes, pc, false};
     memset(a.begin, 0xFF, pages);
-    if (check_memory) check_memory(a.begin, a.p, bytes, a.end);
+    if (check_memory && !pinned) check_memory(a.begin, a.p, bytes, a.end);
     allocations[(uintptr_t)a.end] = a;
     return a.p;
 }
@@ -202,7 +202,7 @@ static void release(void *p, uintptr_t pc) {
     if (!a || a->p != p) fail("%p is freed at %s, but was never allocated", p, source(pc).c_str());
     if (a->freed) fail("memory is freed twice, the second time at %s; %s", source(pc).c_str(), describe(p).c_str());
     a->freed = true;
-    if (check_freed) check_freed(a->begin, a->end);
+    if (check_freed && is_device(p)) check_freed(a->begin, a->end);
     map((uintptr_t)a->begin, (size_t)(a->end - a->begin), PROT_NONE);
 }
 
@@ -902,8 +902,8 @@ static void copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, 
     uint32_t number = push(stream, pc, [=] { run_copy((char *)to, (const char *)from, bytes); }).clock.at[(size_t)s];
     if (waits) return host_waits(streams[s].tail);
     if (is_pinned(from)) pending.push_back({(uintptr_t)from, (uintptr_t)from + bytes, pc, false, s, number});
-    if (is_pinned(to)) {  // who reads it before the end of the copy gets NaN
-        memset(to, 0xFF, bytes);
+    if (is_pinned(to)) {  // who reads it before the end of the copy gets NaN; but an earlier copy may still need it
+        if (!pending_copy((uintptr_t)to, bytes, true)) memset(to, 0xFF, bytes);
         pending.push_back({(uintptr_t)to, (uintptr_t)to + bytes, pc, true, s, number});
     }
 }

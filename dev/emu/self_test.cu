@@ -511,17 +511,17 @@ __global__ void warp_operations(int *out, unsigned *bins) {
     failures += __syncthreads_or(t == 63) == 0;
     failures += min(3, -2) != -2 || max(3u, 5u) != 5 || __popc(255) != 8 || __clz(1) != 31 || __brev(1) != 0x80000000;
     failures += (float)__hfma(bf16(2.0f), bf16(3.0f), bf16(1.0f)) != 7.0f;
-    out[t] = failures;
+    out[blockIdx.x * 64 + threadIdx.x] = failures;
     if (t < 4) atomicMax(&bins[t], histogram[t]);
 }
 static bool good_warp_operations() {
-    Array<int> out(64, false);
+    Array<int> out(5 * 64, false);
     Array<unsigned> bins(4, false);
     bins.upload();
     warp_operations<<<5, dim3(64, 1, 1)>>>(out.device, bins.device);
     out.download();
     bins.download();
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < 5 * 64; i++) {
         if (!near(out.host[i], 0, 0, "warp operations")) return false;
     }
     return near(bins.host[0], 22, 0, "atomics") && near(bins.host[1], 21, 0, "atomics") && near(bins.host[3], 0, 0, "atomics");
@@ -630,6 +630,8 @@ static bool good_cublaslt() {
 #ifdef CUDA_EMU
 __global__ void kernel_missing_barrier(float *out) {
     __shared__ float x[64];
+    x[threadIdx.x] = 0;
+    __syncthreads();
     x[threadIdx.x] = 1;                    // bug: missing barrier
     out[threadIdx.x] = x[63 - threadIdx.x];  // bug: missing barrier
 }
@@ -657,6 +659,8 @@ static void bug_second_barrier() {
 
 __global__ void kernel_missing_syncwarp(float *out) {
     __shared__ float x[32];
+    x[threadIdx.x] = 0;
+    __syncthreads();
     x[threadIdx.x] = 1;                    // bug: missing syncwarp
     out[threadIdx.x] = x[31 - threadIdx.x];  // bug: missing syncwarp
 }
@@ -831,6 +835,8 @@ static void bug_missing_wait() {
 
 __global__ void kernel_wait_without_barrier(float *out, const float *in) {
     __shared__ __align__(16) float x[64][4];
+    x[threadIdx.x][0] = 0;
+    __syncthreads();
     cp_async_16(x[threadIdx.x], in + 4 * threadIdx.x);  // bug: wait without barrier
     cp_async_wait_all();
     out[threadIdx.x] = x[63 - threadIdx.x][0];  // bug: wait without barrier
