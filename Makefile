@@ -56,7 +56,7 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench bench-data \
-        ladder demo install-deps format check-format clean FORCE
+        ladder emu-test emu-nvcc demo install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -74,6 +74,8 @@ help:
 	@echo "make bench          training and inference beside PyTorch, OpenVINO and ONNX Runtime (python3, downloads them)"
 	@echo "make bench-data     loading pictures, average precision, opening annotations beside Python (python3, same)"
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
+	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
+	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
@@ -210,6 +212,72 @@ $(B)/ladder: dev/cpu/ladder.c dev/cpu/trainer.c train_detr.c $(HEADERS) $(B)/fla
 	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function $(CFLAGS) dev/cpu/ladder.c dev/cpu/trainer.c -o $@ $(LDFLAGS) $(LIBS)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# CUDA kernels without a GPU (doc/9). From NAME.cu, build/emu/NAME runs it and build/emu/NAME-checked also watches every
+# access. For gdb: make EMU_OPTIMIZE=-O0 ...
+
+# The toolkit's place, or that of its headers alone: CUDA=/path
+CUDA ?= $(firstword $(patsubst %/include/cuda_runtime.h,%,$(wildcard /usr/local/cuda/include/cuda_runtime.h \
+          build/cuda-headers/nvidia/cu13/include/cuda_runtime.h /opt/cuda/include/cuda_runtime.h /usr/include/cuda_runtime.h)))
+NVCC ?= $(firstword $(wildcard $(CUDA)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+EMU_OPTIMIZE ?= -O2
+# Frame pointers for the reports; no aliasing rules, as in nvcc; no fused products; addresses below 4 GB for the checker.
+EMU_FLAGS := -std=c++17 $(EMU_OPTIMIZE) -g -fno-omit-frame-pointer -fno-strict-aliasing -ffp-contract=off -no-pie -fno-pie \
+             -Wall -Wextra $(if $(WERROR),-Werror) -isystem $(CUDA)/include
+EMU_KERNELS := -Wno-unknown-pragmas -iquote . -include dev/emu/emu.h -fsanitize=alignment
+EMU_CHECKED := -fsanitize=thread --param tsan-instrument-func-entry-exit=0
+EMU_PARTS := build/emu/emu.o $(if $(wildcard $(CUDA)/include/cublasLt.h),build/emu/cublaslt.o)
+vpath %.cu . dev/emu
+
+ifeq ($(CUDA),)
+emu-test:
+	@echo "emu-test: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
+	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB):" >&2
+	@echo "  $(PYTHON) -m pip install --no-deps --target build/cuda-headers nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*" >&2
+	@echo "They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then." >&2
+	@exit 1
+else
+emu-test: build/emu/self_test build/emu/self_test-checked
+	@$(if $(filter build/emu/cublaslt.o,$(EMU_PARTS)),,echo "left out: cuBLASLt, $(CUDA)/include has no cublasLt.h")
+	@build/emu/self_test >build/emu/plain.txt; build/emu/self_test-checked >build/emu/checked.txt; \
+	    sed '/ passed, /d' build/emu/plain.txt build/emu/checked.txt; \
+	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/plain.txt build/emu/checked.txt | \
+	    awk '{ p += $$1; f += $$2 } END { if (NR < 2) f++; print p + 0 " passed, " f " failed"; exit f > 0 }'
+endif
+
+build/emu/rewrite: dev/emu/rewrite.c
+	@mkdir -p build/emu
+	$(CC) -std=gnu11 -O1 -Wall -Wextra $(if $(WERROR),-Werror) $< -o $@
+
+build/emu/%.o: dev/emu/%.cpp dev/emu/emu.h
+	@mkdir -p build/emu
+	$(CXX) $(EMU_FLAGS) -c $< -o $@
+
+build/emu/%.cpp: %.cu build/emu/rewrite
+	build/emu/rewrite $< > $@
+
+build/emu/%-kernels.o: build/emu/%.cpp dev/emu/emu.h
+	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) -c $< -o $@
+
+build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h
+	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) $(EMU_CHECKED) -c $< -o $@
+	objcopy --redefine-sym memcpy=emu_memcpy --redefine-sym memmove=emu_memmove --redefine-sym memset=emu_memset $@
+
+build/emu/%-checked: build/emu/%-checked.o build/emu/check.o $(EMU_PARTS)
+	$(CXX) -no-pie $^ -o $@
+
+build/emu/self_test: build/emu/self_test-kernels.o $(EMU_PARTS)
+	$(CXX) -no-pie $^ -o $@
+
+.PRECIOUS: build/emu/%.cpp build/emu/%.o
+
+emu-nvcc:
+	@[ -n "$(NVCC)" ] || { echo "emu-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+	@mkdir -p build/emu
+	for sm in 80 90; do \
+	    $(NVCC) -std=c++17 -arch=sm_$$sm -Werror all-warnings -Xcompiler -Wall,-Wextra -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
+	done
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The demo. A run that is there already goes on where it stopped; nothing there is ever removed.
 
 DEMO ?= out/demo
@@ -225,11 +293,13 @@ install-deps:
 # ----------------------------------------------------------------------------------------------------------------------
 # House-keeping
 
+EMU_SOURCES := $(wildcard dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu)
+
 format:
-	clang-format -i *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
+	clang-format -i *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
+	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
 
 clean:
 	rm -rf build train_detr test_detr

@@ -1,8 +1,9 @@
-// check.cpp: watches every access that a .cu file makes. The .cu is compiled with -fsanitize=thread, which puts a call in
-// front of each access to memory; the functions called are not ThreadSanitizer's but these. For every 4 bytes of device and
-// shared memory a cell remembers the last writer and the last readers, when that was, where in the program, and which bytes
-// hold anything. Found: races within a warp, between warps, between blocks and between streams, uninitialised reads,
-// accesses out of bounds, device code in host memory, host code in device memory or in a copy that is under way.
+// check.cpp: watches every access that a .cu file makes. The .cu is compiled with -fsanitize=thread, which puts a call
+// in front of each access to memory; the functions called are not ThreadSanitizer's but these. For every 4 bytes of
+// device and shared memory a cell remembers the last writer and the last readers, when that was, where in the program,
+// and which bytes hold anything. Found: races within a warp, between warps, between blocks and between streams,
+// uninitialised reads, accesses out of bounds, device code in host memory, host code in device memory or in a copy that
+// is under way.
 #include "emu.h"
 
 #include <sys/mman.h>
@@ -16,7 +17,7 @@ constexpr uint16_t kWarp = 0x8000, kSeveral = 0xFFFF;
 struct Trace {
     uint32_t time, pc;  // programs are linked below 4 GB
     uint16_t who;
-    uint8_t bytes;   // of the cell, a bit each
+    uint8_t bytes;    // of the cell, a bit each
     bool by_blocks;   // by more than one block of the operation
     bool by_streams;  // also by an operation of another stream, to which `pc` belongs
 };
@@ -34,7 +35,8 @@ static Cell *half(uintptr_t address) { return (Cell *)kHalves + (address - kDevi
 __attribute__((constructor(101))) static void reserve() {
     for (uintptr_t base : {kWhole, kHalves}) {
         size_t bytes = kSpace / (base == kWhole ? 4 : 2) * sizeof(Cell);
-        if (mmap((void *)base, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED) {
+        if (mmap((void *)base, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                 -1, 0) == MAP_FAILED) {
             fail("%zu bytes of address space cannot be had", bytes);
         }
     }
@@ -50,16 +52,23 @@ static bool ordered(const Trace &t, bool shared) {
     return same_warp && t.time < s.warp_time[warp];
 }
 
-[[noreturn]] static void race(const Trace &t, bool write, uintptr_t address, Access access, uintptr_t pc, const void *frame) {
+[[noreturn]] static void race(const Trace &t, bool write, uintptr_t address, Access access, uintptr_t pc,
+                              const void *frame) {
     const State &s = *running;
     const char *scope = "between warps", *remedy = "no __syncthreads";
-    if (t.by_streams || t.time < s.operation_start) scope = "between streams", remedy = "no event";
-    else if (!is_shared((void *)address) && (t.by_blocks || t.time < s.block_start)) scope = "between blocks", remedy = "no order";
-    else if (t.who < kWarp ? t.who >> 5 == s.thread >> 5 : t.who == (kWarp | s.thread >> 5)) scope = "within a warp", remedy = "no __syncwarp";
+    if (t.by_streams || t.time < s.operation_start)
+        scope = "between streams", remedy = "no event";
+    else if (!is_shared((void *)address) && (t.by_blocks || t.time < s.block_start))
+        scope = "between blocks", remedy = "no order";
+    else if (t.who < kWarp ? t.who >> 5 == s.thread >> 5 : t.who == (kWarp | s.thread >> 5))
+        scope = "within a warp", remedy = "no __syncwarp";
     std::string who = t.who < kWarp ? "thread " + std::to_string(t.who) : "several threads", here = source(pc, frame);
     fail("race %s: %s at %s and earlier %s at %s by %s with %s between; %s", scope,
-         access == kRead || access == kReadUnchecked ? "read" : access == kAtomic ? "atomic" : "write", here.c_str(),
-         write ? "write" : "read", source(t.pc).c_str(), who.c_str(), remedy, describe((void *)address).c_str());
+         access == kRead || access == kReadUnchecked ? "read"
+         : access == kAtomic                         ? "atomic"
+                                                     : "write",
+         here.c_str(), write ? "write" : "read", source(t.pc).c_str(), who.c_str(), remedy,
+         describe((void *)address).c_str());
 }
 
 // Notes an access beside those that were not ordered before it.
@@ -81,12 +90,19 @@ static void note(Trace &t, uint8_t bytes, uint32_t pc, bool shared) {
 // `bytes` of the cell at `address`, a bit each.
 static inline void visit(Cell &cell, uint8_t bytes, uintptr_t address, Access access, uintptr_t pc, const void *frame) {
     bool shared = is_shared((void *)address), reads = access == kRead || access == kReadUnchecked;
-    if (cell.outside) fail("out of bounds: %s at %s; %s", reads ? "read" : "write", source(pc, frame).c_str(), describe((void *)address).c_str());
+    if (cell.outside)
+        fail("out of bounds: %s at %s; %s", reads ? "read" : "write", source(pc, frame).c_str(),
+             describe((void *)address).c_str());
     // Bytes of one cell that several threads hold side by side cannot be told apart afterwards: no report then.
-    auto clash = [&](const Trace &t) { return t.time && (t.bytes & bytes) && !(bytes == 1 || bytes == 2 ? t.bytes != bytes && t.who >= kWarp : false) && !ordered(t, shared); };
+    auto clash = [&](const Trace &t) {
+        return t.time && (t.bytes & bytes) &&
+               !(bytes == 1 || bytes == 2 ? t.bytes != bytes && t.who >= kWarp : false) && !ordered(t, shared);
+    };
     if (!(access == kAtomic && cell.atomic) && clash(cell.write)) race(cell.write, true, address, access, pc, frame);
     if ((access == kRead || access == kAtomic) && (cell.initialised & bytes) != bytes) {
-        if (cell.awaits_copy) fail("read at %s before the wait for cp.async; %s", source(pc, frame).c_str(), describe((void *)address).c_str());
+        if (cell.awaits_copy)
+            fail("read at %s before the wait for cp.async; %s", source(pc, frame).c_str(),
+                 describe((void *)address).c_str());
         fail("uninitialised read at %s; %s", source(pc, frame).c_str(), describe((void *)address).c_str());
     }
     if (reads) return note(cell.read, bytes, (uint32_t)pc, shared);
@@ -94,8 +110,10 @@ static inline void visit(Cell &cell, uint8_t bytes, uintptr_t address, Access ac
     note(cell.write, bytes, (uint32_t)pc, shared);
     cell.atomic = access == kAtomic;
     cell.awaits_copy = access == kIssueCopy;
-    if (cell.awaits_copy) cell.initialised &= (uint8_t)~bytes;
-    else cell.initialised |= bytes;
+    if (cell.awaits_copy)
+        cell.initialised &= (uint8_t)~bytes;
+    else
+        cell.initialised |= bytes;
 }
 
 static void split(uintptr_t address) {
@@ -171,11 +189,13 @@ extern "C" char __executable_start, end;  // of the program: code, constants, __
 static inline void access(const void *p, size_t bytes, bool write, uintptr_t pc, const void *frame) {
     uintptr_t address = (uintptr_t)p;
     if (!running) {  // host code, in any of its threads
-        if (is_device(p)) fail("host code %s device memory at %s; %s", write ? "writes" : "reads", source(pc, frame).c_str(), describe(p).c_str());
+        if (is_device(p))
+            fail("host code %s device memory at %s; %s", write ? "writes" : "reads", source(pc, frame).c_str(),
+                 describe(p).c_str());
         if (is_pinned(p)) {
             if (uintptr_t call = pending_copy(address, bytes, write)) {
-                fail("host code %s memory at %s while the copy called at %s is under way; %s", write ? "writes" : "reads",
-                     source(pc, frame).c_str(), source(call).c_str(), describe(p).c_str());
+                fail("host code %s memory at %s while the copy called at %s is under way; %s",
+                     write ? "writes" : "reads", source(pc, frame).c_str(), source(call).c_str(), describe(p).c_str());
             }
         }
         return;
@@ -184,7 +204,8 @@ static inline void access(const void *p, size_t bytes, bool write, uintptr_t pc,
     if (address - running->stack < running->stack_end - running->stack) return;
     if (address >= (uintptr_t)&__executable_start && address < (uintptr_t)&end) return;
     if (!running->stack) return;
-    fail("a kernel %s host memory, or another thread's local memory, at %s; address %p", write ? "writes" : "reads", source(pc, frame).c_str(), p);
+    fail("a kernel %s host memory, or another thread's local memory, at %s; address %p", write ? "writes" : "reads",
+         source(pc, frame).c_str(), p);
 }
 }  // namespace emu
 
@@ -192,13 +213,14 @@ using emu::access;
 #define HERE (uintptr_t) __builtin_return_address(0), __builtin_frame_address(0)
 
 extern "C" {
-#define SIZE(n)                                                                      \
-    void __tsan_read##n(void *p) { access(p, n, false, HERE); }                      \
-    void __tsan_write##n(void *p) { access(p, n, true, HERE); }                      \
-    void __tsan_unaligned_read##n(void *p) { access(p, n, false, HERE); }            \
+#define SIZE(n)                                                           \
+    void __tsan_read##n(void *p) { access(p, n, false, HERE); }           \
+    void __tsan_write##n(void *p) { access(p, n, true, HERE); }           \
+    void __tsan_unaligned_read##n(void *p) { access(p, n, false, HERE); } \
     void __tsan_unaligned_write##n(void *p) { access(p, n, true, HERE); }
-SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
-void __tsan_read_range(void *p, size_t bytes) { access(p, bytes, false, HERE); }
+SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16) void __tsan_read_range(void *p, size_t bytes) {
+    access(p, bytes, false, HERE);
+}
 void __tsan_write_range(void *p, size_t bytes) { access(p, bytes, true, HERE); }
 void __tsan_vptr_read(void *p) { access(p, 8, false, HERE); }
 void __tsan_vptr_update(void *p, void *) { access(p, 8, true, HERE); }
@@ -221,22 +243,35 @@ void *emu_memset(void *to, int value, size_t bytes) {
 }
 
 // The host's own atomics (OpenMP, reference counts) arrive as calls as well; they only have to work.
-#define ATOMIC(bits, type)                                                                                              \
-    type __tsan_atomic##bits##_load(const volatile type *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }       \
-    void __tsan_atomic##bits##_store(volatile type *p, type v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }       \
-    type __tsan_atomic##bits##_exchange(volatile type *p, type v, int) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); } \
-    type __tsan_atomic##bits##_fetch_add(volatile type *p, type v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); } \
-    type __tsan_atomic##bits##_fetch_sub(volatile type *p, type v, int) { return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST); } \
-    type __tsan_atomic##bits##_fetch_and(volatile type *p, type v, int) { return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); } \
-    type __tsan_atomic##bits##_fetch_or(volatile type *p, type v, int) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }   \
-    type __tsan_atomic##bits##_fetch_xor(volatile type *p, type v, int) { return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST); } \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile type *p, type *c, type v, int, int) {                    \
-        return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                         \
-    }                                                                                                                   \
-    int __tsan_atomic##bits##_compare_exchange_weak(volatile type *p, type *c, type v, int, int) {                      \
-        return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                         \
+#define ATOMIC(bits, type)                                                                                        \
+    type __tsan_atomic##bits##_load(const volatile type *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
+    void __tsan_atomic##bits##_store(volatile type *p, type v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); } \
+    type __tsan_atomic##bits##_exchange(volatile type *p, type v, int) {                                          \
+        return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                       \
+    }                                                                                                             \
+    type __tsan_atomic##bits##_fetch_add(volatile type *p, type v, int) {                                         \
+        return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                        \
+    }                                                                                                             \
+    type __tsan_atomic##bits##_fetch_sub(volatile type *p, type v, int) {                                         \
+        return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                        \
+    }                                                                                                             \
+    type __tsan_atomic##bits##_fetch_and(volatile type *p, type v, int) {                                         \
+        return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                                        \
+    }                                                                                                             \
+    type __tsan_atomic##bits##_fetch_or(volatile type *p, type v, int) {                                          \
+        return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                                         \
+    }                                                                                                             \
+    type __tsan_atomic##bits##_fetch_xor(volatile type *p, type v, int) {                                         \
+        return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                                        \
+    }                                                                                                             \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile type *p, type *c, type v, int, int) {              \
+        return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
+    }                                                                                                             \
+    int __tsan_atomic##bits##_compare_exchange_weak(volatile type *p, type *c, type v, int, int) {                \
+        return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
     }
-ATOMIC(8, uint8_t) ATOMIC(16, uint16_t) ATOMIC(32, uint32_t) ATOMIC(64, uint64_t)
-void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+ATOMIC(8, uint8_t) ATOMIC(16, uint16_t) ATOMIC(32, uint32_t) ATOMIC(64, uint64_t) void __tsan_atomic_thread_fence(int) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 void __tsan_atomic_signal_fence(int) {}
 }

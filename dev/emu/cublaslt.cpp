@@ -1,7 +1,7 @@
-// cublaslt.cpp: the part of cuBLASLt that a trainer uses, in plain loops: D = epilogue(alpha op(A) op(B) + beta C), batched,
-// in fp32 or with bf16 or fp16 matrices, always adding up in fp32. An attribute, epilogue or type that is not known here
-// ends the program and is named: the stand-in must never do something else than the library would. It does not know which
-// combinations the library refuses, nor the order in which the library adds.
+// cublaslt.cpp: the part of cuBLASLt that a trainer uses, in plain loops: D = epilogue(alpha op(A) op(B) + beta C),
+// batched, in fp32 or with bf16 or fp16 matrices, always adding up in fp32. An attribute, epilogue or type that is not
+// known here ends the program and is named: the stand-in must never do something else than the library would. It does
+// not know which combinations the library refuses, nor the order in which the library adds.
 //
 // The workspace is poisoned by every matmul, so that two streams that share one are found.
 #include "emu.h"
@@ -44,9 +44,12 @@ float get(cudaDataType type, const void *p, size_t i) {
     return (float)((const __half *)p)[i];
 }
 void set(cudaDataType type, void *p, size_t i, float value) {
-    if (type == CUDA_R_32F) ((float *)p)[i] = value;
-    else if (type == CUDA_R_16BF) ((__nv_bfloat16 *)p)[i] = __float2bfloat16(value);
-    else ((__half *)p)[i] = __float2half(value);
+    if (type == CUDA_R_32F)
+        ((float *)p)[i] = value;
+    else if (type == CUDA_R_16BF)
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16(value);
+    else
+        ((__half *)p)[i] = __float2half(value);
 }
 
 struct Problem {
@@ -60,7 +63,8 @@ struct Problem {
 };
 
 void touch_matrix(const Layout &layout, const void *p, int64_t offset, emu::Access access, uintptr_t pc) {
-    uint64_t lines = layout.row_major ? layout.rows : layout.columns, length = layout.row_major ? layout.columns : layout.rows;
+    uint64_t lines = layout.row_major ? layout.rows : layout.columns,
+             length = layout.row_major ? layout.columns : layout.rows;
     size_t bytes = bytes_of(layout.type);
     for (uint64_t i = 0; i < lines; i++) {
         emu::touch((const char *)p + ((size_t)offset + i * (size_t)layout.leading) * bytes, length * bytes, access, pc);
@@ -77,8 +81,10 @@ void multiply(const Problem &p) {
         return tf32 ? __uint_as_float(to_tf32(x)) : x;
     };
     for (uint64_t k = 0; k < depth; k++) {
-        for (uint64_t i = 0; i < rows; i++) a[i * depth + k] = number(p.a, p.A, p.how.transpose_a == CUBLAS_OP_N ? p.a.at(i, k) : p.a.at(k, i));
-        for (uint64_t j = 0; j < columns; j++) b[j * depth + k] = number(p.b, p.B, p.how.transpose_b == CUBLAS_OP_N ? p.b.at(k, j) : p.b.at(j, k));
+        for (uint64_t i = 0; i < rows; i++)
+            a[i * depth + k] = number(p.a, p.A, p.how.transpose_a == CUBLAS_OP_N ? p.a.at(i, k) : p.a.at(k, i));
+        for (uint64_t j = 0; j < columns; j++)
+            b[j * depth + k] = number(p.b, p.B, p.how.transpose_b == CUBLAS_OP_N ? p.b.at(k, j) : p.b.at(j, k));
     }
     cublasLtEpilogue_t e = p.how.epilogue;
     bool relu = e == CUBLASLT_EPILOGUE_RELU || e == CUBLASLT_EPILOGUE_RELU_BIAS;
@@ -112,19 +118,27 @@ void run(Problem p, void *workspace, size_t workspace_bytes) {
     cublasLtEpilogue_t e = p.how.epilogue;
     bool gradient = e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_BGRADB;
     if (e != CUBLASLT_EPILOGUE_DEFAULT && e != CUBLASLT_EPILOGUE_RELU) {
-        size_t bytes = (e == CUBLASLT_EPILOGUE_BGRADB ? p.d.columns : p.d.rows) * bytes_of(p.how.has_bias_type ? p.how.bias_type : p.d.type);
+        size_t bytes = (e == CUBLASLT_EPILOGUE_BGRADB ? p.d.columns : p.d.rows) *
+                       bytes_of(p.how.has_bias_type ? p.how.bias_type : p.d.type);
         emu::require_memory(p.how.bias, bytes, p.pc);
         emu::touch(p.how.bias, bytes, gradient ? emu::kWrite : emu::kRead, p.pc);
     }
-    struct { const Layout *layout; const void *p; emu::Access access; } uses[] = {
-        {&p.a, p.A, emu::kRead}, {&p.b, p.B, emu::kRead}, {&p.c, p.beta != 0 ? p.C : nullptr, emu::kRead}, {&p.d, p.D, emu::kWrite}};
+    struct {
+        const Layout *layout;
+        const void *p;
+        emu::Access access;
+    } uses[] = {{&p.a, p.A, emu::kRead},
+                {&p.b, p.B, emu::kRead},
+                {&p.c, p.beta != 0 ? p.C : nullptr, emu::kRead},
+                {&p.d, p.D, emu::kWrite}};
     for (int n = 0; n < p.d.batch; n++) {
         const void *at[4];
         for (int i = 0; i < 4; i++) {
             const Layout &layout = *uses[i].layout;
             at[i] = uses[i].p;
             if (!uses[i].p) continue;
-            emu::require_memory((const char *)uses[i].p + (size_t)(n * layout.stride) * bytes_of(layout.type), layout.size() * bytes_of(layout.type), p.pc);
+            emu::require_memory((const char *)uses[i].p + (size_t)(n * layout.stride) * bytes_of(layout.type),
+                                layout.size() * bytes_of(layout.type), p.pc);
             touch_matrix(layout, uses[i].p, n * layout.stride, uses[i].access, p.pc);
             at[i] = (const char *)uses[i].p + (size_t)(n * layout.stride) * bytes_of(layout.type);
         }
@@ -136,62 +150,85 @@ void run(Problem p, void *workspace, size_t workspace_bytes) {
 
 template <class T>
 T value(const void *p, size_t bytes, const char *caller) {
-    if (bytes != sizeof(T)) fail("cublasLt: an attribute of %zu bytes where %zu belong, at %s", bytes, sizeof(T), caller);
+    if (bytes != sizeof(T))
+        fail("cublasLt: an attribute of %zu bytes where %zu belong, at %s", bytes, sizeof(T), caller);
     T v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 }  // namespace
 
-cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) { return *handle = (cublasLtHandle_t) new int, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
+    return *handle = (cublasLtHandle_t) new int, CUBLAS_STATUS_SUCCESS;
+}
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete (int *)handle, CUBLAS_STATUS_SUCCESS; }
-const char *cublasLtGetStatusString(cublasStatus_t status) { return status == CUBLAS_STATUS_SUCCESS ? "success" : "failure"; }
+const char *cublasLtGetStatusString(cublasStatus_t status) {
+    return status == CUBLAS_STATUS_SUCCESS ? "success" : "failure";
+}
 size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
 
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *how, cublasComputeType_t compute, cudaDataType_t scale) {
     if ((compute != CUBLAS_COMPUTE_32F && compute != CUBLAS_COMPUTE_32F_FAST_TF32) || scale != CUDA_R_32F) {
-        fail("cublasLt: compute type %d with scale type %d is not emulated (CUBLAS_COMPUTE_32F and _32F_FAST_TF32 with CUDA_R_32F are), at %s",
-             (int)compute, (int)scale, CALLER);
+        fail(
+            "cublasLt: compute type %d with scale type %d is not emulated (CUBLAS_COMPUTE_32F and _32F_FAST_TF32 with "
+            "CUDA_R_32F are), at %s",
+            (int)compute, (int)scale, CALLER);
     }
     Description *d = new Description;
     d->compute = compute;
     return *how = (cublasLtMatmulDesc_t)d, CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t how) { return delete (Description *)how, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t how) {
+    return delete (Description *)how, CUBLAS_STATUS_SUCCESS;
+}
 
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLtMatmulDescAttributes_t name, const void *p, size_t bytes) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLtMatmulDescAttributes_t name,
+                                              const void *p, size_t bytes) {
     Description &d = *(Description *)how;
     switch (name) {
-    case CUBLASLT_MATMUL_DESC_TRANSA:
-    case CUBLASLT_MATMUL_DESC_TRANSB: {
-        auto v = (cublasOperation_t)value<int32_t>(p, bytes, CALLER);
-        if (v != CUBLAS_OP_N && v != CUBLAS_OP_T) fail("cublasLt: operation %d is not emulated (N and T are), at %s", (int)v, CALLER);
-        (name == CUBLASLT_MATMUL_DESC_TRANSA ? d.transpose_a : d.transpose_b) = v;
-        break;
-    }
-    case CUBLASLT_MATMUL_DESC_EPILOGUE:
-        d.epilogue = value<cublasLtEpilogue_t>(p, bytes, CALLER);
-        switch ((int)d.epilogue) {
-        case CUBLASLT_EPILOGUE_DEFAULT:
-        case CUBLASLT_EPILOGUE_RELU:
-        case CUBLASLT_EPILOGUE_BIAS:
-        case CUBLASLT_EPILOGUE_RELU_BIAS:
-        case CUBLASLT_EPILOGUE_BGRADA:
-        case CUBLASLT_EPILOGUE_BGRADB: break;
-        default: fail("cublasLt: epilogue %d is not emulated (DEFAULT, RELU, BIAS, RELU_BIAS, BGRADA and BGRADB are), at %s", (int)d.epilogue, CALLER);
+        case CUBLASLT_MATMUL_DESC_TRANSA:
+        case CUBLASLT_MATMUL_DESC_TRANSB: {
+            auto v = (cublasOperation_t)value<int32_t>(p, bytes, CALLER);
+            if (v != CUBLAS_OP_N && v != CUBLAS_OP_T)
+                fail("cublasLt: operation %d is not emulated (N and T are), at %s", (int)v, CALLER);
+            (name == CUBLASLT_MATMUL_DESC_TRANSA ? d.transpose_a : d.transpose_b) = v;
+            break;
         }
-        break;
-    case CUBLASLT_MATMUL_DESC_BIAS_POINTER: d.bias = value<void *>(p, bytes, CALLER); break;
-    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
-        d.bias_type = (cudaDataType)value<int32_t>(p, bytes, CALLER);
-        d.has_bias_type = bytes_of(d.bias_type) != 0;
-        break;
-    default: fail("cublasLt: attribute %d of a matmul is not emulated (TRANSA, TRANSB, EPILOGUE, BIAS_POINTER and BIAS_DATA_TYPE are), at %s", (int)name, CALLER);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE:
+            d.epilogue = value<cublasLtEpilogue_t>(p, bytes, CALLER);
+            switch ((int)d.epilogue) {
+                case CUBLASLT_EPILOGUE_DEFAULT:
+                case CUBLASLT_EPILOGUE_RELU:
+                case CUBLASLT_EPILOGUE_BIAS:
+                case CUBLASLT_EPILOGUE_RELU_BIAS:
+                case CUBLASLT_EPILOGUE_BGRADA:
+                case CUBLASLT_EPILOGUE_BGRADB:
+                    break;
+                default:
+                    fail(
+                        "cublasLt: epilogue %d is not emulated (DEFAULT, RELU, BIAS, RELU_BIAS, BGRADA and BGRADB "
+                        "are), at %s",
+                        (int)d.epilogue, CALLER);
+            }
+            break;
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+            d.bias = value<void *>(p, bytes, CALLER);
+            break;
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+            d.bias_type = (cudaDataType)value<int32_t>(p, bytes, CALLER);
+            d.has_bias_type = bytes_of(d.bias_type) != 0;
+            break;
+        default:
+            fail(
+                "cublasLt: attribute %d of a matmul is not emulated (TRANSA, TRANSB, EPILOGUE, BIAS_POINTER and "
+                "BIAS_DATA_TYPE are), at %s",
+                (int)name, CALLER);
     }
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows, uint64_t columns, int64_t leading) {
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
+                                          uint64_t columns, int64_t leading) {
     Layout *l = new Layout;
     l->type = type;
     l->rows = rows;
@@ -200,21 +237,35 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDa
     bytes_of(type);
     return *layout = (cublasLtMatrixLayout_t)l, CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return delete (Layout *)layout, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    return delete (Layout *)layout, CUBLAS_STATUS_SUCCESS;
+}
 
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t name, const void *p, size_t bytes) {
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t name,
+                                                const void *p, size_t bytes) {
     Layout &l = *(Layout *)layout;
     switch (name) {
-    case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: l.batch = value<int32_t>(p, bytes, CALLER); break;
-    case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: l.stride = value<int64_t>(p, bytes, CALLER); break;
-    case CUBLASLT_MATRIX_LAYOUT_LD: l.leading = value<int64_t>(p, bytes, CALLER); break;
-    case CUBLASLT_MATRIX_LAYOUT_ORDER: {
-        int32_t order = value<int32_t>(p, bytes, CALLER);
-        if (order != CUBLASLT_ORDER_COL && order != CUBLASLT_ORDER_ROW) fail("cublasLt: order %d is not emulated (COL and ROW are), at %s", order, CALLER);
-        l.row_major = order == CUBLASLT_ORDER_ROW;
-        break;
-    }
-    default: fail("cublasLt: attribute %d of a layout is not emulated (ORDER, LD, BATCH_COUNT and STRIDED_BATCH_OFFSET are), at %s", (int)name, CALLER);
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
+            l.batch = value<int32_t>(p, bytes, CALLER);
+            break;
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
+            l.stride = value<int64_t>(p, bytes, CALLER);
+            break;
+        case CUBLASLT_MATRIX_LAYOUT_LD:
+            l.leading = value<int64_t>(p, bytes, CALLER);
+            break;
+        case CUBLASLT_MATRIX_LAYOUT_ORDER: {
+            int32_t order = value<int32_t>(p, bytes, CALLER);
+            if (order != CUBLASLT_ORDER_COL && order != CUBLASLT_ORDER_ROW)
+                fail("cublasLt: order %d is not emulated (COL and ROW are), at %s", order, CALLER);
+            l.row_major = order == CUBLASLT_ORDER_ROW;
+            break;
+        }
+        default:
+            fail(
+                "cublasLt: attribute %d of a layout is not emulated (ORDER, LD, BATCH_COUNT and STRIDED_BATCH_OFFSET "
+                "are), at %s",
+                (int)name, CALLER);
     }
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -225,15 +276,19 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *prefer
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
     return delete (uint64_t *)preference, CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t name, const void *p, size_t bytes) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t name, const void *p,
+                                                    size_t bytes) {
     if (name != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) {
-        fail("cublasLt: attribute %d of a preference is not emulated (MAX_WORKSPACE_BYTES is), at %s", (int)name, CALLER);
+        fail("cublasLt: attribute %d of a preference is not emulated (MAX_WORKSPACE_BYTES is), at %s", (int)name,
+             CALLER);
     }
     *(uint64_t *)preference = value<uint64_t>(p, bytes, CALLER);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t preference, int wanted,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t preference, int wanted,
                                               cublasLtMatmulHeuristicResult_t results[], int *found) {
     *found = wanted > 0;
     if (*found) {
@@ -245,24 +300,45 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t how, const void *alpha, const void *A, cublasLtMatrixLayout_t a_layout,
-                              const void *B, cublasLtMatrixLayout_t b_layout, const void *beta, const void *C, cublasLtMatrixLayout_t c_layout,
-                              void *D, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
-                              cudaStream_t stream) {
-    Problem p = {*(Description *)how, *(Layout *)a_layout, *(Layout *)b_layout, *(Layout *)c_layout, *(Layout *)d_layout,
-                 A, B, C, D, *(const float *)alpha, *(const float *)beta, (uintptr_t)__builtin_return_address(0)};
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t how, const void *alpha, const void *A,
+                              cublasLtMatrixLayout_t a_layout, const void *B, cublasLtMatrixLayout_t b_layout,
+                              const void *beta, const void *C, cublasLtMatrixLayout_t c_layout, void *D,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                              size_t workspace_bytes, cudaStream_t stream) {
+    Problem p = {*(Description *)how,
+                 *(Layout *)a_layout,
+                 *(Layout *)b_layout,
+                 *(Layout *)c_layout,
+                 *(Layout *)d_layout,
+                 A,
+                 B,
+                 C,
+                 D,
+                 *(const float *)alpha,
+                 *(const float *)beta,
+                 (uintptr_t)__builtin_return_address(0)};
     bool na = p.how.transpose_a == CUBLAS_OP_N, nb = p.how.transpose_b == CUBLAS_OP_N;
-    uint64_t m = na ? p.a.rows : p.a.columns, k = p.depth(), kb = nb ? p.b.rows : p.b.columns, n = nb ? p.b.columns : p.b.rows;
+    uint64_t m = na ? p.a.rows : p.a.columns, k = p.depth(), kb = nb ? p.b.rows : p.b.columns,
+             n = nb ? p.b.columns : p.b.rows;
     if (p.d.rows != m || p.d.columns != n || k != kb || p.c.rows != m || p.c.columns != n) {
-        fail("cublasLt: op(A) %lux%lu, op(B) %lux%lu, C %lux%lu, D %lux%lu do not fit, at %s", m, k, kb, n, p.c.rows, p.c.columns, p.d.rows, p.d.columns, CALLER);
+        fail("cublasLt: op(A) %lux%lu, op(B) %lux%lu, C %lux%lu, D %lux%lu do not fit, at %s", m, k, kb, n, p.c.rows,
+             p.c.columns, p.d.rows, p.d.columns, CALLER);
     }
     if (p.a.type != p.b.type) fail("cublasLt: A and B of different types, at %s", CALLER);
-    if (algo && algo->data[0] > workspace_bytes) fail("cublasLt: a workspace of %zu bytes where the algorithm has %lu, at %s", workspace_bytes, algo->data[0], CALLER);
+    if (algo && algo->data[0] > workspace_bytes)
+        fail("cublasLt: a workspace of %zu bytes where the algorithm has %lu, at %s", workspace_bytes, algo->data[0],
+             CALLER);
     for (const Layout *l : {&p.a, &p.b, &p.c, &p.d}) {
-        if (l->leading < (int64_t)(l->row_major ? l->columns : l->rows)) fail("cublasLt: leading dimension %ld of a %lux%lu matrix, at %s", (long)l->leading, l->rows, l->columns, CALLER);
+        if (l->leading < (int64_t)(l->row_major ? l->columns : l->rows))
+            fail("cublasLt: leading dimension %ld of a %lux%lu matrix, at %s", (long)l->leading, l->rows, l->columns,
+                 CALLER);
         if (l->batch != p.d.batch) fail("cublasLt: batches of %d and %d, at %s", l->batch, p.d.batch, CALLER);
     }
-    if (p.how.epilogue != CUBLASLT_EPILOGUE_DEFAULT && p.how.epilogue != CUBLASLT_EPILOGUE_RELU && !p.how.bias) fail("cublasLt: epilogue without a bias pointer, at %s", CALLER);
+    if (p.how.epilogue != CUBLASLT_EPILOGUE_DEFAULT && p.how.epilogue != CUBLASLT_EPILOGUE_RELU && !p.how.bias)
+        fail("cublasLt: epilogue without a bias pointer, at %s", CALLER);
+    if (p.d.batch > 1 && p.how.epilogue != CUBLASLT_EPILOGUE_DEFAULT && p.how.epilogue != CUBLASLT_EPILOGUE_RELU) {
+        fail("cublasLt: a batch with a bias is not emulated, at %s", CALLER);
+    }
     emu::enqueue(stream, p.pc, [=] { run(p, workspace, workspace_bytes); });
     return CUBLAS_STATUS_SUCCESS;
 }

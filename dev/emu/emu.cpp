@@ -1,11 +1,11 @@
 // emu.cpp: the machine that runs a .cu file on a CPU. Every CUDA thread of a block is a fiber with a stack of its own;
-// one fiber runs until it waits (barrier, warp operation) or ends, then another one that can is drawn at random. Blocks run
-// one after the other in random order. Streams are queues; nothing in them runs before the host waits for something, and
-// then in a random order that streams and events allow. EMU_SEED in the environment chooses all of this.
+// one fiber runs until it waits (barrier, warp operation) or ends, then another one that can is drawn at random. Blocks
+// run one after the other in random order. Streams are queues; nothing in them runs before the host waits for
+// something, and then in a random order that streams and events allow. EMU_SEED in the environment chooses all of this.
 //
-// Everything that a kernel or the host does wrong ends the process with a message that begins with "emu: " and names the
-// place in the source. The rooms: reports, memory, fibers, barriers and warps, shared memory, asynchronous copies, tensor
-// cores, streams, the runtime's functions.
+// Everything that a kernel or the host does wrong ends the process with a message that begins with "emu: " and names
+// the place in the source. The rooms: reports, memory, fibers, barriers and warps, shared memory, asynchronous copies,
+// tensor cores, streams, the runtime's functions.
 #include "emu.h"
 
 #include <execinfo.h>
@@ -101,13 +101,14 @@ static bool in_kernel() { return running && running->stack; }
 // ---------------------------------------------------------------------------------------------------------------------
 // Reports
 
-// addr2line gives a line for each function that was inlined at pc, innermost first. Headers are passed over, and then the
-// functions above on the stack, so that a report names the line of the .cu.
+// addr2line gives a line for each function that was inlined at pc, innermost first. Headers are passed over, and then
+// the functions above on the stack, so that a report names the line of the .cu.
 std::string source(uintptr_t pc, const void *frame) {
     std::string first;
     for (int depth = 0; depth < 16 && pc; depth++) {
         char command[256], line[1024], directory[1024];
-        snprintf(command, sizeof command, "addr2line -i -e /proc/%d/exe 0x%lx 2>/dev/null", (int)getpid(), (long)pc - 1);
+        snprintf(command, sizeof command, "addr2line -i -e /proc/%d/exe 0x%lx 2>/dev/null", (int)getpid(),
+                 (long)pc - 1);
         FILE *pipe = popen(command, "r");
         std::string found;
         size_t prefix = getcwd(directory, sizeof directory) ? strlen(directory) : 0;
@@ -157,7 +158,8 @@ static std::string coordinates(const uint3 &i) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory. An allocation ends, but for less than 256 bytes, at a page that nobody may touch; addresses are never used
-// again, so that a pointer into freed memory stays wrong. Everything begins as 0xFF: NaN in every format, -1 in integers.
+// again, so that a pointer into freed memory stays wrong. Everything begins as 0xFF: NaN in every format, -1 in
+// integers.
 
 struct Allocation {
     char *p, *begin, *end;  // begin and end: its pages
@@ -170,7 +172,8 @@ static constexpr size_t kPage = 4096;
 static uintptr_t next_address[2];
 
 static void *map(uintptr_t address, size_t bytes, int protection) {
-    void *p = mmap((void *)address, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (address ? MAP_FIXED : 0), -1, 0);
+    void *p = mmap((void *)address, bytes, protection,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (address ? MAP_FIXED : 0), -1, 0);
     if (p == MAP_FAILED) fail("%zu bytes of address space cannot be had", bytes);
     return p;
 }
@@ -223,7 +226,8 @@ std::string describe(const void *address) {
             if (v.bytes && p >= v.p - 16 && (!nearest || v.p <= p)) nearest = &v;
         }
         if (!nearest) return "shared memory";
-        snprintf(text, sizeof text, "shared %s (%zu bytes) at byte %ld", nearest->name, nearest->bytes, (long)(p - nearest->p));
+        snprintf(text, sizeof text, "shared %s (%zu bytes) at byte %ld", nearest->name, nearest->bytes,
+                 (long)(p - nearest->p));
         return text;
     }
     if (Allocation *a = find(address)) {
@@ -258,9 +262,11 @@ static void on_fault(int, siginfo_t *info, void *context) {
     std::string where = source(running && !in_kernel() ? running->pc : pc + 1, (void *)frame);
     if (is_device(info->si_addr) || is_pinned(info->si_addr)) {
         Allocation *a = find(info->si_addr);
-        fail("%s at %s; %s", a && a->freed ? "use after free" : "out of bounds", where.c_str(), describe(info->si_addr).c_str());
+        fail("%s at %s; %s", a && a->freed ? "use after free" : "out of bounds", where.c_str(),
+             describe(info->si_addr).c_str());
     }
-    if (address - (uintptr_t)stacks < kMaxThreads * kStack) fail("a thread's stack of %zu bytes is full at %s", kStack, where.c_str());
+    if (address - (uintptr_t)stacks < kMaxThreads * kStack)
+        fail("a thread's stack of %zu bytes is full at %s", kStack, where.c_str());
     fail("segmentation fault at %s: address %p", where.c_str(), info->si_addr);
 }
 
@@ -276,7 +282,8 @@ struct AlignmentData {
 extern "C" void __ubsan_handle_type_mismatch_v1(emu::AlignmentData *data, uintptr_t p) {
     if (!emu::in_kernel()) return;
     emu::fail("misaligned access at %s: not on a multiple of %d bytes; %s",
-              emu::source(CALLER, __builtin_frame_address(0)).c_str(), 1 << data->log_alignment, emu::describe((void *)p).c_str());
+              emu::source(CALLER, __builtin_frame_address(0)).c_str(), 1 << data->log_alignment,
+              emu::describe((void *)p).c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +469,8 @@ int barrier(bool predicate, const char *file, int line) {
     return b.result;
 }
 
-const uint64_t *meet(Kind kind, unsigned mask, uint64_t mine, const char *file, int line, void (*complete)(uint64_t *)) {
+const uint64_t *meet(Kind kind, unsigned mask, uint64_t mine, const char *file, int line,
+                     void (*complete)(uint64_t *)) {
     int self = state.thread, first = self & ~31;
     Warp &w = warps[self / 32];
     if (mask != ~0u) {
@@ -496,25 +504,45 @@ const uint64_t *meet(Kind kind, unsigned mask, uint64_t mine, const char *file, 
 
 uint64_t atomic(AtomicOperation operation, void *address, int bytes, bool is_signed, uint64_t value, uint64_t compare) {
     if ((uintptr_t)address % (unsigned)bytes) {
-        fail("misaligned atomic at %s; %s", source(CALLER, __builtin_frame_address(0)).c_str(), describe(address).c_str());
+        fail("misaligned atomic at %s; %s", source(CALLER, __builtin_frame_address(0)).c_str(),
+             describe(address).c_str());
     }
     touch(address, (size_t)bytes, kAtomic, CALLER);
-    uint64_t all = bytes == 8 ? ~0ull : 0xFFFFFFFF, old = bytes == 8 ? *(uint64_t *)address : *(uint32_t *)address, result = old;
+    uint64_t all = bytes == 8 ? ~0ull : 0xFFFFFFFF, old = bytes == 8 ? *(uint64_t *)address : *(uint32_t *)address,
+             result = old;
     auto extended = [&](uint64_t x) { return is_signed && bytes == 4 ? (int64_t)(int32_t)x : (int64_t)x; };
     value &= all;
     bool less = is_signed ? extended(value) < extended(old) : value < old;
     switch (operation) {
-    case kAdd: result = old + value; break;
-    case kMin: result = less ? value : old; break;
-    case kMax: result = less ? old : value; break;
-    case kAnd: result = old & value; break;
-    case kOr: result = old | value; break;
-    case kXor: result = old ^ value; break;
-    case kExchange: result = value; break;
-    case kCompareAndSwap: result = old == (compare & all) ? value : old; break;
+        case kAdd:
+            result = old + value;
+            break;
+        case kMin:
+            result = less ? value : old;
+            break;
+        case kMax:
+            result = less ? old : value;
+            break;
+        case kAnd:
+            result = old & value;
+            break;
+        case kOr:
+            result = old | value;
+            break;
+        case kXor:
+            result = old ^ value;
+            break;
+        case kExchange:
+            result = value;
+            break;
+        case kCompareAndSwap:
+            result = old == (compare & all) ? value : old;
+            break;
     }
-    if (bytes == 8) *(uint64_t *)address = result;
-    else *(uint32_t *)address = (uint32_t)result;
+    if (bytes == 8)
+        *(uint64_t *)address = result;
+    else
+        *(uint32_t *)address = (uint32_t)result;
     return old;
 }
 
@@ -526,8 +554,9 @@ static char *const kVariables = (char *)kDevice + 0x100000, *const kDynamicEnd =
 static size_t static_bytes;
 static std::map<const void *, int> shared_limits;
 
-static const struct { int architecture, shared_per_block, multiprocessors; } kGpus[] = {
-    {80, 163 * 1024, 108}, {86, 99 * 1024, 84}, {89, 99 * 1024, 128}, {90, 227 * 1024, 132}};
+static const struct {
+    int architecture, shared_per_block, multiprocessors;
+} kGpus[] = {{80, 163 * 1024, 108}, {86, 99 * 1024, 84}, {89, 99 * 1024, 128}, {90, 227 * 1024, 132}};
 
 static auto &gpu = []() -> auto & {
     const char *wanted = getenv("EMU_SM");
@@ -535,7 +564,8 @@ static auto &gpu = []() -> auto & {
         if (g.architecture == (wanted ? atoi(wanted) : 80)) return g;
     }
     fail("EMU_SM=%s: must be 80, 86, 89 or 90", wanted);
-}();
+}
+();
 
 static void fresh_shared(const SharedVariable &v) {
     memset(v.p, 0xFF, v.bytes);
@@ -551,7 +581,8 @@ void *shared_variable(const void *key, size_t bytes, size_t alignment, const cha
     char *from = shared_variables.size() == 1 ? kVariables : last.p + last.bytes + 16;
     SharedVariable v = {key, name, (char *)(((uintptr_t)from + alignment - 1) / alignment * alignment), bytes};
     static_bytes = (static_bytes + alignment - 1) / alignment * alignment + bytes;
-    if (static_bytes > 48 * 1024) fail("too much shared memory: %s makes it %zu bytes, variables may have 49152", name, static_bytes);
+    if (static_bytes > 48 * 1024)
+        fail("too much shared memory: %s makes it %zu bytes, variables may have 49152", name, static_bytes);
     if (static_bytes + kernel.config.shared > (size_t)gpu.shared_per_block) {
         fail("too much shared memory: %zu bytes of variables and %zu dynamic ones, sm_%d has %d", static_bytes,
              kernel.config.shared, gpu.architecture, gpu.shared_per_block);
@@ -562,7 +593,8 @@ void *shared_variable(const void *key, size_t bytes, size_t alignment, const cha
 }
 
 void *dynamic_shared(size_t alignment) {
-    if ((uintptr_t)shared_variables[0].p % alignment) fail("dynamic shared memory aligned to %zu: at most 128", alignment);
+    if ((uintptr_t)shared_variables[0].p % alignment)
+        fail("dynamic shared memory aligned to %zu: at most 128", alignment);
     return shared_variables[0].p;
 }
 
@@ -582,8 +614,10 @@ void cp_async(void *to, const void *from, int bytes) {
     Thread &t = threads[state.thread];
     if (bytes < 0 || bytes > 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16 || !is_shared(to)) {
         const void *wrong = (uintptr_t)to % 16 || !is_shared(to) ? to : from;
-        fail("cp.async at %s: %d bytes (0 to 16) from a multiple of 16 to a multiple of 16 in shared memory; misaligned or not shared: %s",
-             source(CALLER, __builtin_frame_address(0)).c_str(), bytes, describe(wrong).c_str());
+        fail(
+            "cp.async at %s: %d bytes (0 to 16) from a multiple of 16 to a multiple of 16 in shared memory; misaligned "
+            "or not shared: %s",
+            source(CALLER, __builtin_frame_address(0)).c_str(), bytes, describe(wrong).c_str());
     }
     if (t.copies == 64) fail("a thread has 64 asynchronous copies under way at %s", source(CALLER).c_str());
     AsyncCopy &c = t.copy[t.copies++];
@@ -640,12 +674,16 @@ static void multiply(uint64_t *lanes) {
         int g = i / 4, t = i % 4;
         for (int r = 0; r < 4; r++) {  // of a: odd ones lower, the last two further right
             int row = g + 8 * (r & 1);
-            if (type == kTf32) a[row][t + 4 * (r >> 1)] = from<float>(f.a[r] & ~0x1fffu);
-            else for (int h = 0; h < 2; h++) a[row][2 * t + h + 8 * (r >> 1)] = half_of(type, f.a[r], h);
+            if (type == kTf32)
+                a[row][t + 4 * (r >> 1)] = from<float>(f.a[r] & ~0x1fffu);
+            else
+                for (int h = 0; h < 2; h++) a[row][2 * t + h + 8 * (r >> 1)] = half_of(type, f.a[r], h);
         }
         for (int r = 0; r < 2; r++) {
-            if (type == kTf32) b[t + 4 * r][g] = from<float>(f.b[r] & ~0x1fffu);
-            else for (int h = 0; h < 2; h++) b[2 * t + h + 8 * r][g] = half_of(type, f.b[r], h);
+            if (type == kTf32)
+                b[t + 4 * r][g] = from<float>(f.b[r] & ~0x1fffu);
+            else
+                for (int h = 0; h < 2; h++) b[2 * t + h + 8 * r][g] = half_of(type, f.b[r], h);
         }
     }
     float sums[16][8] = {};
@@ -670,7 +708,8 @@ void ldmatrix(int count, bool transposed, uint32_t *d, const void *row, const ch
     int self = lane();
     if (self < 8 * count) {
         if ((uintptr_t)row % 16 || !is_shared(row)) {
-            fail("ldmatrix at %s: a row is misaligned (16 bytes) or not in shared memory; %s", place(file, line).c_str(), describe(row).c_str());
+            fail("ldmatrix at %s: a row is misaligned (16 bytes) or not in shared memory; %s",
+                 place(file, line).c_str(), describe(row).c_str());
         }
         touch(row, 16, kRead, CALLER);
         std::copy_n((const uint16_t *)row, 8, numbers);
@@ -748,7 +787,8 @@ uintptr_t pending_copy(uintptr_t address, size_t bytes, bool write) {
 
 static int slot(cudaStream_t stream, uintptr_t pc) {
     Stream *s = stream == nullptr || stream == cudaStreamLegacy ? &streams[0] : (Stream *)stream;
-    if (s < streams || s >= streams + kStreams || (s != streams && !s->used)) fail("no such stream at %s", source(pc).c_str());
+    if (s < streams || s >= streams + kStreams || (s != streams && !s->used))
+        fail("no such stream at %s", source(pc).c_str());
     return (int)(s - streams);
 }
 
@@ -799,7 +839,8 @@ static void host_waits(const Clock &clock) {
         if (!run_one()) fail("deadlock: streams wait for each other");
     }
     host.join(clock);
-    pending.erase(std::remove_if(pending.begin(), pending.end(), [](const Pending &p) { return host.at[(size_t)p.stream] >= p.number; }),
+    pending.erase(std::remove_if(pending.begin(), pending.end(),
+                                 [](const Pending &p) { return host.at[(size_t)p.stream] >= p.number; }),
                   pending.end());
 }
 
@@ -855,10 +896,12 @@ void enqueue_kernel(const Config &c, const void *function, const char *name, voi
     unsigned long count = (unsigned long)c.block.x * c.block.y * c.block.z;
     std::string where = std::string(name) + " launched at " + place(file, line);
     if (count == 0 || count > kMaxThreads || c.block.z > 64 || count % 32) {
-        fail("%s: a block of %ux%ux%u threads: must be a multiple of 32, at most 1024 and 64 deep", where.c_str(), c.block.x, c.block.y, c.block.z);
+        fail("%s: a block of %ux%ux%u threads: must be a multiple of 32, at most 1024 and 64 deep", where.c_str(),
+             c.block.x, c.block.y, c.block.z);
     }
     if (!c.grid.x || !c.grid.y || !c.grid.z || c.grid.x > 0x7fffffff || c.grid.y > 65535 || c.grid.z > 65535) {
-        fail("%s: a grid of %ux%ux%u blocks: each from 1 to 2147483647, 65535, 65535", where.c_str(), c.grid.x, c.grid.y, c.grid.z);
+        fail("%s: a grid of %ux%ux%u blocks: each from 1 to 2147483647, 65535, 65535", where.c_str(), c.grid.x,
+             c.grid.y, c.grid.z);
     }
     auto limit = shared_limits.find(function);
     size_t most = limit == shared_limits.end() ? 48 * 1024 : std::max((size_t)limit->second, (size_t)48 * 1024);
@@ -884,18 +927,23 @@ static void run_copy(char *to, const char *from, size_t bytes) {
     if (onwards && check_copied) check_copied(to, from, bytes);
 }
 
-static void copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream, bool symbol, bool waits, uintptr_t pc) {
+static void copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream, bool symbol,
+                 bool waits, uintptr_t pc) {
     bool to_device = is_device(to), from_device = is_device(from);
     static const char *names[] = {"HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice"};
     if (!symbol && kind != cudaMemcpyDefault && (int)kind != from_device * 2 + to_device) {
-        fail("the copy at %s says cudaMemcpy%s but is %s", source(pc).c_str(), names[kind], names[from_device * 2 + to_device]);
+        fail("the copy at %s says cudaMemcpy%s but is %s", source(pc).c_str(), names[kind],
+             names[from_device * 2 + to_device]);
     }
     if (to_device) require_memory(to, bytes, pc);
     if (from_device) require_memory(from, bytes, pc);
     for (const void *p : {(const void *)to, from}) {
         if (is_pinned(p)) require_memory(p, bytes, pc);
         if (!waits && !symbol && !is_device(p) && !is_pinned(p)) {
-            fail("the asynchronous copy at %s uses memory that is not pinned (cudaMallocHost); it would wait, or be torn", source(pc).c_str());
+            fail(
+                "the asynchronous copy at %s uses memory that is not pinned (cudaMallocHost); it would wait, or be "
+                "torn",
+                source(pc).c_str());
         }
     }
     int s = slot(stream, pc);
@@ -960,7 +1008,9 @@ using namespace emu;
 static cudaError_t result(cudaError_t error) { return error == cudaSuccess ? error : last_error = error; }
 
 extern "C" {
-cudaError_t cudaMalloc(void **p, size_t bytes) { return *p = bytes ? allocate(false, bytes, CALLER) : nullptr, cudaSuccess; }
+cudaError_t cudaMalloc(void **p, size_t bytes) {
+    return *p = bytes ? allocate(false, bytes, CALLER) : nullptr, cudaSuccess;
+}
 cudaError_t cudaMallocHost(void **p, size_t bytes) { return *p = allocate(true, bytes, CALLER), cudaSuccess; }
 cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) { return *p = allocate(true, bytes, CALLER), cudaSuccess; }
 cudaError_t cudaFree(void *p) { return host_waits(everything()), release(p, CALLER), cudaSuccess; }
@@ -978,7 +1028,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     return copy(to, from, bytes, kind, stream, false, false, CALLER), cudaSuccess;
 }
 cudaError_t cudaMemset(void *p, int value, size_t bytes) { return fill(p, value, bytes, 0, CALLER), cudaSuccess; }
-cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s) { return fill(p, value, bytes, s, CALLER), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s) {
+    return fill(p, value, bytes, s, CALLER), cudaSuccess;
+}
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     for (auto &s : streams) {
@@ -990,8 +1042,12 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     fail("more than %d streams at %s", kStreams, source(CALLER).c_str());
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int) { return cudaStreamCreateWithFlags(stream, flags); }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return host_waits(streams[slot(stream, CALLER)].tail), cudaSuccess; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(stream, flags);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    return host_waits(streams[slot(stream, CALLER)].tail), cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return host_waits(everything()), cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     Stream &s = streams[slot(stream, CALLER)];
@@ -1008,7 +1064,9 @@ static cudaError_t query(const Clock &clock) {  // whoever asks again and again 
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return query(streams[slot(stream, CALLER)].tail); }
 
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return *event = (cudaEvent_t) new Event(), cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    return *event = (cudaEvent_t) new Event(), cudaSuccess;
+}
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete (Event *)event, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -1042,14 +1100,29 @@ cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSIO
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = gpu.architecture / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = gpu.architecture % 10; break;
-    case cudaDevAttrMultiProcessorCount: *value = gpu.multiprocessors; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = gpu.shared_per_block; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = kMaxThreads; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    default: return result(cudaErrorInvalidValue);
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = gpu.architecture / 10;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = gpu.architecture % 10;
+            break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = gpu.multiprocessors;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlock:
+            *value = 48 * 1024;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = gpu.shared_per_block;
+            break;
+        case cudaDevAttrMaxThreadsPerBlock:
+            *value = kMaxThreads;
+            break;
+        case cudaDevAttrWarpSize:
+            *value = 32;
+            break;
+        default:
+            return result(cudaErrorInvalidValue);
     }
     return cudaSuccess;
 }

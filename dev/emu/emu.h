@@ -1,12 +1,12 @@
-// emu.h: what a .cu file needs to run on a CPU. It is included in front of the rewritten .cu (see rewrite.c) and gives a
-// plain C++17 compiler what nvcc would give it: threadIdx and friends, barriers, warp operations, atomics, intrinsics, the
-// twins of our PTX wrappers. Types, conversions and the declarations of the runtime come from the toolkit's own headers;
-// emu.cpp runs the threads and stands in for the runtime library, check.cpp watches every access, cublaslt.cpp multiplies.
-// doc/9-testing-a-kernel-without-a-gpu.md says how to use it and what it cannot show.
+// emu.h: what a .cu file needs to run on a CPU. It is included in front of the rewritten .cu (see rewrite.c) and gives
+// a plain C++17 compiler what nvcc would give it: threadIdx and friends, barriers, warp operations, atomics,
+// intrinsics, the twins of our PTX wrappers. Types, conversions and the declarations of the runtime come from the
+// toolkit's own headers; emu.cpp runs the threads and stands in for the runtime library, check.cpp watches every
+// access, cublaslt.cpp multiplies. doc/9-testing-a-kernel-without-a-gpu.md says how to use it and what it cannot show.
 //
-// Not here on purpose, so that using it does not compile: floating-point atomics, partial masks, __activemask, cooperative
-// groups, managed memory, dynamic parallelism. Read top down: launches, barriers and warps, atomics, arithmetic, tensor
-// cores and asynchronous copies, and last what the other three files share.
+// Not here on purpose, so that using it does not compile: floating-point atomics, partial masks, __activemask,
+// cooperative groups, managed memory, dynamic parallelism. Read top down: launches, barriers and warps, atomics,
+// arithmetic, tensor cores and asynchronous copies, and last what the other three files share.
 #ifndef EMU_H
 #define EMU_H
 
@@ -58,8 +58,9 @@ struct Config {  // what stands between <<< and >>>
 };
 
 // Queues a kernel. `call(kernel, arguments)` runs it in one thread with a copy of the `bytes` at `arguments`.
-void enqueue_kernel(const Config &config, const void *kernel, const char *name, void (*call)(const void *, const void *),
-                    const void *arguments, size_t bytes, const char *file, int line);
+void enqueue_kernel(const Config &config, const void *kernel, const char *name,
+                    void (*call)(const void *, const void *), const void *arguments, size_t bytes, const char *file,
+                    int line);
 
 template <class... P>
 struct Launch {
@@ -138,7 +139,8 @@ enum Kind : uint8_t { kBarrier, kSyncwarp, kShuffle, kVote, kReduce, kMatrix, kL
 // Waits for all threads of the block; returns how many brought a predicate that holds.
 int barrier(bool predicate, const char *file, int line);
 
-// Waits for all lanes of the warp; returns what the 32 lanes brought. The last lane to come calls `complete` on it first.
+// Waits for all lanes of the warp; returns what the 32 lanes brought. The last lane to come calls `complete` on it
+// first.
 const uint64_t *meet(Kind kind, unsigned mask, uint64_t mine, const char *file, int line,
                      void (*complete)(uint64_t *) = nullptr);
 int lane();
@@ -206,9 +208,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_AT) { return emu
 inline int __any_sync(unsigned mask, int predicate, EMU_AT) { return emu::ballot(mask, predicate, file, line) != 0; }
 inline int __all_sync(unsigned mask, int predicate, EMU_AT) { return emu::ballot(mask, predicate, file, line) == ~0u; }
 
-#define EMU_REDUCE(name, type, expression)                                                          \
-    inline type name(unsigned mask, type value, EMU_AT) {                                           \
-        return emu::reduce(mask, value, [](type a, type b) -> type { return expression; }, file, line); \
+#define EMU_REDUCE(name, type, expression)                                               \
+    inline type name(unsigned mask, type value, EMU_AT) {                                \
+        return emu::reduce(                                                              \
+            mask, value, [](type a, type b) -> type { return expression; }, file, line); \
     }
 EMU_REDUCE(__reduce_add_sync, unsigned, a + b)
 EMU_REDUCE(__reduce_add_sync, int, (int)((unsigned)a + (unsigned)b))
@@ -230,7 +233,8 @@ uint64_t atomic(AtomicOperation operation, void *address, int bytes, bool is_sig
 
 template <class T>
 T atomic(AtomicOperation operation, T *address, T value, T compare = 0) {
-    static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "no atomics on floating point: their sum depends on the order");
+    static_assert(std::is_integral_v<T> && sizeof(T) >= 4,
+                  "no atomics on floating point: their sum depends on the order");
     return (T)atomic(operation, (void *)address, sizeof(T), std::is_signed_v<T>, (uint64_t)value, (uint64_t)compare);
 }
 template <class T>
@@ -343,22 +347,32 @@ void cp_async_commit();
 void cp_async_wait(int pending_groups);  // -1: all copies, also those of no group
 }  // namespace emu
 
-// d = a b + c in fp32; a is 16x16 and b 16x8, bf16 or fp16, or a 16x8 and b 8x8 in tf32, whose low 13 bits do not count.
-__forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], EMU_AT) {
+// d = a b + c in fp32; a is 16x16 and b 16x8, bf16 or fp16, or a 16x8 and b 8x8 in tf32, whose low 13 bits do not
+// count.
+__forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                              EMU_AT) {
     emu::mma(emu::kBf16, d, a, b, c, file, line);
 }
-__forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], EMU_AT) {
+__forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                             EMU_AT) {
     emu::mma(emu::kF16, d, a, b, c, file, line);
 }
-__forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], EMU_AT) {
+__forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                              EMU_AT) {
     emu::mma(emu::kTf32, d, a, b, c, file, line);
 }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000) & ~0x1fffu; }  // cvt.rna: halves away from zero
 
 // Lane i brings the address of row i % 8 of matrix i / 8: 8 numbers of 2 bytes in shared memory, on a multiple of 16.
-__forceinline__ void ldmatrix_x1(uint32_t (&d)[1], const void *row, EMU_AT) { emu::ldmatrix(1, false, d, row, file, line); }
-__forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void *row, EMU_AT) { emu::ldmatrix(2, false, d, row, file, line); }
-__forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void *row, EMU_AT) { emu::ldmatrix(4, false, d, row, file, line); }
+__forceinline__ void ldmatrix_x1(uint32_t (&d)[1], const void *row, EMU_AT) {
+    emu::ldmatrix(1, false, d, row, file, line);
+}
+__forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void *row, EMU_AT) {
+    emu::ldmatrix(2, false, d, row, file, line);
+}
+__forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void *row, EMU_AT) {
+    emu::ldmatrix(4, false, d, row, file, line);
+}
 __forceinline__ void ldmatrix_x1_trans(uint32_t (&d)[1], const void *row, EMU_AT) {
     emu::ldmatrix(1, true, d, row, file, line);
 }
@@ -370,7 +384,9 @@ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], const void *row, EMU_AT
 }
 
 // 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them (0..16), then zeros.
-__forceinline__ void cp_async_16(void *shared, const void *global, int bytes = 16) { emu::cp_async(shared, global, bytes); }
+__forceinline__ void cp_async_16(void *shared, const void *global, int bytes = 16) {
+    emu::cp_async(shared, global, bytes);
+}
 __forceinline__ void cp_async_commit() { emu::cp_async_commit(); }
 template <int pending_groups>
 __forceinline__ void cp_async_wait() {
@@ -391,14 +407,14 @@ inline bool is_shared(const void *p) { return (uintptr_t)p - kDevice < kSharedEn
 inline bool is_pinned(const void *p) { return (uintptr_t)p - kPinned < kSpace; }
 
 // Time goes on by one with every barrier and every __syncwarp of the running block and at the start of every block and
-// every operation of a stream: two accesses of which the earlier is older than the last one of these that both took part
-// in are ordered.
+// every operation of a stream: two accesses of which the earlier is older than the last one of these that both took
+// part in are ordered.
 struct State {
     uint32_t now, operation_start, block_start, barrier_time, warp_time[32];
-    int thread;                     // of the block, 0..1023; 0 in a copy or a matmul
-    uintptr_t stack, stack_end;     // of this thread; both 0 outside of kernels
-    bool concurrent;                // operations that this one has not waited for have run already
-    uintptr_t pc;                   // where a copy or a matmul was called
+    int thread;                  // of the block, 0..1023; 0 in a copy or a matmul
+    uintptr_t stack, stack_end;  // of this thread; both 0 outside of kernels
+    bool concurrent;             // operations that this one has not waited for have run already
+    uintptr_t pc;                // where a copy or a matmul was called
 };
 extern __thread State *running;             // null in host code
 bool waited_for(uint32_t time, bool host);  // did the running operation (or the host) wait for the one of that time?
@@ -406,7 +422,7 @@ uintptr_t pending_copy(uintptr_t address, size_t bytes, bool write);  // 0, or w
 
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 std::string source(uintptr_t pc, const void *frame = nullptr);  // "file:line" of code, the first that is no header
-std::string describe(const void *address);                      // "shared variable x + 4 bytes", "512 bytes allocated at ..."
+std::string describe(const void *address);  // "shared variable x + 4 bytes", "512 bytes allocated at ..."
 
 // Queues what a library does; require_memory fails if [p, p + bytes) is not one living allocation.
 void enqueue(cudaStream_t stream, uintptr_t pc, const std::function<void()> &run);

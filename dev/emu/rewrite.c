@@ -1,11 +1,13 @@
-// rewrite.c: FILE.cu in, C++ out, on the same lines: the two things in CUDA C++ that no macro can give a plain compiler.
+// rewrite.c: FILE.cu in, C++ out, on the same lines: the two things in CUDA C++ that no macro can give a plain
+// compiler.
 //
-//     k<T><<<grid, block, bytes, stream>>>(a, b);  ->  emu::launch(k<T>, "k<T>", emu::Config(grid, block, bytes, stream))(a, b);
-//     __shared__ float x[8][9];                    ->  static char x_key; auto &x = *emu::shared<float[8][9]>(&x_key, "x");
-//     extern __shared__ T x[];                     ->  T *const x = (T *)emu::dynamic_shared(16);
+//     k<T><<<grid, block, bytes, stream>>>(a, b);  ->  emu::launch(k<T>, "k<T>", emu::Config(grid, block, bytes,
+//     stream))(a, b);
+//     __shared__ float x[8][9];                    ->  static char x_key; auto &x = *emu::shared<float[8][9]>(&x_key,
+//     "x"); extern __shared__ T x[];                     ->  T *const x = (T *)emu::dynamic_shared(16);
 //
-// One declarator a __shared__ statement, no initialiser; no launch inside a macro. What it does not understand stays and
-// is a syntax error. Comments, strings and files that are included are left alone.
+// One declarator a __shared__ statement, no initialiser; no launch inside a macro. What it does not understand stays
+// and is a syntax error. Comments, strings and files that are included are left alone.
 #include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -78,12 +80,13 @@ static const char *declaration(const char *p, int is_extern) {
         return NULL;
     }
     if (is_extern) {
-        length += (size_t)sprintf(out + length, "%.*s*const %.*s = (%.*s*)emu::dynamic_shared(%.*s)", (int)(name - type), type,
-                                  letters, name, (int)(name - type), type, digits, alignment);
+        length += (size_t)sprintf(out + length, "%.*s*const %.*s = (%.*s*)emu::dynamic_shared(%.*s)",
+                                  (int)(name - type), type, letters, name, (int)(name - type), type, digits, alignment);
     } else {
-        length += (size_t)sprintf(out + length, "static char %.*s_key; auto &%.*s = *emu::shared<%.*s%.*s>(&%.*s_key, \"%.*s\", %.*s)",
-                                  letters, name, letters, name, (int)(name - type), type, bounds, semicolon - bounds, letters,
-                                  name, letters, name, digits, alignment);
+        length += (size_t)sprintf(
+            out + length, "static char %.*s_key; auto &%.*s = *emu::shared<%.*s%.*s>(&%.*s_key, \"%.*s\", %.*s)",
+            letters, name, letters, name, (int)(name - type), type, bounds, semicolon - bounds, letters, name, letters,
+            name, digits, alignment);
     }
     return semicolon;
 }

@@ -1,6 +1,7 @@
-// self_test.cu: is the emulator right, and does it find what is wrong? Three rooms: the PTX wrappers and kernels that are
-// as they should be (equal to a plain reference under eight random schedules, and silent), one kernel for each mistake (it
-// must be found, and the line named that is marked with "bug:"), and main. Compiled by nvcc the first room runs on a GPU.
+// self_test.cu: is the emulator right, and does it find what is wrong? Three rooms: the PTX wrappers and kernels that
+// are as they should be (equal to a plain reference under eight random schedules, and silent), one kernel for each
+// mistake (it must be found, and the line named that is marked with "bug:"), and main. Compiled by nvcc the first room
+// runs on a GPU.
 //
 //     self_test [NAME...]    all tests, or those whose name contains one of the words
 //     self_test --cost       what a barrier, a shuffle and an mma cost here
@@ -23,13 +24,13 @@
 #include <unistd.h>
 #include <type_traits>
 
-#define CHECK(call)                                                                                    \
-    do {                                                                                               \
-        cudaError_t error = (call);                                                                    \
-        if (error != cudaSuccess) {                                                                    \
+#define CHECK(call)                                                                                   \
+    do {                                                                                              \
+        cudaError_t error = (call);                                                                   \
+        if (error != cudaSuccess) {                                                                   \
             fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-            exit(3);                                                                                   \
-        }                                                                                              \
+            exit(3);                                                                                  \
+        }                                                                                             \
     } while (0)
 
 typedef __nv_bfloat16 bf16;
@@ -40,12 +41,12 @@ typedef __nv_bfloat16 bf16;
 #ifndef CUDA_EMU
 static __device__ unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-#define MMA(name, shape)                                                                                                   \
-    static __device__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {      \
-        asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                \
-                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                      \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
-                       "f"(c[3]));                                                                                         \
+#define MMA(name, shape)                                                                                          \
+    static __device__ void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
+        asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"       \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
+                       "f"(c[2]), "f"(c[3]));                                                                     \
     }
 MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -57,23 +58,31 @@ static __device__ uint32_t to_tf32(float x) {
     return bits;
 }
 
-#define LDMATRIX(suffix, trans)                                                                                            \
-    static __device__ void ldmatrix_x1##suffix(uint32_t (&d)[1], const void *row) {                                        \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1" trans ".shared.b16 {%0}, [%1];" : "=r"(d[0]) : "r"(shared_address(row)) : "memory"); \
-    }                                                                                                                      \
-    static __device__ void ldmatrix_x2##suffix(uint32_t (&d)[2], const void *row) {                                        \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0,%1}, [%2];"                                    \
-                     : "=r"(d[0]), "=r"(d[1]) : "r"(shared_address(row)) : "memory");                                      \
-    }                                                                                                                      \
-    static __device__ void ldmatrix_x4##suffix(uint32_t (&d)[4], const void *row) {                                        \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];"                              \
-                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared_address(row)) : "memory");              \
+#define LDMATRIX(suffix, trans)                                                               \
+    static __device__ void ldmatrix_x1##suffix(uint32_t(&d)[1], const void *row) {            \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1" trans ".shared.b16 {%0}, [%1];"          \
+                     : "=r"(d[0])                                                             \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
+    }                                                                                         \
+    static __device__ void ldmatrix_x2##suffix(uint32_t(&d)[2], const void *row) {            \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0,%1}, [%2];"       \
+                     : "=r"(d[0]), "=r"(d[1])                                                 \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
+    }                                                                                         \
+    static __device__ void ldmatrix_x4##suffix(uint32_t(&d)[4], const void *row) {            \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
     }
 LDMATRIX(, "")
 LDMATRIX(_trans, ".trans")
 
 static __device__ void cp_async_16(void *shared, const void *global, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
 }
 static __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending_groups>
@@ -147,8 +156,10 @@ __global__ void mma_16x8x16(float *d, const T *a, const T *b, const float *c) {
         fb.number[i] = b[row * 8 + group];
     }
     for (int i = 0; i < 4; i++) fc[i] = c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)];
-    if constexpr (std::is_same<T, bf16>::value) mma_bf16(fd, fa.bits, fb.bits, fc);
-    else mma_f16(fd, fa.bits, fb.bits, fc);
+    if constexpr (std::is_same<T, bf16>::value)
+        mma_bf16(fd, fa.bits, fb.bits, fc);
+    else
+        mma_f16(fd, fa.bits, fb.bits, fc);
     for (int i = 0; i < 4; i++) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = fd[i];
 }
 
@@ -175,14 +186,19 @@ static bool check_mma(int depth, void (*launch)(float *, const T *, const T *, c
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 8; j++) {
             double sum = c.host[i * 8 + j];  // the products are multiples of 2^-14 below 16: exact in fp32 in any order
-            for (int k = 0; k < depth; k++) sum += (double)(float)a.host[i * depth + k] * (double)(float)b.host[k * 8 + j];
+            for (int k = 0; k < depth; k++)
+                sum += (double)(float)a.host[i * depth + k] * (double)(float)b.host[k * 8 + j];
             if (!near(d.host[i * 8 + j], sum, 1e-6, "mma")) return false;
         }
     }
     return true;
 }
-static void launch_bf16(float *d, const bf16 *a, const bf16 *b, const float *c) { mma_16x8x16<bf16><<<1, 32>>>(d, a, b, c); }
-static void launch_f16(float *d, const half *a, const half *b, const float *c) { mma_16x8x16<half><<<1, 32>>>(d, a, b, c); }
+static void launch_bf16(float *d, const bf16 *a, const bf16 *b, const float *c) {
+    mma_16x8x16<bf16><<<1, 32>>>(d, a, b, c);
+}
+static void launch_f16(float *d, const half *a, const half *b, const float *c) {
+    mma_16x8x16<half><<<1, 32>>>(d, a, b, c);
+}
 static void launch_tf32(float *d, const float *a, const float *b, const float *c) { mma_16x8x8<<<1, 32>>>(d, a, b, c); }
 static bool good_mma_bf16() { return check_mma<bf16>(16, launch_bf16); }
 static bool good_mma_f16() { return check_mma<half>(16, launch_f16); }
@@ -240,8 +256,7 @@ static bool good_ldmatrix() {
 __global__ void copy_some(uint8_t *out, const uint8_t *in) {
     __shared__ __align__(16) uint8_t buffer[32][16];
     cp_async_16(buffer[threadIdx.x], in + 16 * threadIdx.x, (int)threadIdx.x % 17);
-    cp_async_commit();
-    cp_async_wait<0>();
+    cp_async_wait_all();
     for (int i = 0; i < 16; i++) out[16 * threadIdx.x + i] = buffer[threadIdx.x][i];
 }
 static bool good_cp_async_zero_fill() {
@@ -267,7 +282,8 @@ constexpr int kStage = kTile * kStrideA + kDepth * kStrideB;  // numbers
 __global__ void __launch_bounds__(128) matmul(float *C, const bf16 *A, const bf16 *B, int m, int n, int k) {
     extern __shared__ __align__(128) unsigned char smem[];
     bf16 *stages = (bf16 *)smem;
-    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, row0 = (int)blockIdx.y * kTile, column0 = (int)blockIdx.x * kTile;
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, row0 = (int)blockIdx.y * kTile,
+        column0 = (int)blockIdx.x * kTile;
     int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32, tiles = (k + kDepth - 1) / kDepth;
     float sum[2][4][4] = {};
     auto fetch = [&](int tile) {
@@ -310,8 +326,10 @@ __global__ void __launch_bounds__(128) matmul(float *C, const bf16 *A, const bf1
     for (int i = 0; i < 2; i++) {
         for (int j = 0; j < 4; j++) {
             for (int h = 0; h < 2; h++) {
-                int row = row0 + warp_row + 16 * i + 8 * h + lane / 4, column = column0 + warp_column + 8 * j + lane % 4 * 2;
-                if (row < m && column < n) *(float2 *)&C[(size_t)row * n + column] = make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
+                int row = row0 + warp_row + 16 * i + 8 * h + lane / 4,
+                    column = column0 + warp_column + 8 * j + lane % 4 * 2;
+                if (row < m && column < n)
+                    *(float2 *)&C[(size_t)row * n + column] = make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
             }
         }
     }
@@ -401,7 +419,8 @@ __global__ void layernorm(bf16 *out, const float *in, const float *weight, const
     for (int c = (int)threadIdx.x; c < channels; c += 32) squares += (x[c] - mean) * (x[c] - mean);
     float scale = rsqrtf(warp_sum(squares) / (float)channels + 1e-5f);
     for (int c = (int)threadIdx.x; c < channels; c += 32) {
-        out[blockIdx.x * (unsigned)channels + (unsigned)c] = __float2bfloat16((x[c] - mean) * scale * weight[c] + bias[c]);
+        out[blockIdx.x * (unsigned)channels + (unsigned)c] =
+            __float2bfloat16((x[c] - mean) * scale * weight[c] + bias[c]);
     }
 }
 static bool good_layernorm() {
@@ -415,7 +434,8 @@ static bool good_layernorm() {
         for (int c = 0; c < channels; c++) mean += (double)in.host[i * channels + c] / channels;
         for (int c = 0; c < channels; c++) squares += pow((double)in.host[i * channels + c] - mean, 2) / channels;
         for (int c = 0; c < channels; c++) {
-            double wanted = ((double)in.host[i * channels + c] - mean) / sqrt(squares + 1e-5) * (double)weight.host[c] + (double)bias.host[c];
+            double wanted = ((double)in.host[i * channels + c] - mean) / sqrt(squares + 1e-5) * (double)weight.host[c] +
+                            (double)bias.host[c];
             if (!near((float)out.host[i * channels + c], wanted, fabs(wanted) / 200 + 1e-5, "layernorm")) return false;
         }
     }
@@ -426,7 +446,8 @@ static bool good_layernorm() {
 __global__ void norm_parts(float *parts, const float *x, int count) {
     __shared__ float sums[8];
     float sum = 0;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += (int)(gridDim.x * blockDim.x)) sum += x[i] * x[i];
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += (int)(gridDim.x * blockDim.x))
+        sum += x[i] * x[i];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
@@ -477,7 +498,8 @@ static bool good_adamw() {
     w.download();
     copy.download();
     for (int i = 0; i < count; i++) {
-        double gi = g.host[i], mi = 0.9 * (double)m.host[i] + 0.1 * gi, vi = 0.999 * (double)v.host[i] + 0.001 * gi * gi;
+        double gi = g.host[i], mi = 0.9 * (double)m.host[i] + 0.1 * gi,
+               vi = 0.999 * (double)v.host[i] + 0.001 * gi * gi;
         double wanted = (double)before.host[i] * (1 - 0.001) - 0.01 * mi / (sqrt(vi) + 1e-8);
         if (!near(w.host[i], wanted, 1e-5 * (1 + fabs(wanted)), "adamw")) return false;
         if (!near((float)copy.host[i], 2 * (double)w.host[i], fabs(wanted) / 100 + 1e-6, "adamw, bf16")) return false;
@@ -524,11 +546,14 @@ static bool good_warp_operations() {
     for (int i = 0; i < 5 * 64; i++) {
         if (!near(out.host[i], 0, 0, "warp operations")) return false;
     }
-    return near(bins.host[0], 22, 0, "atomics") && near(bins.host[1], 21, 0, "atomics") && near(bins.host[3], 0, 0, "atomics");
+    return near(bins.host[0], 22, 0, "atomics") && near(bins.host[1], 21, 0, "atomics") &&
+           near(bins.host[3], 0, 0, "atomics");
 }
 
 __global__ void add_to(float *x, float amount) { x[blockIdx.x * 32 + threadIdx.x] += amount; }
-__global__ void copy_to(float *to, const float *from) { to[blockIdx.x * 32 + threadIdx.x] = from[blockIdx.x * 32 + threadIdx.x]; }
+__global__ void copy_to(float *to, const float *from) {
+    to[blockIdx.x * 32 + threadIdx.x] = from[blockIdx.x * 32 + threadIdx.x];
+}
 
 // Two streams hand memory to each other by events; the host waits before it reads.
 static bool good_streams() {
@@ -571,18 +596,18 @@ static bool good_streams() {
 }
 
 #ifdef HAVE_CUBLASLT
-#define BLAS(call)                                                          \
-    do {                                                                    \
-        if ((call) != CUBLAS_STATUS_SUCCESS) {                              \
+#define BLAS(call)                                                            \
+    do {                                                                      \
+        if ((call) != CUBLAS_STATUS_SUCCESS) {                                \
             fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call); \
-            exit(3);                                                        \
-        }                                                                   \
+            exit(3);                                                          \
+        }                                                                     \
     } while (0)
 
-// Row-major y[rows, out] = epilogue(x[rows, in] w[out, in]^T + residual): for cuBLASLt, which thinks in columns, w is the
-// transposed first operand, and the bias has one number for each row of its result.
-static void linear(float *y, const float *x, const float *w, const float *bias, const float *residual, int rows, int in, int out,
-                   cublasLtEpilogue_t epilogue, void *workspace, size_t bytes, cudaStream_t stream) {
+// Row-major y[rows, out] = epilogue(x[rows, in] w[out, in]^T + residual): for cuBLASLt, which thinks in columns, w is
+// the transposed first operand, and the bias has one number for each row of its result.
+static void linear(float *y, const float *x, const float *w, const float *bias, const float *residual, int rows, int in,
+                   int out, cublasLtEpilogue_t epilogue, void *workspace, size_t bytes, cudaStream_t stream) {
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t how;
     cublasLtMatrixLayout_t lw, lx, ly;
@@ -591,12 +616,14 @@ static void linear(float *y, const float *x, const float *w, const float *bias, 
     BLAS(cublasLtCreate(&handle));
     BLAS(cublasLtMatmulDescCreate(&how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
-    BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));  // bug: epilogue
+    const cublasLtMatmulDescAttributes_t name = CUBLASLT_MATMUL_DESC_EPILOGUE;
+    BLAS(cublasLtMatmulDescSetAttribute(how, name, &epilogue, sizeof epilogue));  // bug: epilogue
     BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     BLAS(cublasLtMatrixLayoutCreate(&lw, CUDA_R_32F, (uint64_t)in, (uint64_t)out, in));
     BLAS(cublasLtMatrixLayoutCreate(&lx, CUDA_R_32F, (uint64_t)in, (uint64_t)rows, in));
     BLAS(cublasLtMatrixLayoutCreate(&ly, CUDA_R_32F, (uint64_t)out, (uint64_t)rows, out));
-    BLAS(cublasLtMatmul(handle, how, &alpha, w, lw, x, lx, &beta, residual ? residual : y, ly, y, ly, NULL, workspace, bytes, stream));  // bug: workspace
+    BLAS(cublasLtMatmul(handle, how, &alpha, w, lw, x, lx, &beta,  // bug: workspace
+                        residual ? residual : y, ly, y, ly, NULL, workspace, bytes, stream));
     BLAS(cublasLtMatrixLayoutDestroy(lw));
     BLAS(cublasLtMatrixLayoutDestroy(lx));
     BLAS(cublasLtMatrixLayoutDestroy(ly));
@@ -606,18 +633,73 @@ static void linear(float *y, const float *x, const float *w, const float *bias, 
 
 static bool good_cublaslt() {
     int rows = 7, in = 12, out = 8;
-    Array<float> x((size_t)(rows * in)), w((size_t)(out * in)), bias((size_t)out), residual((size_t)(rows * out)), y((size_t)(rows * out), false);
+    Array<float> x((size_t)(rows * in)), w((size_t)(out * in)), bias((size_t)out), residual((size_t)(rows * out)),
+        y((size_t)(rows * out), false);
     for (int kind = 0; kind < 4; kind++) {
-        cublasLtEpilogue_t epilogue[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_RELU, CUBLASLT_EPILOGUE_RELU_BIAS};
+        cublasLtEpilogue_t epilogue[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_RELU,
+                                         CUBLASLT_EPILOGUE_RELU_BIAS};
         bool with_bias = kind % 2 == 1, relu = kind >= 2;
-        linear(y.device, x.device, w.device, bias.device, kind == 3 ? residual.device : NULL, rows, in, out, epilogue[kind], NULL, 0, 0);
+        linear(y.device, x.device, w.device, bias.device, kind == 3 ? residual.device : NULL, rows, in, out,
+               epilogue[kind], NULL, 0, 0);
         y.download();
         for (int i = 0; i < rows; i++) {
             for (int j = 0; j < out; j++) {
-                double sum = (with_bias ? (double)bias.host[j] : 0) + (kind == 3 ? (double)residual.host[i * out + j] : 0);
+                double sum =
+                    (with_bias ? (double)bias.host[j] : 0) + (kind == 3 ? (double)residual.host[i * out + j] : 0);
                 for (int k = 0; k < in; k++) sum += (double)x.host[i * in + k] * (double)w.host[j * in + k];
                 if (!near(y.host[i * out + j], relu ? fmax(sum, 0) : sum, 1e-5, "cuBLASLt")) return false;
             }
+        }
+    }
+    return true;
+}
+
+// D[m, n] = A[m, k] B[k, n] in columns, two of each, bf16 in and out, and the gradient of a bias beside the first.
+static bool good_cublaslt_batched() {
+    const int m = 6, n = 10, k = 4, batch = 2;
+    Array<bf16> a(m * k * batch), b(k * n * batch), d(m * n * batch, false);
+    Array<float> sums(n, false);
+    cublasLtHandle_t handle;
+    cublasLtMatmulDesc_t how;
+    cublasLtMatrixLayout_t la, lb, ld;
+    float one = 1, none = 0;
+    BLAS(cublasLtCreate(&handle));
+    BLAS(cublasLtMatmulDescCreate(&how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    BLAS(cublasLtMatrixLayoutCreate(&la, CUDA_R_16BF, m, k, m));
+    BLAS(cublasLtMatrixLayoutCreate(&lb, CUDA_R_16BF, k, n, k));
+    BLAS(cublasLtMatrixLayoutCreate(&ld, CUDA_R_16BF, m, n, m));
+    for (int with_gradient = 1; with_gradient >= 0; with_gradient--) {
+        cublasLtEpilogue_t epilogue = with_gradient ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_DEFAULT;
+        cudaDataType_t type = CUDA_R_32F;
+        BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+        BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &sums.device, sizeof sums.device));
+        BLAS(cublasLtMatmulDescSetAttribute(how, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type));
+        if (!with_gradient) {
+            cublasLtMatrixLayout_t layouts[] = {la, lb, ld};
+            int64_t strides[] = {m * k, k * n, m * n};
+            int32_t count = batch;
+            for (int i = 0; i < 3; i++) {
+                BLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                                      sizeof count));
+                BLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                                      &strides[i], sizeof strides[i]));
+            }
+        }
+        BLAS(cublasLtMatmul(handle, how, &one, a.device, la, b.device, lb, &none, d.device, ld, d.device, ld, NULL,
+                            NULL, 0, 0));
+    }
+    d.download();
+    sums.download();
+    for (int j = 0; j < n; j++) {
+        double total = 0;
+        for (int i = 0; i < k; i++) total += (double)(float)b.host[j * k + i];
+        if (!near(sums.host[j], total, 1e-6, "cuBLASLt, bias gradient")) return false;
+        for (int i = 0; i < m * batch; i++) {
+            double sum = 0;
+            const bf16 *A = a.host + i / m * m * k, *B = b.host + i / m * k * n;
+            for (int l = 0; l < k; l++) sum += (double)(float)A[l * m + i % m] * (double)(float)B[j * k + l];
+            if (!near((float)d.host[i / m * m * n + j * m + i % m], sum, fabs(sum) / 256 + 1e-6, "cuBLASLt, bf16"))
+                return false;
         }
     }
     return true;
@@ -632,7 +714,7 @@ __global__ void kernel_missing_barrier(float *out) {
     __shared__ float x[64];
     x[threadIdx.x] = 0;
     __syncthreads();
-    x[threadIdx.x] = 1;                    // bug: missing barrier
+    x[threadIdx.x] = 1;                      // bug: missing barrier
     out[threadIdx.x] = x[63 - threadIdx.x];  // bug: missing barrier
 }
 static void bug_missing_barrier() {
@@ -661,7 +743,7 @@ __global__ void kernel_missing_syncwarp(float *out) {
     __shared__ float x[32];
     x[threadIdx.x] = 0;
     __syncthreads();
-    x[threadIdx.x] = 1;                    // bug: missing syncwarp
+    x[threadIdx.x] = 1;                      // bug: missing syncwarp
     out[threadIdx.x] = x[31 - threadIdx.x];  // bug: missing syncwarp
 }
 static void bug_missing_syncwarp() {
@@ -681,8 +763,10 @@ static void bug_blocks() {
 
 // All blocks read what one writes: wherever the writer's turn comes.
 __global__ void kernel_blocks_read(float *x, float *out) {
-    if (blockIdx.x == 1) x[threadIdx.x] = 1;                                       // bug: read between blocks
-    else out[blockIdx.x * 32 + threadIdx.x] = x[threadIdx.x];  // bug: read between blocks
+    if (blockIdx.x == 1)
+        x[threadIdx.x] = 1;  // bug: read between blocks
+    else
+        out[blockIdx.x * 32 + threadIdx.x] = x[threadIdx.x];  // bug: read between blocks
 }
 static void bug_blocks_read() {
     Array<float> x(32), out(128, false);
@@ -700,7 +784,7 @@ static void bug_halves() {
 }
 
 __global__ void kernel_atomic(int *count, int *out) {
-    atomicAdd(count, 1);           // bug: atomic and read
+    atomicAdd(count, 1);        // bug: atomic and read
     out[threadIdx.x] = *count;  // bug: atomic and read
 }
 static void bug_atomic() {
@@ -733,8 +817,8 @@ static void bug_uninitialised_global() {
 
 static void bug_uninitialised_copy() {
     Array<float> in(32, false), out(32, false);
-    CHECK(cudaMemcpy(out.device, in.device, 128, cudaMemcpyDeviceToDevice));                   // that may be
-    CHECK(cudaMemcpy(out.host, out.device, 128, cudaMemcpyDeviceToHost));  // bug: uninitialised copy
+    CHECK(cudaMemcpy(out.device, in.device, 128, cudaMemcpyDeviceToDevice));  // that may be
+    CHECK(cudaMemcpy(out.host, out.device, 128, cudaMemcpyDeviceToHost));     // bug: uninitialised copy
 }
 
 __global__ void kernel_divergent_barrier() {
@@ -871,7 +955,8 @@ static void bug_divergent_shuffle() {
 }
 
 __global__ void kernel_lane_left(int *out, int count) {
-    for (int i = (int)threadIdx.x; i < count; i += 32) out[i] = __shfl_xor_sync(0xffffffff, i, 1);  // bug: lane has left
+    for (int i = (int)threadIdx.x; i < count; i += 32)
+        out[i] = __shfl_xor_sync(0xffffffff, i, 1);  // bug: lane has left
 }
 static void bug_lane_left() {
     Array<int> out(40, false);
@@ -985,7 +1070,8 @@ static void bug_workspace() {
     cudaStream_t streams[2];
     for (int i = 0; i < 2; i++) {
         CHECK(cudaStreamCreate(&streams[i]));
-        linear(i ? y.device : z.device, x.device, w.device, NULL, NULL, 8, 8, 8, CUBLASLT_EPILOGUE_DEFAULT, workspace.device, 1024, streams[i]);
+        linear(i ? y.device : z.device, x.device, w.device, NULL, NULL, 8, 8, 8, CUBLASLT_EPILOGUE_DEFAULT,
+               workspace.device, 1024, streams[i]);
     }
     CHECK(cudaDeviceSynchronize());
 }
@@ -1013,6 +1099,7 @@ static const struct {
     {"streams and events", good_streams},
 #ifdef HAVE_CUBLASLT
     {"cuBLASLt: a linear layer and its epilogues", good_cublaslt},
+    {"cuBLASLt: bf16, batched, and the gradient of a bias", good_cublaslt_batched},
 #endif
 };
 
@@ -1110,7 +1197,8 @@ static int apart(F run, char *text, size_t size) {
     }
     close(ends[1]);
     size_t length = 0;
-    for (ssize_t got; length + 1 < size && (got = read(ends[0], text + length, size - 1 - length)) > 0;) length += (size_t)got;
+    for (ssize_t got; length + 1 < size && (got = read(ends[0], text + length, size - 1 - length)) > 0;)
+        length += (size_t)got;
     text[length] = 0;
     close(ends[0]);
     waitpid(child, &status, 0);
@@ -1169,9 +1257,11 @@ static void cost() {
         good_matmul();
         t[5] = nanoseconds();
         if (round == 0) continue;
-        printf("a thread's __syncthreads %.1f ns, shuffle %.1f ns, x[i] += 1 %.1f ns; a warp's mma %.2f us; matmul 100x88x136 %.1f ms\n",
-               (t[1] - t[0]) / (256.0 * count), (t[2] - t[1]) / (256.0 * count), (t[4] - t[3]) / (256.0 * count),
-               1e-3 * (t[3] - t[2]) / count, 1e-6 * (t[5] - t[4]));
+        printf(
+            "a thread's __syncthreads %.1f ns, shuffle %.1f ns, x[i] += 1 %.1f ns; a warp's mma %.2f us; matmul "
+            "100x88x136 %.1f ms\n",
+            (t[1] - t[0]) / (256.0 * count), (t[2] - t[1]) / (256.0 * count), (t[4] - t[3]) / (256.0 * count),
+            1e-3 * (t[3] - t[2]) / count, 1e-6 * (t[5] - t[4]));
     }
 }
 
