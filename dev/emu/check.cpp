@@ -17,9 +17,9 @@ constexpr uint16_t kWarp = 0x8000, kSeveral = 0xFFFF;
 struct Trace {
     uint32_t time, pc;  // programs are linked below 4 GB
     uint16_t who;
-    uint8_t bytes;    // of the cell, a bit each
-    bool by_blocks;   // by more than one block of the operation
-    bool by_streams;  // also by an operation of another stream, to which `pc` belongs
+    uint8_t bytes;        // of the cell, a bit each
+    bool by_blocks : 1;   // by more than one block of the operation
+    bool by_streams : 1;  // also by an operation of another stream, to which `pc` belongs
 };
 struct Cell {  // all zero: nothing written, nobody there
     Trace write, read;
