@@ -788,6 +788,22 @@ static void bug_blocks_read() {
     out.download();
 }
 
+// The last block to come writes what the others have read.
+__global__ void kernel_last_block(int *tickets, float *x, float *out) {
+    __shared__ int ticket;
+    if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1);
+    out[blockIdx.x * 32 + threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    if (ticket == 1) x[threadIdx.x] = 0;  // bug: last block
+}
+static void bug_last_block() {
+    Array<int> tickets(1, false);
+    Array<float> x(32), out(64, false);
+    tickets.upload();
+    kernel_last_block<<<2, 32>>>(tickets.device, x.device, out.device);
+    out.download();
+}
+
 __global__ void kernel_halves(bf16 *out) {
     out[threadIdx.x / 2] = __float2bfloat16((float)threadIdx.x);  // bug: halves
 }
@@ -863,6 +879,16 @@ __global__ void kernel_by_one(float *out, int count) {
 static void bug_by_one() {
     Array<float> out(31, false);
     kernel_by_one<<<1, 32>>>(out.device, 31);
+    out.download();
+}
+
+__global__ void kernel_half_by_one(bf16 *out, int count) {
+    int i = (int)threadIdx.x;
+    if (i <= count) out[i] = __float2bfloat16(0);  // bug: out of bounds by half a cell
+}
+static void bug_half_by_one() {
+    Array<bf16> out(31, false);
+    kernel_half_by_one<<<1, 32>>>(out.device, 31);
     out.download();
 }
 
@@ -1141,6 +1167,7 @@ static const struct {
     {"only syncwarp", kChecked, "race between warps", bug_only_syncwarp},
     {"race between blocks", kChecked, "race between blocks", bug_blocks},
     {"read between blocks", kChecked, "race between blocks", bug_blocks_read},
+    {"last block", kChecked, "race between blocks", bug_last_block},
     {"halves", kChecked, "race within a warp", bug_halves},
     {"atomic and read", kChecked, "race", bug_atomic},
     {"uninitialised shared", kSeen, "uninitialised read", bug_uninitialised_shared},
@@ -1149,6 +1176,7 @@ static const struct {
     {"divergent barrier", kAlways, "divergent __syncthreads", bug_divergent_barrier},
     {"early exit", kAlways, "deadlock", bug_early_exit},
     {"out of bounds by one", kChecked, "out of bounds", bug_by_one},
+    {"out of bounds by half a cell", kChecked, "out of bounds", bug_half_by_one},
     {"out of bounds", kAlways, "out of bounds", bug_far},
     {"shared by one", kChecked, "out of bounds", bug_shared_by_one},
     {"dynamic shared by one", kChecked, "out of bounds", bug_dynamic_by_one},
