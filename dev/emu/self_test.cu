@@ -753,15 +753,13 @@ static void bug_missing_syncwarp() {
 }
 
 __global__ void kernel_only_syncwarp(float *out) {
-    __shared__ float x[64];
-    x[threadIdx.x] = 0;
-    __syncthreads();
-    x[threadIdx.x] = 1;  // bug: only syncwarp
-    __syncwarp();
-    out[threadIdx.x] = x[63 - threadIdx.x];  // bug: only syncwarp
+    __shared__ float x[32];
+    if (threadIdx.x >= 32) x[threadIdx.x - 32] = 1;           // bug: only syncwarp
+    for (int i = 0; i < 100; i++) __syncwarp();               // long enough that the other warp has written
+    if (threadIdx.x < 32) out[threadIdx.x] = x[threadIdx.x];  // bug: only syncwarp
 }
 static void bug_only_syncwarp() {
-    Array<float> out(64, false);
+    Array<float> out(32, false);
     kernel_only_syncwarp<<<1, 64>>>(out.device);
     out.download();
 }
