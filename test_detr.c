@@ -1678,6 +1678,31 @@ static void compare_losses(TruthDump *dump, const Losses *losses, int step, int 
     compare(dump, name, &losses->grad_norm, 1, 0, 1e-10);
 }
 
+// The decoder with one layer, with two, ... with all: the answers of the last layer of each, put together, are those
+// that PyTorch's decoder gives layer by layer. In the end acts are those of the whole network.
+static void dump_layers(TruthDump *dump, Model *model, Activations *acts, int step, int i) {
+    const int layers = model->config.dec_layers;
+    const size_t numbers[2] = {(size_t)(model->config.num_queries * num_logits(&model->config)),
+                               (size_t)(model->config.num_queries * 4)};
+    real *ours[2];
+    char name[64];
+    for (int k = 0; k < 2; k++) ours[k] = (real *)allocate((size_t)layers * numbers[k] * sizeof(real));
+    for (int l = 0; l < layers; l++) {
+        model->config.dec_layers = l + 1;
+        decoder_forward(model, acts);
+        for (int k = 0; k < 2; k++)
+            memcpy(ours[k] + (size_t)l * numbers[k], (k ? acts->boxes : acts->logits) + (size_t)l * numbers[k],
+                   numbers[k] * sizeof(real));
+    }
+    for (int k = 0; k < 2; k++) {
+        const size_t count = (size_t)layers * numbers[k];
+        snprintf(name, sizeof name, "s%d.i%d.%s", step, i, k ? "pred_boxes" : "logits");
+        compare_reals(dump, name, ours[k], count);
+        compare_reals(dump, name, k ? acts->boxes : acts->logits, count);
+        free(ours[k]);
+    }
+}
+
 // One training step on the dump's images, compared with PyTorch's. In bf16 the matches are given: a pair that is near a
 // tie may fall either way, which would make a different loss, and is no error.
 static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_settings,
@@ -1705,15 +1730,13 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         acts.dropout.image = (uint32_t)i;
         activations_plan(&acts, model, images[i].height, images[i].width);
         memcpy(acts.pixels, images[i].pixels, (size_t)(images[i].height * images[i].width * 3) * sizeof(real));
-        network_forward(model, &acts);
+        backbone_forward(model, &acts);
+        encoder_forward(model, &acts);
+        dump_layers(dump, model, &acts, step, i);
         if (half)
             dump_loss(dump, model, &acts, step, i, targets[i], divisors, loss_settings, &losses);
         else
             set_loss(model, &acts, targets[i], divisors, loss_settings, &losses);
-        snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
-        compare_reals(dump, name, acts.logits, (size_t)(L * Q * num_logits(&model->config)));
-        snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
-        compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
         compare_matches(dump, model, acts.match, step, i);
         network_backward(model, &acts);
         free(images[i].pixels), free(images[i].boxes), free(images[i].classes);
@@ -1996,6 +2019,65 @@ static void test_detections(void) {
     small_run_end(&small);
 }
 
+// With fewer decoder layers: those behind are not computed, and the boxes are those that the last of the others gave
+// before. What evaluate() collects layer by layer in one pass is what it finds with so many layers.
+static void test_detections_by_layer(void) {
+    enum { LAYERS = 2, PICTURES = 3 };
+    SmallRun small;
+    Network network;
+    small_run_begin(&small, BASIC, 0, 0, 0);
+    memset(&network, 0, sizeof network);
+    network.config = small.model.config, network.model = small.model;
+    const int Q = network.config.num_queries;
+    Detection *found = (Detection *)allocate((size_t)Q * sizeof(Detection));
+    predict_image(&network.model, &small.acts, &small.samples[0].image);
+    real *boxes = (real *)allocate((size_t)Q * 4 * sizeof(real)), *behind = small.acts.decoder_ffn[1].out;
+    memcpy(boxes, small.acts.boxes, (size_t)Q * 4 * sizeof(real));
+    behind[0] = 12345;
+    dec_layers_use(&network, 1);
+    predict_image(&network.model, &small.acts, &small.samples[0].image);
+    detect(&network, &small.acts, 1, 1, found);
+    int wrong = behind[0] != 12345;
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < 2; i++)
+            wrong += fabs(found[q].box[i] + found[q].box[i + 2] - 2 * (double)boxes[4 * q + i]) > 1e-5;
+    check(wrong == 0, "with one decoder layer %d numbers are not that layer's", wrong);
+
+    Dataset set;
+    Error error;
+    const int opened = dataset_open(&set, "data/bccd", "val", &error), num_images = set.num_images;
+    check(opened == 0, "%s", opened ? error.text : "");
+    if (opened != 0) return;
+    LoaderSettings loader;
+    memset(&loader, 0, sizeof loader);
+    loader.short_side = 48, loader.max_size = 64;
+    const int labels[3] = {0, 1, 2};
+    EvalDetection *one_pass[LAYERS], *alone;
+    int counts[LAYERS], count;
+    double seconds[LAYERS] = {0};
+    set.num_images = PICTURES;
+    dec_layers_use(&network, LAYERS);
+    evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, LAYERS, one_pass, counts, seconds);
+    check(network.config.dec_layers == LAYERS, "%d decoder layers are left", network.config.dec_layers);
+    check(seconds[0] > 0 && seconds[1] > seconds[0], "two decoder layers take %g s, one %g", seconds[1], seconds[0]);
+    for (int l = 0; l < LAYERS; l++) {
+        dec_layers_use(&network, l + 1);
+        evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, 1, &alone, &count, NULL);
+        wrong = count != PICTURES * Q || counts[l] != count;
+        for (int d = 0; d < count && !wrong; d++)
+            wrong += memcmp(alone[d].box, one_pass[l][d].box, sizeof alone[d].box) != 0 ||
+                     alone[d].score != one_pass[l][d].score || alone[d].image != one_pass[l][d].image;
+        check(wrong == 0, "decoder layer %d finds other boxes in the pass for all layers", l + 1);
+        free(alone);
+        free(one_pass[l]);
+    }
+    set.num_images = num_images;
+    dataset_free(&set);
+    free(found);
+    free(boxes);
+    small_run_end(&small);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Learning by heart
 
@@ -2120,6 +2202,7 @@ static const Test TESTS[] = {
     {"options", test_options},
     {"queries", test_anchor_queries},
     {"detections", test_detections},
+    {"detections_by_layer", test_detections_by_layer},
     {"gradients", test_gradients},
     {"same_bytes", test_same_bytes},
     {"company", test_company},

@@ -3940,20 +3940,24 @@ static void box_head_forward(const Model *model, Activations *acts, int l) {
         memcpy(acts->references + (first + (size_t)Q) * 4, boxes, count * sizeof(real));
 }
 
-// The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
-static void network_forward(const Model *model, Activations *acts) {
-    const ModelConfig *config = &model->config;
-    int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers, half = config->half;
+static void backbone_forward(const Model *model, Activations *acts) {
+    const int half = model->config.half;
     layer_forward(acts->stem, acts->pixels, acts->height, acts->width, &model->stem, 1, NULL);
     maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_size(acts->height, model->stem.shape),
-                    conv_size(acts->width, model->stem.shape), config->stem_width, half);
+                    conv_size(acts->width, model->stem.shape), model->config.stem_width, half);
     for (int i = 0; i < model->num_blocks; i++) block_forward(&model->blocks[i], &acts->blocks[i]);
-    size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
+    const size_t map_count =
+        (size_t)(acts->map_height * acts->map_width) * (size_t)model->input_projection.shape.out_channels;
     layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
                   &model->input_projection, 0, NULL);
     if (half) add_rows(acts->tokens_operand, 1, acts->tokens, NULL, map_count);
-    sine_positions(acts->positions, acts->map_height, acts->map_width, C);
+}
 
+static void encoder_forward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, half = config->half;
+    const size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C;
+    sine_positions(acts->positions, acts->map_height, acts->map_width, C);
     const real *x = acts->tokens;
     for (int l = 0; l < config->enc_layers; l++) {
         add_rows(acts->encoder_query[l], half, x, acts->positions, map_count);
@@ -3962,7 +3966,14 @@ static void network_forward(const Model *model, Activations *acts) {
         x = acts->encoder_ffn[l].out;
     }
     add_rows(acts->memory_query, half, x, acts->positions, map_count);
+}
 
+// The decoder and the heads behind each of its layers. Every layer's output is an answer: fewer dec_layers than
+// activations_plan laid out for give the answers of the first ones.
+static void decoder_forward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers, half = config->half;
+    const size_t query_count = (size_t)Q * (size_t)C;
     if (config->anchor) {
         sigmoid(acts->references, model->query_embeddings->value, (size_t)Q * 4);
         memcpy(acts->target, model->query_content->value, query_count * sizeof(real));
@@ -3970,7 +3981,7 @@ static void network_forward(const Model *model, Activations *acts) {
         memset(acts->target, 0, query_count * sizeof(real));
     }
     if (half) add_rows(acts->target_operand, 1, acts->target, NULL, query_count);
-    x = acts->target;
+    const real *x = acts->target;
     for (int l = 0; l < L; l++) {
         int site = 4 * config->enc_layers + 6 * l;
         const real *positions = query_positions(model, acts, l);
@@ -3986,6 +3997,13 @@ static void network_forward(const Model *model, Activations *acts) {
         box_head_forward(model, acts, l);
     }
     layer_forward(acts->logits, acts->states, L * Q, 1, &model->class_head, 0, NULL);
+}
+
+// The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
+static void network_forward(const Model *model, Activations *acts) {
+    backbone_forward(model, acts);
+    encoder_forward(model, acts);
+    decoder_forward(model, acts);
 }
 
 // With --decoder anchor the box that a layer receives is a constant to it, but for the learned boxes in the first
@@ -4659,11 +4677,18 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
     return 0;
 }
 
-// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
-static void predict_image(const Model *model, Activations *acts, const Image *image) {
+// One image up to the encoder's output, which decoder_forward starts from.
+static void encode_image(const Model *model, Activations *acts, const Image *image) {
     acts->dropout.p = 0;
     load_image(model, acts, image);
-    network_forward(model, acts);
+    backbone_forward(model, acts);
+    encoder_forward(model, acts);
+}
+
+// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
+static void predict_image(const Model *model, Activations *acts, const Image *image) {
+    encode_image(model, acts, image);
+    decoder_forward(model, acts);
 }
 
 // The loss of predictions that predict_image has made, without gradients.

@@ -642,12 +642,24 @@ static char *weights_choose(const char *folder, int raw) {
     return averaged ? ema : model;
 }
 
-// Opens a folder for eval and predict: a checkpoint of ours, whose classes have ids, or one that transformers wrote. 0,
-// or -1; the caller frees the network in either case. half: it will compute in bf16. raw: as weights_choose.
-static int network_open(Network *network, const char *folder, int half, int raw, Error *error) {
+// From here on the network ends with decoder layer `layers`, counted from 1: every layer was trained to answer, through
+// the same norm and heads. Those behind it keep their weights, so that later on there may be more layers again.
+static void dec_layers_use(Network *network, int layers) {
+    network->config.dec_layers = network->model.config.dec_layers = layers;
+}
+
+// Opens the folder --resume for eval and predict: a checkpoint of ours, whose classes have ids, or one that
+// transformers wrote. 0, or -1; the caller frees the network in either case.
+static int network_open(Network *network, const Settings *settings, Error *error) {
+    const char *folder = flag_text(settings, "resume");
+    const int layers = flag_int(settings, "use_dec_layers");
     if (config_read(network, folder, error) != 0) return -1;
-    network->config.half = half;
-    char *weights = weights_choose(folder, raw), *state = fileset_path(folder, "trainer_state.json");
+    if (layers > network->config.dec_layers)
+        usage_error("--use_dec_layers %d: the network in %s has %d decoder layers", layers, folder,
+                    network->config.dec_layers);
+    network->config.half = computes_in_bf16(settings);
+    char *weights = weights_choose(folder, flag_on(settings, "raw_weights")),
+         *state = fileset_path(folder, "trainer_state.json");
     ConfigReader reader = {state, error, 0};
     yajl_val tree = is_file(state) ? json_read(state, error) : NULL, classes = json_member(tree, "classes");
     reader.failed = is_file(state) && !tree;
@@ -659,6 +671,7 @@ static int network_open(Network *network, const char *folder, int half, int raw,
     int status = reader.failed ? -1 : model_create(&network->model, &network->config, 0, 0, 0, error);
     if (status == 0) status = weights_read(&network->model, weights, WEIGHTS_ALL, error);
     if (status == 0) model_pack(&network->model);
+    if (status == 0 && layers) dec_layers_use(network, layers);
     yajl_tree_free(tree);
     free(weights);
     free(state);
