@@ -165,11 +165,9 @@ static ModelConfig small_config(int kind) {
     return config;
 }
 
-static void small_model(Model *model, int kind, double dropout, int half) {
+static void small_model_of(Model *model, const ModelConfig *config) {
     Error error;
-    ModelConfig config = small_config(kind);
-    config.dropout = dropout, config.half = half;
-    if (model_create(model, &config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
+    if (model_create(model, config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
     for (int i = 0; i < model->num_params; i++) {  // no value stays where a wrong formula would not show
         Param *param = model->params[i];
@@ -180,6 +178,12 @@ static void small_model(Model *model, int kind, double dropout, int half) {
         }
     }
     model_pack(model);
+}
+
+static void small_model(Model *model, int kind, double dropout, int half) {
+    ModelConfig config = small_config(kind);
+    config.dropout = dropout, config.half = half;
+    small_model_of(model, &config);
 }
 
 enum { SMALL_BATCH = 4 };
@@ -369,6 +373,76 @@ static void test_company(void) {
 }
 
 // Tensors of a few numbers, of several chunks and of one that is not trained, against a plain sum.
+// What of a model is frozen, and how many layers then still have a gradient of their input computed: in the kinds of
+// small networks, with three decoder layers; -1: there is no such part.
+static const struct {
+    const char *freeze;
+    int input_gradients[KINDS];
+} frozen_cases[] = {
+    {"backbone", {46, 46, 47}},
+    {"backbone,input_projection,encoder", {28, 28, 29}},
+    {"model", {2, 2, 2}},
+    {"model,bbox_predictor", {0, 0, 0}},
+    {"decoder", {58, 62, 58}},
+    {"backbone,input_projection,encoder,query_position_embeddings,model.decoder.layers.0,decoder.layers.1", {9, 9, -1}},
+    {"backbone,input_projection,encoder,query_content_embeddings,decoder.layers,decoder.query_position_head",
+     {-1, -1, 4}},
+    {"backbone,encoder.layers.0,bbox_predictor,query_position_embeddings", {43, 43, 47}},
+    {"backbone.conv_encoder.model.encoder.stages.1,decoder.layernorm", {58, 62, 59}},
+    {"backbone.conv_encoder.model.embedder,backbone.conv_encoder.model.encoder.stages.0,decoder.layers.2",
+     {53, 56, 54}},
+    {"backbone.conv_encoder.model.encoder.stages.1.layers.0.layer.0,encoder.layers.1.fc1", {58, 62, 59}},
+};
+
+// With parts frozen, the gradients of all others are the same to the last bit; a step leaves the frozen as they are.
+static void test_frozen_in(int kind, int half, const char *freeze, int input_gradients) {
+    ModelConfig config = small_config(kind);
+    Model models[2];
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    Losses losses;
+    Error error;
+    const OptimizerSettings optimizer = {1e-2, 1e-2, 1e-4, 0.1, 0};
+    int wrong = 0, computed = 0;
+    config.dec_layers = 3, config.dropout = 0.2, config.half = half;
+    small_batch(samples);
+    for (int frozen = 0; frozen < 2; frozen++) {
+        config.freeze = frozen ? freeze : NULL;
+        small_model_of(&models[frozen], &config);
+        activations_create(&acts, &models[frozen], 70, 70, 1);
+        batch_loss(&models[frozen], &acts, samples, 1);
+        if (!frozen) activations_free(&acts);
+    }
+    for (int i = 0; i < models[1].num_params; i++) {
+        const Param *plain = models[0].params[i], *param = models[1].params[i];
+        wrong += param->trained != (plain->trained && !is_frozen(&config, param->name));
+        if (param->trained) wrong += memcmp(param->grad, plain->grad, param->count * sizeof(real)) != 0;
+    }
+    check(wrong == 0, "%s, --freeze %s: %d gradients are others", KIND_NAMES[kind], freeze, wrong);
+    for (int i = 0; i < models[1].num_layers; i++) computed += models[1].layers[i]->needs_input_gradient;
+    check(computed == input_gradients, "%s, --freeze %s: %d layers have a gradient of their input, not %d",
+          KIND_NAMES[kind], freeze, computed, input_gradients);
+    training_step(&models[1], &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 11, 5, &losses, &error);
+    wrong = 0;
+    for (int i = 0; i < models[1].num_params; i++) {
+        const Param *before = models[0].params[i], *param = models[1].params[i];
+        wrong += param->trained == !memcmp(param->value, before->value, param->count * sizeof(real));
+    }
+    check(wrong == 0, "%s, --freeze %s: %d tensors change that should not, or the other way round", KIND_NAMES[kind],
+          freeze, wrong);
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    for (int m = 0; m < 2; m++) model_free(&models[m]);
+}
+
+static void test_frozen(void) {
+    for (size_t i = 0; i < sizeof frozen_cases / sizeof frozen_cases[0]; i++)
+        for (int kind = 0; kind < KINDS; kind++)
+            for (int half = 0; half < (IS_DOUBLE ? 1 : 2); half++)
+                if (frozen_cases[i].input_gradients[kind] >= 0)
+                    test_frozen_in(kind, half, frozen_cases[i].freeze, frozen_cases[i].input_gradients[kind]);
+}
+
 static void test_gradient_norm(void) {
     const size_t counts[3] = {21, 40001, 300};
     Param params[3], *table[3];
@@ -2206,6 +2280,7 @@ static const Test TESTS[] = {
     {"gradients", test_gradients},
     {"same_bytes", test_same_bytes},
     {"company", test_company},
+    {"frozen", test_frozen},
     {"step", test_training_step},
     {"calibrate", test_calibrate},
     {"nonfinite", test_nonfinite},

@@ -533,6 +533,9 @@ static int weights_read(Model *model, const char *path, WeightsNeeded needed, Er
             if (strcmp(names[i], wanted) == 0) found = i;
         if (found >= 0) used[found] = 1;
         if (needed != WEIGHTS_ALL && strncmp(param->name, "class_labels_classifier.", 24) == 0) continue;
+        if (found < 0 && is_frozen(&model->config, param->name))
+            status = fail(error, "%s: tensor %s is missing, which --freeze would leave at random numbers", path,
+                          param->name);
         if (found < 0) {
             num_missing[param->group]++;
             if (!missing || param->group != GROUP_TRANSFORMER) missing = param->name;

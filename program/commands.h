@@ -418,6 +418,26 @@ static int training_save(const Training *run, const char *folder, int with_repor
     return status == 0 ? fileset_commit(folder, error) : -1;
 }
 
+// Status 2 if --freeze names what the network has not, or leaves nothing to train. afresh: the class head starts
+// afresh.
+static void check_frozen(const Model *model, int afresh) {
+    const char *freeze = model->config.freeze;
+    for (const char *at = freeze; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        const int length = (int)strcspn(at, ",");
+        int found = 0;
+        for (int i = 0; i < model->num_params; i++) found |= is_in_module(model->params[i]->name, at, (size_t)length);
+        if (!found)
+            usage_error(
+                "--freeze %.*s: no part of the network has that name; backbone, input_projection, "
+                "query_position_embeddings, encoder, decoder, class_labels_classifier and bbox_predictor are "
+                "parts, and so is decoder.layers.0",
+                length, at);
+    }
+    if (freeze && afresh && !model->class_head.weight->trained)
+        usage_error("--freeze %s: the class head starts afresh, so it must be trained", freeze);
+    if (freeze && model->num_trained == 0) usage_error("--freeze %s: nothing is left to train", freeze);
+}
+
 // The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
 // the seed, its class head kept if it knows every class of the data set.
 static int training_begin(Training *run, Error *error) {
@@ -435,6 +455,9 @@ static int training_begin(Training *run, Error *error) {
         keep_head = missing == 0;
         if (!keep_head)
             printf("class head starts afresh: %d of %d classes are not in %s/config.json's id2label\n", missing,
+                   run->train.num_categories, pretrained);
+        else
+            printf("class head is kept: all %d classes are in %s/config.json's id2label, by name\n",
                    run->train.num_categories, pretrained);
     } else {
         network->config = config_from_flags(settings);
@@ -454,8 +477,10 @@ static int training_begin(Training *run, Error *error) {
         network->label_ids[run->train_labels[c]] = run->train.categories[c].id;
     network->short_side = run->loader.short_side;
     network->max_size = run->loader.max_size;
+    network->config.freeze = flag_text(settings, "freeze");
     status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
                           run->from_scratch, error);
+    if (status == 0) check_frozen(&network->model, !keep_head);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
         char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
@@ -480,6 +505,7 @@ static int training_resume(Training *run, Error *error) {
     size_t size;
     int status = config_read(&run->network, run->folder, error);
     run->network.config.half = computes_in_bf16(run->settings);
+    run->network.config.freeze = flag_text(run->settings, "freeze");
     run->network.short_side = run->loader.short_side;
     run->network.max_size = run->loader.max_size;
     if (status == 0) status = state_read(run, state, error);
@@ -811,6 +837,8 @@ static int training_open_folder(Training *run, Error *error) {
             usage_error("--%s and --no_augment exclude each other", i ? "vflip" : "scales");
     if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
         usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
+    if (flag_on(settings, "freeze") && !flag_on(settings, "pretrained") && !resume)
+        usage_error("--freeze needs --pretrained: what starts from random numbers must be trained");
     if (flag_given(settings, "lr_drop") && strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0)
         usage_error("--lr_drop and --lr_schedule cosine exclude each other: the cosine falls without steps");
     if (!resume) flag_require(settings, "output_dir");

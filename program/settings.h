@@ -30,6 +30,9 @@ static const Flag FLAGS[] = {
      "print AP and speed with 1, 2, ... decoder layers too, all from one pass over the pictures"},
     {"pretrained", PATH, "FILE|DIR", NULL, 0, 0, TRAIN,
      "start from weights: a folder that transformers wrote, or a .safetensors file of DETR or of a ResNet"},
+    {"freeze", TEXT, "NAME,...", NULL, 0, 0, TRAIN,
+     "with --pretrained: parts that stay as they are, as their tensors' names begin: backbone, input_projection, "
+     "query_position_embeddings, encoder, decoder, decoder.layers.0, bbox_predictor, ..."},
     {"preset", CHOICE, "demo|small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
     {"annotations", PATH, "FILE", NULL, 0, 0, SCORE, "COCO annotation file with the true boxes"},
     {"results", PATH, "FILE", NULL, 0, 0, EVAL | SCORE, "COCO results: score reads them, eval writes them"},
