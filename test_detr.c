@@ -436,6 +436,11 @@ static void test_frozen_in(int kind, int half, const char *freeze, int input_gra
 }
 
 static void test_frozen(void) {
+    check(is_in_module("model.encoder.layers.1.fc1.bias", "encoder.layers.1", 16) &&
+              is_in_module("model.encoder.layers.1.fc1.bias", "model,encoder", 5) &&
+              !is_in_module("model.encoder.layers.10.fc1.bias", "encoder.layers.1", 16) &&
+              !is_in_module("model.encoder.layers.1.fc1.bias", "layers.1", 8),
+          "what is in a module");
     for (size_t i = 0; i < sizeof frozen_cases / sizeof frozen_cases[0]; i++)
         for (int kind = 0; kind < KINDS; kind++)
             for (int half = 0; half < (IS_DOUBLE ? 1 : 2); half++)
