@@ -166,11 +166,9 @@ static ModelConfig small_config(int kind) {
     return config;
 }
 
-static void small_model(Model *model, int kind, double dropout, int half) {
+static void small_model_of(Model *model, const ModelConfig *config) {
     Error error;
-    ModelConfig config = small_config(kind);
-    config.dropout = dropout, config.half = half;
-    if (model_create(model, &config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
+    if (model_create(model, config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
     for (int i = 0; i < model->num_params; i++) {  // no value stays where a wrong formula would not show
         Param *param = model->params[i];
@@ -181,6 +179,12 @@ static void small_model(Model *model, int kind, double dropout, int half) {
         }
     }
     model_pack(model);
+}
+
+static void small_model(Model *model, int kind, double dropout, int half) {
+    ModelConfig config = small_config(kind);
+    config.dropout = dropout, config.half = half;
+    small_model_of(model, &config);
 }
 
 enum { SMALL_BATCH = 4 };
@@ -370,6 +374,81 @@ static void test_company(void) {
 }
 
 // Tensors of a few numbers, of several chunks and of one that is not trained, against a plain sum.
+// What of a model is frozen, and how many layers then still have a gradient of their input computed: in the kinds of
+// small networks, with three decoder layers; -1: there is no such part.
+static const struct {
+    const char *freeze;
+    int input_gradients[KINDS];
+} frozen_cases[] = {
+    {"backbone", {46, 46, 47}},
+    {"backbone,input_projection,encoder", {28, 28, 29}},
+    {"model", {2, 2, 2}},
+    {"model,bbox_predictor", {0, 0, 0}},
+    {"decoder", {58, 62, 58}},
+    {"backbone,input_projection,encoder,query_position_embeddings,model.decoder.layers.0,decoder.layers.1", {9, 9, -1}},
+    {"backbone,input_projection,encoder,query_content_embeddings,decoder.layers,decoder.query_position_head",
+     {-1, -1, 4}},
+    {"backbone,encoder.layers.0,bbox_predictor,query_position_embeddings", {43, 43, 47}},
+    {"backbone.conv_encoder.model.encoder.stages.1,decoder.layernorm", {58, 62, 59}},
+    {"backbone.conv_encoder.model.embedder,backbone.conv_encoder.model.encoder.stages.0,decoder.layers.2",
+     {53, 56, 54}},
+    {"backbone.conv_encoder.model.encoder.stages.1.layers.0.layer.0,encoder.layers.1.fc1", {58, 62, 59}},
+};
+
+// With parts frozen, the gradients of all others are the same to the last bit; a step leaves the frozen as they are.
+static void test_frozen_in(int kind, int half, const char *freeze, int input_gradients) {
+    ModelConfig config = small_config(kind);
+    Model models[2];
+    Activations acts;
+    Sample samples[SMALL_BATCH];
+    Losses losses;
+    Error error;
+    const OptimizerSettings optimizer = {1e-2, 1e-2, 1e-4, 0.1, 0};
+    int wrong = 0, computed = 0;
+    config.dec_layers = 3, config.dropout = 0.2, config.half = half;
+    small_batch(samples);
+    for (int frozen = 0; frozen < 2; frozen++) {
+        config.freeze = frozen ? freeze : NULL;
+        small_model_of(&models[frozen], &config);
+        activations_create(&acts, &models[frozen], 70, 70, 1);
+        batch_loss(&models[frozen], &acts, samples, 1);
+        if (!frozen) activations_free(&acts);
+    }
+    for (int i = 0; i < models[1].num_params; i++) {
+        const Param *plain = models[0].params[i], *param = models[1].params[i];
+        wrong += param->trained != (plain->trained && !is_frozen(&config, param->name));
+        if (param->trained) wrong += memcmp(param->grad, plain->grad, param->count * sizeof(real)) != 0;
+    }
+    check(wrong == 0, "%s, --freeze %s: %d gradients are others", KIND_NAMES[kind], freeze, wrong);
+    for (int i = 0; i < models[1].num_layers; i++) computed += models[1].layers[i]->needs_input_gradient;
+    check(computed == input_gradients, "%s, --freeze %s: %d layers have a gradient of their input, not %d",
+          KIND_NAMES[kind], freeze, computed, input_gradients);
+    training_step(&models[1], &acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 11, 5, &losses, &error);
+    wrong = 0;
+    for (int i = 0; i < models[1].num_params; i++) {
+        const Param *before = models[0].params[i], *param = models[1].params[i];
+        wrong += param->trained == !memcmp(param->value, before->value, param->count * sizeof(real));
+    }
+    check(wrong == 0, "%s, --freeze %s: %d tensors change that should not, or the other way round", KIND_NAMES[kind],
+          freeze, wrong);
+    free_batch(samples, SMALL_BATCH);
+    activations_free(&acts);
+    for (int m = 0; m < 2; m++) model_free(&models[m]);
+}
+
+static void test_frozen(void) {
+    check(is_in_module("model.encoder.layers.1.fc1.bias", "encoder.layers.1", 16) &&
+              is_in_module("model.encoder.layers.1.fc1.bias", "model,encoder", 5) &&
+              !is_in_module("model.encoder.layers.10.fc1.bias", "encoder.layers.1", 16) &&
+              !is_in_module("model.encoder.layers.1.fc1.bias", "layers.1", 8),
+          "what is in a module");
+    for (size_t i = 0; i < sizeof frozen_cases / sizeof frozen_cases[0]; i++)
+        for (int kind = 0; kind < KINDS; kind++)
+            for (int half = 0; half < (IS_DOUBLE ? 1 : 2); half++)
+                if (frozen_cases[i].input_gradients[kind] >= 0)
+                    test_frozen_in(kind, half, frozen_cases[i].freeze, frozen_cases[i].input_gradients[kind]);
+}
+
 static void test_gradient_norm(void) {
     const size_t counts[3] = {21, 40001, 300};
     Param params[3], *table[3];
@@ -1680,6 +1759,31 @@ static void compare_losses(TruthDump *dump, const Losses *losses, int step, int 
     compare(dump, name, &losses->grad_norm, 1, 0, 1e-10);
 }
 
+// The decoder with one layer, with two, ... with all: the answers of the last layer of each, put together, are those
+// that PyTorch's decoder gives layer by layer. In the end acts are those of the whole network.
+static void dump_layers(TruthDump *dump, Model *model, Activations *acts, int step, int i) {
+    const int layers = model->config.dec_layers;
+    const size_t numbers[2] = {(size_t)(model->config.num_queries * num_logits(&model->config)),
+                               (size_t)(model->config.num_queries * 4)};
+    real *ours[2];
+    char name[64];
+    for (int k = 0; k < 2; k++) ours[k] = (real *)allocate((size_t)layers * numbers[k] * sizeof(real));
+    for (int l = 0; l < layers; l++) {
+        model->config.dec_layers = l + 1;
+        decoder_forward(model, acts);
+        for (int k = 0; k < 2; k++)
+            memcpy(ours[k] + (size_t)l * numbers[k], (k ? acts->boxes : acts->logits) + (size_t)l * numbers[k],
+                   numbers[k] * sizeof(real));
+    }
+    for (int k = 0; k < 2; k++) {
+        const size_t count = (size_t)layers * numbers[k];
+        snprintf(name, sizeof name, "s%d.i%d.%s", step, i, k ? "pred_boxes" : "logits");
+        compare_reals(dump, name, ours[k], count);
+        compare_reals(dump, name, k ? acts->boxes : acts->logits, count);
+        free(ours[k]);
+    }
+}
+
 // One training step on the dump's images, compared with PyTorch's. In bf16 the matches are given: a pair that is near a
 // tie may fall either way, which would make a different loss, and is no error.
 static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_settings,
@@ -1707,15 +1811,13 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         acts.dropout.image = (uint32_t)i;
         activations_plan(&acts, model, images[i].height, images[i].width);
         memcpy(acts.pixels, images[i].pixels, (size_t)(images[i].height * images[i].width * 3) * sizeof(real));
-        network_forward(model, &acts);
+        backbone_forward(model, &acts);
+        encoder_forward(model, &acts);
+        dump_layers(dump, model, &acts, step, i);
         if (half)
             dump_loss(dump, model, &acts, step, i, targets[i], divisors, loss_settings, &losses);
         else
             set_loss(model, &acts, targets[i], divisors, loss_settings, &losses);
-        snprintf(name, sizeof name, "s%d.i%d.logits", step, i);
-        compare_reals(dump, name, acts.logits, (size_t)(L * Q * num_logits(&model->config)));
-        snprintf(name, sizeof name, "s%d.i%d.pred_boxes", step, i);
-        compare_reals(dump, name, acts.boxes, (size_t)(L * Q * 4));
         compare_matches(dump, model, acts.match, step, i);
         network_backward(model, &acts);
         free(images[i].pixels), free(images[i].boxes), free(images[i].classes);
@@ -1998,6 +2100,65 @@ static void test_detections(void) {
     small_run_end(&small);
 }
 
+// With fewer decoder layers: those behind are not computed, and the boxes are those that the last of the others gave
+// before. What evaluate() collects layer by layer in one pass is what it finds with so many layers.
+static void test_detections_by_layer(void) {
+    enum { LAYERS = 2, PICTURES = 3 };
+    SmallRun small;
+    Network network;
+    small_run_begin(&small, BASIC, 0, 0, 0);
+    memset(&network, 0, sizeof network);
+    network.config = small.model.config, network.model = small.model;
+    const int Q = network.config.num_queries;
+    Detection *found = (Detection *)allocate((size_t)Q * sizeof(Detection));
+    predict_image(&network.model, &small.acts, &small.samples[0].image);
+    real *boxes = (real *)allocate((size_t)Q * 4 * sizeof(real)), *behind = small.acts.decoder_ffn[1].out;
+    memcpy(boxes, small.acts.boxes, (size_t)Q * 4 * sizeof(real));
+    behind[0] = 12345;
+    dec_layers_use(&network, 1);
+    predict_image(&network.model, &small.acts, &small.samples[0].image);
+    detect(&network, &small.acts, 1, 1, found);
+    int wrong = behind[0] != 12345;
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < 2; i++)
+            wrong += fabs(found[q].box[i] + found[q].box[i + 2] - 2 * (double)boxes[4 * q + i]) > 1e-5;
+    check(wrong == 0, "with one decoder layer %d numbers are not that layer's", wrong);
+
+    Dataset set;
+    Error error;
+    const int opened = dataset_open(&set, "data/bccd", "val", &error), num_images = set.num_images;
+    check(opened == 0, "%s", opened ? error.text : "");
+    if (opened != 0) return;
+    LoaderSettings loader;
+    memset(&loader, 0, sizeof loader);
+    loader.short_side = 48, loader.max_size = 64;
+    const int labels[3] = {0, 1, 2};
+    EvalDetection *one_pass[LAYERS], *alone;
+    int counts[LAYERS], count;
+    double seconds[LAYERS] = {0};
+    set.num_images = PICTURES;
+    dec_layers_use(&network, LAYERS);
+    evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, LAYERS, one_pass, counts, seconds);
+    check(network.config.dec_layers == LAYERS, "%d decoder layers are left", network.config.dec_layers);
+    check(seconds[0] > 0 && seconds[1] > seconds[0], "two decoder layers take %g s, one %g", seconds[1], seconds[0]);
+    for (int l = 0; l < LAYERS; l++) {
+        dec_layers_use(&network, l + 1);
+        evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, 1, &alone, &count, NULL);
+        wrong = count != PICTURES * Q || counts[l] != count;
+        for (int d = 0; d < count && !wrong; d++)
+            wrong += memcmp(alone[d].box, one_pass[l][d].box, sizeof alone[d].box) != 0 ||
+                     alone[d].score != one_pass[l][d].score || alone[d].image != one_pass[l][d].image;
+        check(wrong == 0, "decoder layer %d finds other boxes in the pass for all layers", l + 1);
+        free(alone);
+        free(one_pass[l]);
+    }
+    set.num_images = num_images;
+    dataset_free(&set);
+    free(found);
+    free(boxes);
+    small_run_end(&small);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Learning by heart
 
@@ -2122,9 +2283,11 @@ static const Test TESTS[] = {
     {"options", test_options},
     {"queries", test_anchor_queries},
     {"detections", test_detections},
+    {"detections_by_layer", test_detections_by_layer},
     {"gradients", test_gradients},
     {"same_bytes", test_same_bytes},
     {"company", test_company},
+    {"frozen", test_frozen},
     {"step", test_training_step},
     {"calibrate", test_calibrate},
     {"nonfinite", test_nonfinite},

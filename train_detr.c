@@ -2732,7 +2732,7 @@ static void layernorm_forward(real *y, bf16 *rounded, real *mean, real *rstd, co
     profile_end(begin, "layer norm", "forward", 0, sizeof(real) * 2.0 * rows * C);
 }
 
-// dx is written; dweight and dbias (C) are added to, rows in order, one owner for a channel.
+// dx is written; dweight and dbias (C; or NULL, of a frozen norm) are added to, rows in order, one owner for a channel.
 // With n = (x - mean) rstd and g = dy weight:
 //   dbias = sum over rows of dy,  dweight = sum over rows of dy n,
 //   dx = rstd (g - mean_C(g) - n mean_C(g n)): the part of g that moves neither the row's mean nor its variance.
@@ -2740,11 +2740,11 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
                                const real *rstd, const real *weight, int rows, int C) {
     const double begin = profile_begin();
     enum { COLUMNS = 32 };
-    const int whole = C / LANES * LANES;
+    const int whole = C / LANES * LANES, trained = dweight ? C : 0;
 #pragma omp parallel if ((int64_t)rows * C > 16384)
     {
 #pragma omp for schedule(static)
-        for (int first = 0; first < C; first += COLUMNS) {
+        for (int first = 0; first < trained; first += COLUMNS) {
             const int count = C - first < COLUMNS ? C - first : COLUMNS;
             double sum[COLUMNS] = {0}, sum_normed[COLUMNS] = {0};
             for (int row = 0; row < rows; row++) {
@@ -2897,7 +2897,8 @@ typedef struct {
     int focal;       // --class_loss focal: a class's score is the sigmoid of its logit, and "no object" has no logit
     int anchor;      // --decoder anchor: queries are boxes, which the decoder's layers move
     double dropout;
-    int half;  // --precision bf16: how it is computed, no property of the network
+    int half;            // --precision bf16: how it is computed, no property of the network
+    const char *freeze;  // --freeze: names with commas between them, see is_frozen(); or NULL
 } ModelConfig;
 
 // Logits of a query: one for each class; without focal the last is "no object".
@@ -2950,11 +2951,12 @@ typedef struct {
 typedef struct {
     Layer fc1, fc2;
     Norm norm;
+    int trained;  // it, or something before it: a gradient comes here
 } FeedForward;
 
 typedef struct {
-    Layer conv[3], shortcut;  // conv[2] in bottleneck blocks, shortcut where the shape changes
-    int num_convs, has_shortcut, trained;
+    Layer conv[3], shortcut;               // conv[2] in bottleneck blocks, shortcut where the shape changes
+    int num_convs, has_shortcut, trained;  // trained: as in FeedForward
 } Block;
 
 typedef struct {
@@ -2985,6 +2987,22 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------------------------------
 // Model: building the table of parameters
 
+// 1 if the tensor `name` is in the module that `length` characters at `module` name: "encoder.layers.1", or the same
+// with "model." before it, holds model.encoder.layers.1.fc1.weight.
+static int is_in_module(const char *name, const char *module, size_t length) {
+    const char *inner = strncmp(name, "model.", 6) == 0 ? name + 6 : name;
+    return (strncmp(name, module, length) == 0 && name[length] == '.') ||
+           (strncmp(inner, module, length) == 0 && inner[length] == '.');
+}
+
+// 1 if one of the modules that --freeze names holds the tensor.
+static int is_frozen(const ModelConfig *config, const char *name) {
+    int frozen = 0;
+    for (const char *at = config->freeze; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
+        frozen |= is_in_module(name, at, strcspn(at, ","));
+    return frozen;
+}
+
 // Adds one tensor to the table. Dimensions that do not exist are 0. `scale`: see ParamInit.
 __attribute__((format(printf, 10, 11))) static Param *add_param(Model *model, enum ParamGroup group, int trained,
                                                                 enum ParamInit init, double scale, int dim0, int dim1,
@@ -3001,7 +3019,7 @@ __attribute__((format(printf, 10, 11))) static Param *add_param(Model *model, en
         param->count *= (size_t)dims[i];
     }
     param->group = group;
-    param->trained = trained && model->training;
+    param->trained = trained && model->training && !is_frozen(&model->config, param->name);
     param->init = init;
     param->init_scale = scale;
     model->params = (Param **)grow(model->params, (size_t)model->num_params, sizeof(Param *));
@@ -3019,15 +3037,18 @@ static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_inp
     model->layers[model->num_layers++] = layer;
 }
 
+// 1 if a gradient comes through the layer's output: the layer is trained, or something before it.
+static int passes_gradient(const Layer *layer) { return layer->weight->trained || layer->needs_input_gradient; }
+
 // A convolution and its frozen batch norm. `convolution` and `norm` are the names of the two in the checkpoint.
 static void add_convolution(Model *model, Layer *layer, int in, int out, int kernel, int stride, int dilation,
                             int trained, int needs_input_gradient, const char *convolution, const char *norm) {
     const char *prefix = "model.backbone.conv_encoder.model";
     ConvShape shape = {in, out, kernel, stride, kernel / 2 * dilation, dilation};
-    int train_norm = trained && model->from_scratch;
     // He et al. 2015, fan out, as torchvision initialises its ResNets
     layer->weight = add_param(model, GROUP_BACKBONE, trained, INIT_NORMAL, sqrt(2.0 / ((double)out * kernel * kernel)),
                               out, in, kernel, kernel, "%s.%s.weight", prefix, convolution);
+    const int train_norm = layer->weight->trained && model->from_scratch;
     layer->norm_weight =
         add_param(model, GROUP_BACKBONE, train_norm, INIT_ONE, 0, out, 0, 0, 0, "%s.%s.weight", prefix, norm);
     layer->norm_bias =
@@ -3045,7 +3066,9 @@ enum { HALF_Y = 1, HALF_DX = 2, REAL_OPERANDS = 4 };
 
 // A linear layer. bound < 0: PyTorch's default, 1 / sqrt(in), for weight and bias; else the weight's, with bias zero.
 // bits: with --precision bf16 its operands are bf16 unless REAL_OPERANDS; y and dx are not unless HALF_Y, HALF_DX.
-static void add_linear(Model *model, Layer *layer, int in, int out, double bound, int bits, const char *name) {
+// trained_before: something that its input depends on is trained.
+static void add_linear(Model *model, Layer *layer, int in, int out, double bound, int bits, int trained_before,
+                       const char *name) {
     double standard = 1 / sqrt((double)in);
     ConvShape shape = {in, out, 1, 1, 0, 1};
     int is_projection =
@@ -3054,9 +3077,8 @@ static void add_linear(Model *model, Layer *layer, int in, int out, double bound
                               is_projection, is_projection, "%s.weight", name);
     layer->bias = add_param(model, GROUP_TRANSFORMER, 1, bound < 0 ? INIT_UNIFORM : INIT_ZERO, standard, out, 0, 0, 0,
                             "%s.bias", name);
-    add_layer(model, layer, shape, is_projection ? model->train_backbone : 1,
-              model->config.half && !(bits & REAL_OPERANDS), model->config.half && bits & HALF_Y,
-              model->config.half && bits & HALF_DX);
+    add_layer(model, layer, shape, trained_before, model->config.half && !(bits & REAL_OPERANDS),
+              model->config.half && bits & HALF_Y, model->config.half && bits & HALF_DX);
 }
 
 static void add_norm(Model *model, Norm *norm, const char *name) {
@@ -3071,31 +3093,41 @@ static const double ANCHOR_SIZE = 0.1;  // width and height of the boxes that --
 // Glorot and Bengio 2010: what DETR gives every matrix of the transformer.
 static double xavier_bound(int in, int out) { return sqrt(6.0 / ((double)in + out)); }
 
-static void add_attention(Model *model, AttentionBlock *block, const char *prefix, const char *name) {
-    int C = model->config.hidden_dim;
+// query_before, memory_before: something is trained before what the queries, and what keys and values are made of.
+// Returns the same of the block's output.
+static int add_attention(Model *model, AttentionBlock *block, int query_before, int memory_before, const char *prefix,
+                         const char *name) {
+    int C = model->config.hidden_dim, before = query_before;
     const char *projections[4] = {"q_proj", "k_proj", "v_proj", "out_proj"};
     Layer *layers[4] = {&block->query, &block->key, &block->value, &block->output};
     char full[120];
     for (int i = 0; i < 4; i++) {  // DETR initialises query, key and value as one (3C, C) matrix
         snprintf(full, sizeof full, "%s.%s.%s", prefix, name, projections[i]);
-        add_linear(model, layers[i], C, C, xavier_bound(C, i < 3 ? 3 * C : C), i < 3 ? HALF_Y : HALF_DX, full);
+        add_linear(model, layers[i], C, C, xavier_bound(C, i < 3 ? 3 * C : C), i < 3 ? HALF_Y : HALF_DX,
+                   i == 0   ? query_before
+                   : i == 3 ? before
+                            : memory_before,
+                   full);
+        before |= passes_gradient(layers[i]);
     }
     snprintf(full, sizeof full, "%s.%s_layer_norm", prefix, name);
     add_norm(model, &block->norm, full);
+    return before || block->norm.weight->trained;
 }
 
-static void add_feed_forward(Model *model, FeedForward *ffn, const char *prefix) {
+static int add_feed_forward(Model *model, FeedForward *ffn, int trained_before, const char *prefix) {
     int C = model->config.hidden_dim, F = model->config.dim_feedforward;
     char full[120];
     // as xavier with PyTorch's default bias: DETR resets matrices only
     snprintf(full, sizeof full, "%s.fc1", prefix);
-    add_linear(model, &ffn->fc1, C, F, -1, HALF_Y, full);
+    add_linear(model, &ffn->fc1, C, F, -1, HALF_Y, trained_before, full);
     ffn->fc1.weight->init_scale = xavier_bound(C, F);
     snprintf(full, sizeof full, "%s.fc2", prefix);
-    add_linear(model, &ffn->fc2, F, C, -1, HALF_DX, full);
+    add_linear(model, &ffn->fc2, F, C, -1, HALF_DX, passes_gradient(&ffn->fc1), full);
     ffn->fc2.weight->init_scale = xavier_bound(C, F);
     snprintf(full, sizeof full, "%s.final_layer_norm", prefix);
     add_norm(model, &ffn->norm, full);
+    return ffn->trained = passes_gradient(&ffn->fc2) || ffn->norm.weight->trained;
 }
 
 // One residual block. DC5 dilates the last stage: as in torchvision and timm, its first block still has dilation 1 in
@@ -3106,10 +3138,9 @@ static void add_block(Model *model, Block *block, int stage, int index, int in, 
     int stride = stage > 0 && index == 0 && !dilated ? 2 : 1;
     int first_dilation = dilated && index > 0 ? 2 : 1, dilation = dilated ? 2 : 1;
     int inner = config->bottleneck ? out / 4 : out;
-    int trained = model->train_backbone && (stage > 0 || model->from_scratch);
+    int trained = model->train_backbone && (stage > 0 || model->from_scratch), before = *trained_before;
     char convolution[64], norm[64];
     block->num_convs = config->bottleneck ? 3 : 2;
-    block->trained = trained && model->training;
     block->has_shortcut = in != out || stride != 1;
     if (block->has_shortcut) {
         snprintf(convolution, sizeof convolution,
@@ -3119,6 +3150,7 @@ static void add_block(Model *model, Block *block, int stage, int index, int in, 
                  config->timm_names ? "layer%d.%d.downsample.1" : "encoder.stages.%d.layers.%d.shortcut.normalization",
                  stage + config->timm_names, index);
         add_convolution(model, &block->shortcut, in, out, 1, stride, 1, trained, *trained_before, convolution, norm);
+        block->trained = passes_gradient(&block->shortcut);
     }
     for (int j = 0; j < block->num_convs; j++) {
         int strided = config->bottleneck ? j == 1 : j == 0;  // the convolution that carries stride and first dilation
@@ -3132,27 +3164,30 @@ static void add_block(Model *model, Block *block, int stage, int index, int in, 
                  config->timm_names ? "layer%d.%d.bn%d" : "encoder.stages.%d.layers.%d.layer.%d.normalization",
                  stage + config->timm_names, index, j + config->timm_names);
         add_convolution(model, &block->conv[j], conv_in, conv_out, kernel, strided ? stride : 1, conv_dilation, trained,
-                        j > 0 ? trained : *trained_before, convolution, norm);
+                        before, convolution, norm);
+        before |= passes_gradient(&block->conv[j]);
     }
-    *trained_before |= trained;
+    *trained_before = block->trained = before || block->trained;
 }
 
 // Walks the network once and lists its tensors. The order is that of the checkpoint.
 static void model_walk(Model *model) {
     const ModelConfig *config = &model->config;
-    int C = config->hidden_dim, trained_before = model->train_backbone && model->from_scratch;
+    int C = config->hidden_dim, before;  // before: something up to here is trained
     char name[96];
-    add_convolution(model, &model->stem, 3, config->stem_width, 7, 2, 1, trained_before, 0,
-                    config->timm_names ? "conv1" : "embedder.embedder.convolution",
+    add_convolution(model, &model->stem, 3, config->stem_width, 7, 2, 1, model->train_backbone && model->from_scratch,
+                    0, config->timm_names ? "conv1" : "embedder.embedder.convolution",
                     config->timm_names ? "bn1" : "embedder.embedder.normalization");
+    before = passes_gradient(&model->stem);
     int block = 0, in = config->stem_width;
     for (int stage = 0; stage < config->num_stages; stage++) {
         for (int i = 0; i < config->depths[stage]; i++) {
-            add_block(model, &model->blocks[block++], stage, i, in, &trained_before);
+            add_block(model, &model->blocks[block++], stage, i, in, &before);
             in = config->widths[stage];
         }
     }
-    add_linear(model, &model->input_projection, in, C, -1, HALF_DX, "model.input_projection");
+    add_linear(model, &model->input_projection, in, C, -1, HALF_DX, before, "model.input_projection");
+    before = passes_gradient(&model->input_projection);
     model->query_embeddings = add_param(model, GROUP_TRANSFORMER, 1, config->anchor ? INIT_BOXES : INIT_NORMAL,
                                         config->anchor ? ANCHOR_SIZE : 1, config->num_queries, config->anchor ? 4 : C,
                                         0, 0, "model.query_position_embeddings.weight");
@@ -3161,29 +3196,37 @@ static void model_walk(Model *model) {
                                          "model.query_content_embeddings.weight");
     for (int l = 0; l < config->enc_layers; l++) {
         snprintf(name, sizeof name, "model.encoder.layers.%d", l);
-        add_attention(model, &model->encoder_attention[l], name, "self_attn");
-        add_feed_forward(model, &model->encoder_ffn[l], name);
+        before = add_attention(model, &model->encoder_attention[l], before, before, name, "self_attn");
+        before = add_feed_forward(model, &model->encoder_ffn[l], before, name);
     }
+    // What the anchor decoder's boxes are to its layers is a constant to them, but for the head that makes positions.
+    const int memory_before = before;
+    before = config->anchor ? model->query_content->trained ||
+                                  (model->training && !is_frozen(config, "model.decoder.query_position_head."))
+                            : model->query_embeddings->trained;
     for (int l = 0; l < config->dec_layers; l++) {
         snprintf(name, sizeof name, "model.decoder.layers.%d", l);
-        add_attention(model, &model->decoder_self[l], name, "self_attn");
-        add_attention(model, &model->decoder_cross[l], name, "encoder_attn");
-        add_feed_forward(model, &model->decoder_ffn[l], name);
+        before = add_attention(model, &model->decoder_self[l], before, before, name, "self_attn");
+        before = add_attention(model, &model->decoder_cross[l], before, memory_before, name, "encoder_attn");
+        before = add_feed_forward(model, &model->decoder_ffn[l], before, name);
     }
     for (int i = 0; i < 2 && config->anchor; i++) {
         const int in = i == 0 ? 2 * C : C;
         snprintf(name, sizeof name, "model.decoder.query_position_head.layers.%d", i);
-        add_linear(model, &model->query_position_head[i], in, C, xavier_bound(in, C), REAL_OPERANDS, name);
+        add_linear(model, &model->query_position_head[i], in, C, xavier_bound(in, C), REAL_OPERANDS,
+                   i == 1 && passes_gradient(&model->query_position_head[0]), name);
     }
     add_norm(model, &model->decoder_norm, "model.decoder.layernorm");
-    add_linear(model, &model->class_head, C, num_logits(config), -1, REAL_OPERANDS, "class_labels_classifier");
+    before |= model->decoder_norm.weight->trained;
+    add_linear(model, &model->class_head, C, num_logits(config), -1, REAL_OPERANDS, before, "class_labels_classifier");
     if (config->focal) {  // every class starts with a score of 0.01 (Lin et al. 2017)
         model->class_head.bias->init = INIT_CONSTANT;
         model->class_head.bias->init_scale = -log(99);
     }
     for (int i = 0; i < 3; i++) {
         snprintf(name, sizeof name, "bbox_predictor.layers.%d", i);
-        add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, REAL_OPERANDS, name);
+        add_linear(model, &model->box_head[i], C, i < 2 ? C : 4, -1, REAL_OPERANDS, before, name);
+        before = passes_gradient(&model->box_head[i]);
     }
     if (config->anchor)  // at first the layers leave the boxes where they are
         model->box_head[2].weight->init = model->box_head[2].bias->init = INIT_ZERO;
@@ -3942,20 +3985,24 @@ static void box_head_forward(const Model *model, Activations *acts, int l) {
         memcpy(acts->references + (first + (size_t)Q) * 4, boxes, count * sizeof(real));
 }
 
-// The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
-static void network_forward(const Model *model, Activations *acts) {
-    const ModelConfig *config = &model->config;
-    int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers, half = config->half;
+static void backbone_forward(const Model *model, Activations *acts) {
+    const int half = model->config.half;
     layer_forward(acts->stem, acts->pixels, acts->height, acts->width, &model->stem, 1, NULL);
     maxpool_forward(acts->pooled, acts->argmax, acts->stem, conv_size(acts->height, model->stem.shape),
-                    conv_size(acts->width, model->stem.shape), config->stem_width, half);
+                    conv_size(acts->width, model->stem.shape), model->config.stem_width, half);
     for (int i = 0; i < model->num_blocks; i++) block_forward(&model->blocks[i], &acts->blocks[i]);
-    size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
+    const size_t map_count =
+        (size_t)(acts->map_height * acts->map_width) * (size_t)model->input_projection.shape.out_channels;
     layer_forward(acts->tokens, acts->blocks[model->num_blocks - 1].out, acts->map_height, acts->map_width,
                   &model->input_projection, 0, NULL);
     if (half) add_rows(acts->tokens_operand, 1, acts->tokens, NULL, map_count);
-    sine_positions(acts->positions, acts->map_height, acts->map_width, C);
+}
 
+static void encoder_forward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, half = config->half;
+    const size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C;
+    sine_positions(acts->positions, acts->map_height, acts->map_width, C);
     const real *x = acts->tokens;
     for (int l = 0; l < config->enc_layers; l++) {
         add_rows(acts->encoder_query[l], half, x, acts->positions, map_count);
@@ -3964,7 +4011,14 @@ static void network_forward(const Model *model, Activations *acts) {
         x = acts->encoder_ffn[l].out;
     }
     add_rows(acts->memory_query, half, x, acts->positions, map_count);
+}
 
+// The decoder and the heads behind each of its layers. Every layer's output is an answer: fewer dec_layers than
+// activations_plan laid out for give the answers of the first ones.
+static void decoder_forward(const Model *model, Activations *acts) {
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, Q = config->num_queries, L = config->dec_layers, half = config->half;
+    const size_t query_count = (size_t)Q * (size_t)C;
     if (config->anchor) {
         sigmoid(acts->references, model->query_embeddings->value, (size_t)Q * 4);
         memcpy(acts->target, model->query_content->value, query_count * sizeof(real));
@@ -3972,7 +4026,7 @@ static void network_forward(const Model *model, Activations *acts) {
         memset(acts->target, 0, query_count * sizeof(real));
     }
     if (half) add_rows(acts->target_operand, 1, acts->target, NULL, query_count);
-    x = acts->target;
+    const real *x = acts->target;
     for (int l = 0; l < L; l++) {
         int site = 4 * config->enc_layers + 6 * l;
         const real *positions = query_positions(model, acts, l);
@@ -3990,13 +4044,21 @@ static void network_forward(const Model *model, Activations *acts) {
     layer_forward(acts->logits, acts->states, L * Q, 1, &model->class_head, 0, NULL);
 }
 
+// The whole network for one image that activations_plan has laid out and whose acts->pixels are filled.
+static void network_forward(const Model *model, Activations *acts) {
+    backbone_forward(model, acts);
+    encoder_forward(model, acts);
+    decoder_forward(model, acts);
+}
+
 // With --decoder anchor the box that a layer receives is a constant to it, but for the learned boxes in the first
 // layer, which its boxes are sums with: their gradient is that of the sum.
 static void heads_backward(const Model *model, Activations *acts) {
     int rows = model->config.dec_layers * model->config.num_queries;
     for (int i = 0; i < rows * 4; i++) acts->dboxes[i] *= acts->boxes[i] * (1 - acts->boxes[i]);  // through the sigmoid
     Param *learned = model->query_embeddings;
-    if (model->config.anchor) add_rows(learned->grad, 0, learned->grad, acts->dboxes, learned->count);
+    if (model->config.anchor && learned->trained)
+        add_rows(learned->grad, 0, learned->grad, acts->dboxes, learned->count);
     layer_backward(acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL,
                    acts->workspace);
     real **hidden = acts->box_hidden;  // their gradients take their place
@@ -4015,8 +4077,10 @@ static void query_positions_backward(const Model *model, Activations *acts) {
     layer_backward_weight(acts->box_features, hidden, rows, 1, &model->query_position_head[0], acts->workspace);
 }
 
-// Leaves the gradient of the encoder's output in acts->dmemory.
+// Leaves the gradient of the encoder's output in acts->dmemory. Goes down to the lowest layer that is trained, or that
+// something before it is; only the norm is behind all of them.
 static void decoder_backward(const Model *model, Activations *acts) {
+    if (!model->class_head.needs_input_gradient) return;
     const ModelConfig *config = &model->config;
     int C = config->hidden_dim, Q = config->num_queries;
     size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)C, query_count = (size_t)Q * (size_t)C;
@@ -4030,6 +4094,7 @@ static void decoder_backward(const Model *model, Activations *acts) {
         layernorm_backward(dquery, model->decoder_norm.weight->grad, model->decoder_norm.bias->grad,
                            acts->dstates + (size_t)l * query_count, acts->decoder_ffn[l].out, acts->state_mean + l * Q,
                            acts->state_rstd + l * Q, model->decoder_norm.weight->value, Q, C);
+        if (!model->decoder_ffn[l].trained) continue;
         if (l == config->dec_layers - 1)
             memcpy(dx, dquery, query_count * sizeof(real));
         else
@@ -4046,8 +4111,9 @@ static void decoder_backward(const Model *model, Activations *acts) {
     }
     if (config->anchor) {
         query_positions_backward(model, acts);
-        add_rows(model->query_content->grad, 0, model->query_content->grad, dx, query_count);
-    } else {
+        if (model->query_content->trained)
+            add_rows(model->query_content->grad, 0, model->query_content->grad, dx, query_count);
+    } else if (model->query_embeddings->trained) {
         add_rows(model->query_embeddings->grad, 0, model->query_embeddings->grad, acts->dquery_positions, query_count);
     }
     add_rows(acts->dmemory, 0, acts->dmemory, acts->dmemory_query, map_count);
@@ -4056,7 +4122,7 @@ static void decoder_backward(const Model *model, Activations *acts) {
 static void encoder_backward(const Model *model, Activations *acts) {
     size_t map_count = (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim;
     real *dx = acts->dmemory;
-    for (int l = model->config.enc_layers - 1; l >= 0; l--) {
+    for (int l = model->config.enc_layers - 1; l >= 0 && model->encoder_ffn[l].trained; l--) {
         feed_forward_backward(acts, model, &model->encoder_ffn[l], &acts->encoder_ffn[l], 4 * l + 2, dx, dx);
         attention_block_backward(acts, model, &model->encoder_attention[l], &acts->encoder_attention[l], 4 * l,
                                  acts->dsum, acts->dquery, acts->dquery, acts->dsum, dx);
@@ -4661,11 +4727,18 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
     return 0;
 }
 
-// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
-static void predict_image(const Model *model, Activations *acts, const Image *image) {
+// One image up to the encoder's output, which decoder_forward starts from.
+static void encode_image(const Model *model, Activations *acts, const Image *image) {
     acts->dropout.p = 0;
     load_image(model, acts, image);
-    network_forward(model, acts);
+    backbone_forward(model, acts);
+    encoder_forward(model, acts);
+}
+
+// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
+static void predict_image(const Model *model, Activations *acts, const Image *image) {
+    encode_image(model, acts, image);
+    decoder_forward(model, acts);
 }
 
 // The loss of predictions that predict_image has made, without gradients.

@@ -462,9 +462,9 @@ static inline int coco_close(FILE *file, const char *path, Error *error) {
 }
 
 // {"stats": [12 numbers], "per_class": [{"category_id": id, "name": name, "AP": x, "AP50": x, "boxes": n}, ...]}, -1
-// where a class has no truth. `categories`: (scores->num_classes). 0, or -1.
+// where a class has no truth. `categories`: (scores->num_classes). more: further members, each after a comma. 0, or -1.
 static inline int coco_write_json(const char *path, const CocoScores *scores, const Category *categories,
-                                  Error *error) {
+                                  const char *more, Error *error) {
     FILE *file = fopen(path, "w");
     if (!file) return fail(error, "%s: cannot be written: %s", path, strerror(errno));
     fputs("{\"stats\": [", file);
@@ -476,7 +476,7 @@ static inline int coco_write_json(const char *path, const CocoScores *scores, co
         fprintf(file, ", \"AP\": %.17g, \"AP50\": %.17g, \"boxes\": %d}", scores->class_ap[c], scores->class_ap50[c],
                 scores->class_truths[c]);
     }
-    fputs("]}\n", file);
+    fprintf(file, "]%s}\n", more);
     return coco_close(file, path, error);
 }
 

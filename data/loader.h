@@ -30,12 +30,14 @@ typedef struct {
     int prefetch;    // batches that the workers may be ahead
     double scales;   // with JITTER: sizes are from (1 - scales) to (1 + scales) times the plain one, 0 <= scales < 1
     int vflip;       // 0 or 1: mirrored top and bottom too, half of the time, unless nothing is done
+    int originals;   // 0 or 1: samples hold the picture as it was read, too
 } LoaderSettings;
 
 typedef struct {
     int index;                            // place in dataset->images
     Image image;                          // augmented and resized; pixels NULL if unreadable: `error` says why
     int original_width, original_height;  // of the picture as image_read gives it
+    Image original;                       // that picture, with originals
     int num_boxes;                        // targets: no crowd, difficult or skipped box, nothing cropped away
     double *boxes;                        // (num_boxes, 4): cx cy w h in 0..1 of `image`
     int *classes;                         // (num_boxes)
@@ -151,6 +153,7 @@ static inline void sample_random_crop(Sample *sample, const AugmentKey *key, int
 
 static inline void sample_free(Sample *sample) {
     image_free(&sample->image);
+    image_free(&sample->original);
     free(sample->boxes);
     free(sample->classes);
     memset(sample, 0, sizeof *sample);
@@ -171,6 +174,11 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
     if (image_read(entry->path, &sample->image, &sample->error) != 0) return;
     sample->original_width = sample->image.width;
     sample->original_height = sample->image.height;
+    if (settings->originals) {
+        sample->original = image_unset(sample->image.width, sample->image.height);
+        memcpy(sample->original.pixels, sample->image.pixels,
+               3 * (size_t)sample->image.width * (size_t)sample->image.height);
+    }
     sample->boxes = (double *)allocate(4 * (size_t)entry->num_annotations * sizeof(double));
     sample->classes = (int *)allocate((size_t)entry->num_annotations * sizeof(int));
     for (int i = 0; i < entry->num_annotations; i++) {

@@ -16,22 +16,26 @@ Compiles as C11 and as C++17.
 typedef struct {
     double last;  // when the line was shown, as seconds_now
     int open;     // the terminal's cursor stands behind it
+    FILE *file;   // where it is shown; NULL: stdout
 } Progress;
 
+static inline FILE *progress_file(const Progress *progress) { return progress->file ? progress->file : stdout; }
+
 static inline int progress_due(const Progress *progress) {
-    return seconds_now() - progress->last >= (isatty(STDOUT_FILENO) ? 0.1 : 10.0);
+    return seconds_now() - progress->last >= (isatty(fileno(progress_file(progress))) ? 0.1 : 10.0);
 }
 
 __attribute__((format(printf, 2, 3))) static inline void progress_show(Progress *progress, const char *format, ...) {
-    int terminal = isatty(STDOUT_FILENO);
+    FILE *file = progress_file(progress);
+    int terminal = isatty(fileno(file));
     char line[512];
     struct winsize size;
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
-    int known = terminal && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-    printf(terminal ? "\r%.*s\033[K" : "%.*s\n", known ? size.ws_col - 1 : (int)sizeof line, line);
-    fflush(stdout);
+    int known = terminal && ioctl(fileno(file), TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
+    fprintf(file, terminal ? "\r%.*s\033[K" : "%.*s\n", known ? size.ws_col - 1 : (int)sizeof line, line);
+    fflush(file);
     va_end(arguments);
     progress->last = seconds_now();
     progress->open = terminal;
@@ -39,7 +43,7 @@ __attribute__((format(printf, 2, 3))) static inline void progress_show(Progress 
 
 // Leaves the line where it is, so that other text can follow.
 static inline void progress_end(Progress *progress) {
-    if (progress->open) fputs("\n", stdout);
+    if (progress->open) fputs("\n", progress_file(progress));
     progress->open = 0;
 }
 

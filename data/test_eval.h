@@ -415,11 +415,12 @@ static void test_coco_files(const char *folder) {
             coco_scores_free(&scores);
         }
     }
-    check(coco_write_json(output, &scores, set.categories, &error) == 0, "coco: scores are written");
+    check(coco_write_json(output, &scores, set.categories, ", \"more\": [1]", &error) == 0, "coco: scores are written");
     yajl_val tree = json_read(output, &error), stats = json_member(tree, "stats"),
              classes = json_member(tree, "per_class");
     check(YAJL_IS_ARRAY(stats) && stats->u.array.len == 12 && YAJL_IS_ARRAY(classes) && classes->u.array.len == 3,
           "coco: scores: 12 numbers and 3 classes");
+    check(YAJL_IS_ARRAY(json_member(tree, "more")), "coco: scores: members of the caller's own");
     if (YAJL_IS_ARRAY(stats) && stats->u.array.len == 12 && YAJL_IS_ARRAY(classes) && classes->u.array.len == 3) {
         double ap = 0;
         int64_t id = 0;
@@ -476,7 +477,7 @@ static void test_coco_files(const char *folder) {
     check(scores.stats[0] == 0 && scores.stats[8] == 0, "coco: no results: AP 0");
     coco_scores_free(&scores);
     free(detections);
-    check(coco_write_json("/nowhere/scores.json", &scores, set.categories, &error) == -1,
+    check(coco_write_json("/nowhere/scores.json", &scores, set.categories, "", &error) == -1,
           "coco: a folder that is not there");
     dataset_free(&set);
     remove(annotations);

@@ -610,10 +610,16 @@ static void test_crop_boxes(void) {
 static void test_samples(const TestSet *test, const LoaderSettings *settings) {
     LoaderSettings plain = *settings;
     plain.augment = AUGMENT_NOTHING;
-    plain.short_side = 50;
+    plain.short_side = 50, plain.originals = 1;
     Sample sample;
+    Image read;
+    Error error;
     sample_make(&sample, &test->set, &plain, 3, 2);  // 130 x 128; the box is 26 14 44 22
     check(sample.image.width == 50 && sample.image.height == 50 && sample.original_width == 130, "only resized");
+    check(image_read(test->set.images[2].path, &read, &error) == 0 && sample.original.width == 130 &&
+              memcmp(sample.original.pixels, read.pixels, (size_t)(3 * 130 * 128)) == 0,
+          "beside it the picture as it was read");
+    image_free(&read);
     check(sample.num_boxes == 1 && sample.classes[0] == 13, "no crowd, difficult, skipped or outside box is a target");
     check(fabs(sample.boxes[0] - 48 / 130.0) < 1e-15 && fabs(sample.boxes[1] - 25 / 128.0) < 1e-15 &&
               fabs(sample.boxes[2] - 44 / 130.0) < 1e-15 && fabs(sample.boxes[3] - 22 / 128.0) < 1e-15,
@@ -685,7 +691,7 @@ static void test_jitter(const TestSet *test, const LoaderSettings *settings) {
 static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
-    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0};
+    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0};
     test_crop_boxes();
     test_samples(test, &settings);
     test_jitter(test, &settings);

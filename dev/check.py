@@ -359,6 +359,9 @@ def check_checkpoints():
         yield f"trained, {' '.join(flags)}", lambda at, flags=flags: agree(trained_own(at / "out", *flags), at)
     yield "trained from save_pretrained", lambda at: agree(
         trained(at / "out", "--pretrained", native_model(at / "start", "odd"), "--short_side", 64, "--max_size", 96), at)
+    yield "fine-tuned from the published layout", lambda at: agree(
+        trained(at / "out", "--pretrained", published_model(at / "start"), "--short_side", 64, "--max_size", 96,
+                "--freeze", "backbone,encoder"), at)
     yield "saved, native basic", lambda at: agree(native_model(at / "model", "basic"), at)
     yield "saved, native bottleneck", lambda at: agree(native_model(at / "model", "bottleneck"), at)
     yield "saved, native odd widths", lambda at: agree(native_model(at / "model", "odd"), at)

@@ -533,6 +533,9 @@ static int weights_read(Model *model, const char *path, WeightsNeeded needed, Er
             if (strcmp(names[i], wanted) == 0) found = i;
         if (found >= 0) used[found] = 1;
         if (needed != WEIGHTS_ALL && strncmp(param->name, "class_labels_classifier.", 24) == 0) continue;
+        if (found < 0 && is_frozen(&model->config, param->name))
+            status = fail(error, "%s: tensor %s is missing, which --freeze would leave at random numbers", path,
+                          param->name);
         if (found < 0) {
             num_missing[param->group]++;
             if (!missing || param->group != GROUP_TRANSFORMER) missing = param->name;
@@ -642,12 +645,24 @@ static char *weights_choose(const char *folder, int raw) {
     return averaged ? ema : model;
 }
 
-// Opens a folder for eval and predict: a checkpoint of ours, whose classes have ids, or one that transformers wrote. 0,
-// or -1; the caller frees the network in either case. half: it will compute in bf16. raw: as weights_choose.
-static int network_open(Network *network, const char *folder, int half, int raw, Error *error) {
+// From here on the network ends with decoder layer `layers`, counted from 1: every layer was trained to answer, through
+// the same norm and heads. Those behind it keep their weights, so that later on there may be more layers again.
+static void dec_layers_use(Network *network, int layers) {
+    network->config.dec_layers = network->model.config.dec_layers = layers;
+}
+
+// Opens the folder --resume for eval and predict: a checkpoint of ours, whose classes have ids, or one that
+// transformers wrote. 0, or -1; the caller frees the network in either case.
+static int network_open(Network *network, const Settings *settings, Error *error) {
+    const char *folder = flag_text(settings, "resume");
+    const int layers = flag_int(settings, "use_dec_layers");
     if (config_read(network, folder, error) != 0) return -1;
-    network->config.half = half;
-    char *weights = weights_choose(folder, raw), *state = fileset_path(folder, "trainer_state.json");
+    if (layers > network->config.dec_layers)
+        usage_error("--use_dec_layers %d: the network in %s has %d decoder layers", layers, folder,
+                    network->config.dec_layers);
+    network->config.half = computes_in_bf16(settings);
+    char *weights = weights_choose(folder, flag_on(settings, "raw_weights")),
+         *state = fileset_path(folder, "trainer_state.json");
     ConfigReader reader = {state, error, 0};
     yajl_val tree = is_file(state) ? json_read(state, error) : NULL, classes = json_member(tree, "classes");
     reader.failed = is_file(state) && !tree;
@@ -659,6 +674,7 @@ static int network_open(Network *network, const char *folder, int half, int raw,
     int status = reader.failed ? -1 : model_create(&network->model, &network->config, 0, 0, 0, error);
     if (status == 0) status = weights_read(&network->model, weights, WEIGHTS_ALL, error);
     if (status == 0) model_pack(&network->model);
+    if (status == 0 && layers) dec_layers_use(network, layers);
     yajl_tree_free(tree);
     free(weights);
     free(state);

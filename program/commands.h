@@ -150,27 +150,39 @@ static void averages_log(FILE *file, const Averages *sums, const char *split, in
             sums->matched_iou / fmax(sums->pairs, 1), split, sums->query_spread / count);
 }
 
-// Runs the network over a split, a picture at a time, and collects every query's box for scoring. labels: as
-// match_labels gives them; a box whose label is no class of the data set is left out. loss: NULL, or averages are added
-// up too (acts must be for training then). Unreadable pictures are named on stderr. The caller frees *detections. 1 if
-// it was stopped by a signal, else 0.
-static int evaluate(const Network *network, Activations *acts, const Dataset *set, LoaderSettings loader_settings,
-                    const int *labels, const LossSettings *loss, Averages *sums, EvalDetection **detections,
-                    int *num_detections) {
-    int num_queries = network->config.num_queries, unreadable = 0;
+// Says on stderr how fast pictures went through the network.
+static void print_pace(int pictures, double seconds, double waited) {
+    fprintf(stderr, "%d pictures in %.1f s: %.2f images/s, %.0f %% waiting for data\n", pictures, seconds,
+            pictures / seconds, 100 * waited / seconds);
+}
+
+// Runs the network over a split, a picture at a time, and collects every query's box for scoring: from the last decoder
+// layer, and from the depths - 1 before it as if each were the last. detections, num_detections: (depths), the last
+// layer's last; the caller frees detections[d]. seconds: (depths), how long a picture takes with that many layers,
+// mean, without what is to be waited for; or NULL. labels: as match_labels gives them; a box whose label is no class of
+// the data set is left out. loss: NULL, or averages are added up too (acts must be for training then). Unreadable
+// pictures are named on stderr. 1 if it was stopped by a signal, else 0.
+static int evaluate(Network *network, Activations *acts, const Dataset *set, LoaderSettings loader_settings,
+                    const int *labels, const LossSettings *loss, Averages *sums, int depths, EvalDetection **detections,
+                    int *num_detections, double *seconds) {
+    const int num_queries = network->config.num_queries, layers = network->config.dec_layers;
+    int unreadable = 0;
     int *class_of_label = (int *)allocate((size_t)network->config.num_labels * sizeof(int));
     Detection *found = (Detection *)allocate((size_t)num_queries * sizeof(Detection));
     for (int i = 0; i < network->config.num_labels; i++) class_of_label[i] = -1;
     for (int c = 0; c < set->num_categories; c++)
         if (labels[c] >= 0) class_of_label[labels[c]] = c;
-    *detections = (EvalDetection *)allocate((size_t)set->num_images * (size_t)num_queries * sizeof(EvalDetection));
-    *num_detections = 0;
+    for (int d = 0; d < depths; d++) {
+        detections[d] =
+            (EvalDetection *)allocate((size_t)set->num_images * (size_t)num_queries * sizeof(EvalDetection));
+        num_detections[d] = 0;
+    }
     loader_settings.batch_size = 1;
     loader_settings.augment = AUGMENT_NOTHING;
     loader_settings.shuffle = 0;
     Loader *loader = loader_start(set, &loader_settings, 0);
     double begin = seconds_now();
-    Progress progress = {begin, 0};
+    Progress progress = {begin, 0, NULL};
     for (int i = 0; i < set->num_images && !stop_requested; i++) {
         Sample *sample = loader_next_batch(loader);
         if (!sample->image.pixels) {
@@ -178,21 +190,29 @@ static int evaluate(const Network *network, Activations *acts, const Dataset *se
             unreadable++;
             continue;
         }
-        predict_image(&network->model, acts, &sample->image);
+        const double started = seconds_now();
+        encode_image(&network->model, acts, &sample->image);
+        const double encoded = seconds_now() - started;
+        for (int d = 0; d < depths; d++) {
+            const double decoding = seconds_now();
+            dec_layers_use(network, layers - depths + 1 + d);
+            decoder_forward(&network->model, acts);
+            detect(network, acts, sample->original_width, sample->original_height, found);
+            if (seconds) seconds[d] += encoded + seconds_now() - decoding;
+            for (int q = 0; q < num_queries; q++) {
+                const double *box = found[q].box;
+                EvalDetection detection = {sample->index,
+                                           class_of_label[found[q].label],
+                                           {box[0], box[1], box[2] - box[0], box[3] - box[1]},
+                                           found[q].score};
+                if (detection.category >= 0) detections[d][num_detections[d]++] = detection;
+            }
+        }
         if (loss) {
             Losses losses;
             for (int b = 0; b < sample->num_boxes; b++) sample->classes[b] = labels[sample->classes[b]];
             evaluation_losses(&network->model, acts, loss, sample, &losses);
-            averages_add(sums, &losses, 0, network->config.dec_layers);
-        }
-        detect(network, acts, sample->original_width, sample->original_height, found);
-        for (int q = 0; q < num_queries; q++) {
-            const double *box = found[q].box;
-            EvalDetection detection = {sample->index,
-                                       class_of_label[found[q].label],
-                                       {box[0], box[1], box[2] - box[0], box[3] - box[1]},
-                                       found[q].score};
-            if (detection.category >= 0) (*detections)[(*num_detections)++] = detection;
+            averages_add(sums, &losses, 0, layers);
         }
         if (progress_due(&progress))
             progress_show(&progress, "evaluating %s: %d/%d pictures, %.1f a second", set->split, i + 1, set->num_images,
@@ -200,6 +220,8 @@ static int evaluate(const Network *network, Activations *acts, const Dataset *se
     }
     progress_end(&progress);
     if (unreadable) printf("unreadable pictures in %s: %d, skipped\n", set->split, unreadable);
+    for (int d = 0; seconds && d < depths; d++) seconds[d] /= fmax(set->num_images - unreadable, 1);
+    if (seconds) print_pace(set->num_images - unreadable, seconds_now() - begin, loader_wait_seconds(loader));
     loader_stop(loader);
     free(class_of_label);
     free(found);
@@ -396,6 +418,26 @@ static int training_save(const Training *run, const char *folder, int with_repor
     return status == 0 ? fileset_commit(folder, error) : -1;
 }
 
+// Status 2 if --freeze names what the network has not, or leaves nothing to train. afresh: the class head starts
+// afresh.
+static void check_frozen(const Model *model, int afresh) {
+    const char *freeze = model->config.freeze;
+    for (const char *at = freeze; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        const int length = (int)strcspn(at, ",");
+        int found = 0;
+        for (int i = 0; i < model->num_params; i++) found |= is_in_module(model->params[i]->name, at, (size_t)length);
+        if (!found)
+            usage_error(
+                "--freeze %.*s: no part of the network has that name; backbone, input_projection, "
+                "query_position_embeddings, encoder, decoder, class_labels_classifier and bbox_predictor are "
+                "parts, and so is decoder.layers.0",
+                length, at);
+    }
+    if (freeze && afresh && !model->class_head.weight->trained)
+        usage_error("--freeze %s: the class head starts afresh, so it must be trained", freeze);
+    if (freeze && model->num_trained == 0) usage_error("--freeze %s: nothing is left to train", freeze);
+}
+
 // The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
 // the seed, its class head kept if it knows every class of the data set.
 static int training_begin(Training *run, Error *error) {
@@ -413,6 +455,9 @@ static int training_begin(Training *run, Error *error) {
         keep_head = missing == 0;
         if (!keep_head)
             printf("class head starts afresh: %d of %d classes are not in %s/config.json's id2label\n", missing,
+                   run->train.num_categories, pretrained);
+        else
+            printf("class head is kept: all %d classes are in %s/config.json's id2label, by name\n",
                    run->train.num_categories, pretrained);
     } else {
         network->config = config_from_flags(settings);
@@ -432,8 +477,10 @@ static int training_begin(Training *run, Error *error) {
         network->label_ids[run->train_labels[c]] = run->train.categories[c].id;
     network->short_side = run->loader.short_side;
     network->max_size = run->loader.max_size;
+    network->config.freeze = flag_text(settings, "freeze");
     status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
                           run->from_scratch, error);
+    if (status == 0) check_frozen(&network->model, !keep_head);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
         char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
@@ -458,6 +505,7 @@ static int training_resume(Training *run, Error *error) {
     size_t size;
     int status = config_read(&run->network, run->folder, error);
     run->network.config.half = computes_in_bf16(run->settings);
+    run->network.config.freeze = flag_text(run->settings, "freeze");
     run->network.short_side = run->loader.short_side;
     run->network.max_size = run->loader.max_size;
     if (status == 0) status = state_read(run, state, error);
@@ -606,8 +654,8 @@ static int training_end_epoch(Training *run, Error *error) {
     if (evaluated) {
         free(run->detections);
         ema_swap(&run->network.model);
-        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
-                               &run->detections, &run->num_detections);
+        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test, 1,
+                               &run->detections, &run->num_detections, NULL);
         ema_swap(&run->network.model);
         if (stopped) return 1;
         coco_score(&scores, &run->val, run->detections, run->num_detections);
@@ -712,7 +760,7 @@ static int training_loop(Training *run, Error *error) {
     int64_t first_step = run->step, save_steps = flag_int64(run->settings, "save_steps"), saved_step = -1;
     char *reported = (char *)allocate((size_t)run->train.num_images);
     Loader *loader = run->step < run->last_step ? loader_start(&run->train, &run->loader, run->step) : NULL;
-    Progress progress = {0, 0};
+    Progress progress = {0, 0, NULL};
     Watch watch;
     memset(&watch, 0, sizeof watch);
     double seconds = 0, waited = 0;
@@ -789,6 +837,8 @@ static int training_open_folder(Training *run, Error *error) {
             usage_error("--%s and --no_augment exclude each other", i ? "vflip" : "scales");
     if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
         usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
+    if (flag_on(settings, "freeze") && !flag_on(settings, "pretrained") && !resume)
+        usage_error("--freeze needs --pretrained: what starts from random numbers must be trained");
     if (flag_given(settings, "lr_drop") && strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0)
         usage_error("--lr_drop and --lr_schedule cosine exclude each other: the cosine falls without steps");
     if (!resume) flag_require(settings, "output_dir");
@@ -960,16 +1010,37 @@ static int command_train(Settings *settings, Error *error) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Commands: eval, predict, score, bench
 
-// Scores boxes, prints the lines and the table, and writes --json. 0, or -1.
+// Scores boxes, prints the lines and the table, and writes --json, with the members `more`. 0, or -1.
 static int score_and_show(const Settings *settings, const Dataset *set, const EvalDetection *detections, int count,
-                          Error *error) {
+                          const char *more, Error *error) {
     const char *json = flag_text(settings, "json");
     CocoScores scores;
     coco_score(&scores, set, detections, count);
     coco_print(stdout, &scores, set->categories);
-    int status = json ? coco_write_json(json, &scores, set->categories, error) : 0;
+    int status = json ? coco_write_json(json, &scores, set->categories, more, error) : 0;
     coco_scores_free(&scores);
     return status;
+}
+
+// Prints AP and speed by the number of decoder layers. Arrays: (depths), of 1 layer, 2, ... (see evaluate). Returns the
+// same as members for --json; the caller frees them.
+static char *print_sweep(const Dataset *set, int depths, EvalDetection *const *detections, const int *num_detections,
+                         const double *seconds) {
+    char *json = format_string(", \"dec_layers\": [");
+    printf("\ndecoder layers     AP   AP50  images/s\n");
+    for (int d = 0; d < depths; d++) {
+        CocoScores scores;
+        coco_score(&scores, set, detections[d], num_detections[d]);
+        const double ap = scores.stats[0], ap50 = scores.stats[1], rate = seconds[d] > 0 ? 1 / seconds[d] : 0;
+        char *before = json;
+        printf("%14d  %.3f  %.3f  %8.2f\n", d + 1, ap, ap50, rate);
+        json = format_string("%s\n{\"layers\": %d, \"AP\": %.17g, \"AP50\": %.17g, \"images_per_second\": %.17g}%s",
+                             before, d + 1, ap, ap50, rate, d < depths - 1 ? "," : "]");
+        free(before);
+        coco_scores_free(&scores);
+    }
+    printf("\n");
+    return json;
 }
 
 static int eval_on(const Settings *settings, Network *network, Activations *acts, Dataset *set, int *labels,
@@ -979,7 +1050,9 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
     loader.short_side = network->short_side, loader.max_size = network->max_size;
     loader.batch_size = 1;
     loader.workers = flag_int(settings, "num_workers"), loader.prefetch = flag_int(settings, "prefetch");
-    int height, width, num_detections, missing = match_labels(labels, network, set), status = 0;
+    const int sweep = flag_on(settings, "sweep_dec_layers"), depths = sweep ? network->config.dec_layers : 1;
+    int height, width, num_detections[MAX_DEC_LAYERS], missing = match_labels(labels, network, set), status = 0;
+    double seconds[MAX_DEC_LAYERS] = {0};
     if (missing == set->num_categories)
         return fail(error, "%s: none of its %d classes is in %s/config.json's id2label", set->source, missing,
                     flag_text(settings, "resume"));
@@ -989,13 +1062,17 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
                     set->categories[c].name);
     loader_worst_size(set, &loader, &height, &width);
     activations_create(acts, &network->model, height, width, 0);
-    EvalDetection *detections;
-    evaluate(network, acts, set, loader, labels, NULL, NULL, &detections, &num_detections);
+    EvalDetection *detections[MAX_DEC_LAYERS];
+    evaluate(network, acts, set, loader, labels, NULL, NULL, depths, detections, num_detections, seconds);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
-    status = score_and_show(settings, set, detections, num_detections, error);
+    char *table = sweep ? print_sweep(set, depths, detections, num_detections, seconds) : NULL;
+    status =
+        score_and_show(settings, set, detections[depths - 1], num_detections[depths - 1], table ? table : "", error);
     if (status == 0 && flag_text(settings, "results"))
-        status = coco_write_results(flag_text(settings, "results"), set, detections, num_detections, error);
-    free(detections);
+        status = coco_write_results(flag_text(settings, "results"), set, detections[depths - 1],
+                                    num_detections[depths - 1], error);
+    for (int d = 0; d < depths; d++) free(detections[d]);
+    free(table);
     return status;
 }
 
@@ -1009,8 +1086,7 @@ static int command_eval(Settings *settings, Error *error) {
     flag_require(settings, "resume");
     if (open_split(&set, settings, flag_text(settings, "split"), error) != 0) return -1;
     int *labels = (int *)allocate((size_t)set.num_categories * sizeof(int));
-    int status = network_open(&network, flag_text(settings, "resume"), computes_in_bf16(settings),
-                              flag_on(settings, "raw_weights"), error);
+    int status = network_open(&network, settings, error);
     if (status == 0) dataset_print_facts(stdout, &set);
     if (status == 0) status = eval_on(settings, &network, &acts, &set, labels, error);
     activations_free(&acts);
@@ -1074,48 +1150,78 @@ typedef struct {
     int done, unreadable, boxes;
 } Prediction;
 
-// One picture, read, predicted, and written wherever the flags ask for it. 0, or -1 if something could not be written.
-static int predict_picture(Prediction *run, const char *path, Detection *found, Error *error) {
+// One picture that was read, predicted, and written wherever the flags ask for it. 0, or -1 if something could not be
+// written.
+static int predict_picture(Prediction *run, Sample *sample, Detection *found, Error *error) {
+    const char *path = run->pictures.paths[sample->index];
     const char *draw = flag_text(run->settings, "draw"), *dump = flag_text(run->settings, "dump");
     const ModelConfig *shape = &run->network.config;
-    int width, height, count = 0, status = 0, num_queries = shape->num_queries, classes = num_logits(shape);
-    Image original, image;
-    Error why;
-    if (image_read(path, &original, &why) != 0) {
-        fprintf(stderr, "%s: left out\n", why.text);
+    const int num_queries = shape->num_queries, classes = num_logits(shape);
+    const int width = sample->original_width, height = sample->original_height;
+    int count = 0, status = 0;
+    if (!sample->image.pixels) {
+        fprintf(stderr, "%s: left out\n", sample->error.text);
         run->unreadable++;
         return 0;
     }
-    resized_size(original.width, original.height, run->network.short_side, run->network.max_size, &width, &height);
-    image = image_new(original.width, original.height);
-    memcpy(image.pixels, original.pixels, 3 * (size_t)image.width * (size_t)image.height);
-    image_resize(&image, width, height);
-    predict_image(&run->network.model, &run->acts, &image);
-    detect(&run->network, &run->acts, original.width, original.height, found);
+    predict_image(&run->network.model, &run->acts, &sample->image);
+    detect(&run->network, &run->acts, width, height, found);
     for (int q = 0; q < num_queries; q++) {
         if (!(found[q].score > flag_number(run->settings, "threshold"))) continue;
         Detection *kept = &found[count++];
         *kept = found[q];
-        for (int i = 0; i < 4; i++)
-            kept->box[i] = fmin(fmax(kept->box[i], 0), i & 1 ? original.height : original.width);
+        for (int i = 0; i < 4; i++) kept->box[i] = fmin(fmax(kept->box[i], 0), i & 1 ? height : width);
     }
     qsort(found, (size_t)count, sizeof(Detection), compare_detections);
-    if (run->json)
-        predict_json(run->json, &run->network, path, run->done == 0, original.width, original.height, found, count);
+    if (run->json) predict_json(run->json, &run->network, path, run->done == 0, width, height, found, count);
     if (dump) {
         size_t last = (size_t)(shape->dec_layers - 1) * (size_t)num_queries;
-        dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, height, width, 3);
+        dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, sample->image.height, sample->image.width, 3);
         dump_add(&run->dump, run->done, "logits", run->acts.logits + last * (size_t)classes, num_queries, classes, 0);
         dump_add(&run->dump, run->done, "pred_boxes", run->acts.boxes + last * 4, num_queries, 4, 0);
     }
     for (int d = 0; d < count && !run->json && !draw && !dump; d++)
         printf("%s: %s %.3f  %.1f %.1f %.1f %.1f\n", path, run->network.label_names[found[d].label], found[d].score,
                found[d].box[0], found[d].box[1], found[d].box[2], found[d].box[3]);
-    if (draw) status = predict_draw(&original, &run->network, path, draw, &run->drawn, found, count, error);
-    image_free(&original);
-    image_free(&image);
+    if (draw) status = predict_draw(&sample->original, &run->network, path, draw, &run->drawn, found, count, error);
     run->done++;
     run->boxes += count;
+    return status;
+}
+
+// All pictures in their order, which the loader's threads read ahead. How it goes is shown on stderr, unless the boxes
+// themselves are printed. 0, or -1 if something could not be written.
+static int predict_pictures(Prediction *run, Error *error) {
+    const Settings *settings = run->settings;
+    const int total = run->pictures.count, shown = run->json || flag_on(settings, "draw") || flag_on(settings, "dump");
+    Dataset set;
+    LoaderSettings loader_settings;
+    int status = 0;
+    memset(&set, 0, sizeof set);
+    memset(&loader_settings, 0, sizeof loader_settings);
+    set.num_images = total;
+    set.images = (DatasetImage *)allocate((size_t)total * sizeof(DatasetImage));
+    for (int i = 0; i < total; i++) set.images[i].path = run->pictures.paths[i];
+    loader_settings.short_side = run->network.short_side, loader_settings.max_size = run->network.max_size;
+    loader_settings.batch_size = 1, loader_settings.originals = flag_on(settings, "draw");
+    loader_settings.workers = flag_int(settings, "num_workers");
+    loader_settings.prefetch = flag_int(settings, "prefetch");
+    Detection *found = (Detection *)allocate((size_t)run->network.config.num_queries * sizeof(Detection));
+    const double begin = seconds_now();
+    Loader *loader = loader_start(&set, &loader_settings, 0);
+    Progress progress = {begin, 0, stderr};
+    for (int i = 0; i < total && status == 0; i++) {
+        status = predict_picture(run, loader_next_batch(loader), found, error);
+        if (shown && progress_due(&progress))
+            progress_show(&progress, "%d/%d pictures  %.2f images/s  %.0f %% waiting for data", i + 1, total,
+                          (i + 1) / (seconds_now() - begin),
+                          100 * loader_wait_seconds(loader) / (seconds_now() - begin));
+    }
+    progress_end(&progress);
+    if (status == 0) print_pace(run->done, seconds_now() - begin, loader_wait_seconds(loader));
+    loader_stop(loader);
+    free(found);
+    free(set.images);
     return status;
 }
 
@@ -1124,9 +1230,7 @@ static int predict_all(Prediction *run, Error *error) {
     const char *json = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
                *dump = flag_text(settings, "dump");
     int height = 1, width = 1, status = 0;
-    if (network_open(&run->network, flag_text(settings, "resume"), computes_in_bf16(settings),
-                     flag_on(settings, "raw_weights"), error) != 0)
-        return -1;
+    if (network_open(&run->network, settings, error) != 0) return -1;
     if (draw && make_directories(draw, error) != 0) return -1;
     if (json && !(run->json = fopen(json, "w"))) return fail(error, "%s: cannot be written: %s", json, strerror(errno));
     for (int i = 0; i < settings->num_arguments; i++) picture_files_find(&run->pictures, settings->arguments[i]);
@@ -1139,11 +1243,8 @@ static int predict_all(Prediction *run, Error *error) {
         widen_plan(&height, &width, out_height, out_width);
     }
     activations_create(&run->acts, &run->network.model, height, width, 0);
-    Detection *found = (Detection *)allocate((size_t)run->network.config.num_queries * sizeof(Detection));
     if (json) fputc('[', run->json);
-    for (int i = 0; i < run->pictures.count && status == 0; i++)
-        status = predict_picture(run, run->pictures.paths[i], found, error);
-    free(found);
+    if (run->pictures.count) status = predict_pictures(run, error);
     if (json) fputs("]\n", run->json);
     if (json && coco_close(run->json, json, error) != 0) return -1;
     if (status == 0 && dump) status = safetensors_write(dump, run->dump.tensors, run->dump.count, error);
@@ -1184,7 +1285,7 @@ static int command_score(Settings *settings, Error *error) {
     for (int i = 0; i < set.num_problems; i++) fprintf(stderr, "%s\n", set.problems[i]);
     if (set.num_problems) printf("skipped    %d entries of %s\n", set.num_problems, set.source);
     int status = coco_read_results(flag_text(settings, "results"), &set, &detections, &count, error);
-    if (status == 0) status = score_and_show(settings, &set, detections, count, error);
+    if (status == 0) status = score_and_show(settings, &set, detections, count, "", error);
     free(detections);
     dataset_free(&set);
     return status;

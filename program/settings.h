@@ -24,8 +24,15 @@ static const Flag FLAGS[] = {
      "a checkpoint: train goes on exactly where it stopped, with its flags"},
     {"raw_weights", SWITCH, NULL, NULL, 0, 0, EVAL | PREDICT,
      "of a run with --ema the weights as trained, model.safetensors, not their average"},
+    {"use_dec_layers", INTEGER, "N", NULL, 1, MAX_DEC_LAYERS, EVAL | PREDICT,
+     "compute the first N decoder layers and take the N-th one's boxes: faster, less accurate; all if not given"},
+    {"sweep_dec_layers", SWITCH, NULL, NULL, 0, 0, EVAL,
+     "print AP and speed with 1, 2, ... decoder layers too, all from one pass over the pictures"},
     {"pretrained", PATH, "FILE|DIR", NULL, 0, 0, TRAIN,
      "start from weights: a folder that transformers wrote, or a .safetensors file of DETR or of a ResNet"},
+    {"freeze", TEXT, "NAME,...", NULL, 0, 0, TRAIN,
+     "with --pretrained: parts that stay as they are, as their tensors' names begin: backbone, input_projection, "
+     "query_position_embeddings, encoder, decoder, decoder.layers.0, bbox_predictor, ..."},
     {"preset", CHOICE, "demo|small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
     {"annotations", PATH, "FILE", NULL, 0, 0, SCORE, "COCO annotation file with the true boxes"},
     {"results", PATH, "FILE", NULL, 0, 0, EVAL | SCORE, "COCO results: score reads them, eval writes them"},
@@ -108,9 +115,9 @@ static const Flag FLAGS[] = {
     {"vflip", SWITCH, NULL, NULL, 0, 0, TRAIN,
      "flip top and bottom too, half of the time: for pictures without an up, like cells or satellites'"},
     {"no_shuffle", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures in the order of the annotation file"},
-    {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | MAY_CHANGE,
+    {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | PREDICT | MAY_CHANGE,
      "threads that read and resize pictures; 0: between the steps"},
-    {"prefetch", INTEGER, "BATCHES", "4", 1, 1024, TRAIN | EVAL | MAY_CHANGE, "batches that are read ahead"},
+    {"prefetch", INTEGER, "BATCHES", "4", 1, 1024, TRAIN | EVAL | PREDICT | MAY_CHANGE, "batches that are read ahead"},
 };
 
 static const Preset PRESETS[] = {
