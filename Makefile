@@ -55,7 +55,7 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench bench-data \
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python bench bench-data \
         ladder emu-test emu-nvcc demo install-deps format check-format clean FORCE
 
 help:
@@ -68,6 +68,7 @@ help:
 	@echo "make test-valgrind  one tiny training step under valgrind"
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
 	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
+	@echo "make finetune       fine-tuning from end to end, with frozen parts and other classes (python3)"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -172,6 +173,9 @@ mutants:
 
 determinism: train_detr
 	@dev/determinism.sh
+
+finetune: train_detr
+	@$(PYTHON) dev/finetune.py
 
 $(VENV)/ready: dev/requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
