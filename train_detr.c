@@ -2276,7 +2276,7 @@ static void attention_pack_units(real *to, const void *x, int first, int count, 
 static void attention_pack_across(real *to, const void *x, int first, int count, int rows, int head,
                                   const AttentionPlan *plan) {
 #ifdef __AMX_BF16__
-    static const bf16 zeros[AMX_DEPTH];
+    static const bf16 zeros[AMX_DEPTH] = {0};
     for (int i = 0; plan->amx && i < count; i += 2 * AMX_DEPTH) {
         for (int d = 0; d < plan->head_dim; d += AMX_DEPTH) {
             pairs line[AMX_DEPTH];
