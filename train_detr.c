@@ -615,11 +615,26 @@ INLINE void finish_lanes(void *out, size_t at, vec value, const Epilogue *e, int
     store_rest(out, at, value, left, half);
 }
 
+// Writes the sums (rows, width) in memory as finish_lanes() does, columns first_column on, to rows out_rows.
+INLINE void finish_rows(const Product *p, const real *sums, int width, const size_t *out_rows, int rows,
+                        int first_column, int half) {
+    const int left = p->out_channels - first_column;
+    for (int i = 0; i < rows; i++, sums += width) {
+        const size_t at = out_rows[i] * p->out_channels + first_column;
+        for (int j = 0; j < width && j < left; j += LANES) {
+            const int column = first_column + j;
+            if (left - j >= LANES)
+                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, LANES, half);
+            else
+                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, left - j, half);
+        }
+    }
+}
+
 // Adds to a tile what the epilogue asks for and writes it: out rows out_rows[0 .. rows), columns first_column on.
 INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], const size_t *out_rows, int rows,
                         int first_column, int half) {
-    const int columns = p->out_channels - first_column < TILE_COLUMNS ? p->out_channels - first_column : TILE_COLUMNS;
-    if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
+    if (rows == TILE_ROWS && p->out_channels - first_column >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
             const size_t at = out_rows[i] * p->out_channels + first_column;
@@ -631,12 +646,7 @@ INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], con
     }
     real edge[TILE_ROWS * TILE_COLUMNS];
     spill_tile(edge, tile);
-    for (int i = 0; i < rows; i++) {
-        const size_t at = out_rows[i] * p->out_channels + first_column;
-        for (int j = 0; j < columns; j += LANES)
-            finish_lanes(p->out, at + j, vec_load(edge + i * TILE_COLUMNS + j), &p->epilogue, first_column + j,
-                         columns - j, half);
-    }
+    finish_rows(p, edge, TILE_COLUMNS, out_rows, rows, first_column, half);
 }
 
 // Asks for what the epilogue of a tile will touch, so that it comes in while the tile is multiplied.
@@ -678,16 +688,13 @@ static int amx_usable(void) {
     return usable;
 }
 
-// Sets up this thread's registers, all eight 16 rows by 64 bytes. amx_end() before the thread does anything else.
+// Sets up this thread's registers, all eight 16 rows by 64 bytes. amx_end() when its task is done.
 static void amx_begin(void) {
-    struct {
+    static const struct {  // gcc does not know that the instruction reads it: a local one it would leave unwritten
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } registers;
-    memset(&registers, 0, sizeof registers);
-    registers.palette = 1;
-    for (int i = 0; i < 8; i++) registers.row_bytes[i] = 64, registers.rows[i] = 16;
+    } registers = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&registers);
 }
 
@@ -717,50 +724,72 @@ static void amx_only_multiply(long units) {
     amx_end();
 }
 
+// The sums += two registers of rows, `row` units apart, times two of columns, `step` units from one unit to the next.
+INLINE void amx_step(const real *rows, size_t row, const real *columns, size_t step) {
+    enum { HALF = AMX_TILE / 2, UNIT = sizeof(real) };
+    _tile_loadd(4, rows, row * UNIT);
+    _tile_loadd(5, rows + HALF * row, row * UNIT);
+    _tile_loadd(6, columns, step * UNIT);
+    _tile_loadd(7, columns + HALF, step * UNIT);
+    amx_dot_products();
+}
+
+// gcc does not know that the instructions read and write memory.
+INLINE void amx_barrier(void) { __asm__ volatile("" : : : "memory"); }
+
+INLINE void amx_load(const real *sums, size_t row) {
+    enum { HALF = AMX_TILE / 2, UNIT = sizeof(real) };
+    _tile_loadd(0, sums, row * UNIT);
+    _tile_loadd(1, sums + HALF, row * UNIT);
+    _tile_loadd(2, sums + HALF * row, row * UNIT);
+    _tile_loadd(3, sums + HALF * row + HALF, row * UNIT);
+}
+
+INLINE void amx_store(real *sums, size_t row) {
+    enum { HALF = AMX_TILE / 2, UNIT = sizeof(real) };
+    _tile_stored(0, sums, row * UNIT);
+    _tile_stored(1, sums + HALF, row * UNIT);
+    _tile_stored(2, sums + HALF * row, row * UNIT);
+    _tile_stored(3, sums + HALF * row + HALF, row * UNIT);
+}
+
 // sums (AMX_TILE, AMX_TILE) = rows times columns, for each tap `length` units of rows and what lies at the tap's offset
 // in columns, `step` units from one unit to the next. rows: [tap and unit / AMX_DEPTH][AMX_TILE][AMX_DEPTH] units.
 INLINE void amx_multiply(real *sums, const real *rows, const real *columns, size_t step, const Tap *taps, int num_taps,
                          int length) {
-    enum { HALF = AMX_TILE / 2, UNIT = sizeof(real) };
-    __asm__ volatile("" : : : "memory");  // gcc does not know that the instructions read and write memory
+    amx_barrier();
     amx_clear();
     for (int tap = 0; tap < num_taps; tap++) {
         const real *at = columns + taps[tap].offset;
-        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_TILE * AMX_DEPTH) {
-            _tile_loadd(4, rows, AMX_DEPTH * UNIT);
-            _tile_loadd(5, rows + HALF * AMX_DEPTH, AMX_DEPTH * UNIT);
-            _tile_loadd(6, at, step * UNIT);
-            _tile_loadd(7, at + HALF, step * UNIT);
-            amx_dot_products();
+        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_TILE * AMX_DEPTH)
+            amx_step(rows, AMX_DEPTH, at, step);
+    }
+    amx_store(sums, AMX_TILE);
+    amx_barrier();
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), or += if `add`: a and b of units, rows and columns multiples
+// of AMX_TILE, depth one of AMX_DEPTH; a row of c follows c_row numbers after the one before, and so on.
+static void amx_matmul(real *c, size_t c_row, const real *a, size_t a_row, const real *b, size_t b_row, int rows,
+                       int columns, int depth, int add) {
+    amx_barrier();
+    for (int i = 0; i < rows; i += AMX_TILE) {
+        for (int j = 0; j < columns; j += AMX_TILE) {
+            if (add)
+                amx_load(c + i * c_row + j, c_row);
+            else
+                amx_clear();
+            for (int t = 0; t < depth; t += AMX_DEPTH) amx_step(a + i * a_row + t, a_row, b + t * b_row + j, b_row);
+            amx_store(c + i * c_row + j, c_row);
         }
     }
-    _tile_stored(0, sums, AMX_TILE * UNIT);
-    _tile_stored(1, sums + HALF, AMX_TILE * UNIT);
-    _tile_stored(2, sums + HALF * AMX_TILE, AMX_TILE * UNIT);
-    _tile_stored(3, sums + HALF * AMX_TILE + HALF, AMX_TILE * UNIT);
-    __asm__ volatile("" : : : "memory");
+    amx_barrier();
 }
 
 // The products that amx_product() can make: whole rows of registers, and a tile of copied rows fits.
 static int amx_fits(const Product *p) {
     const long inner = (long)p->num_taps * p->run;
     return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && inner * AMX_TILE <= AMX_COPY && amx_usable();
-}
-
-// Writes the sums of `count` rows, columns first_column on, as finish_tile() does.
-INLINE void amx_finish(const Product *p, const real *sums, const size_t *out_rows, long count, int first_column,
-                       int half) {
-    const int left = p->out_channels - first_column;
-    for (int i = 0; i < AMX_TILE && i < count; i++, sums += AMX_TILE) {
-        const size_t at = out_rows[i] * p->out_channels + first_column;
-        for (int j = 0; j < AMX_TILE && j < left; j += LANES) {
-            const int column = first_column + j;
-            if (left - j >= LANES)
-                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, LANES, half);
-            else
-                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, left - j, half);
-        }
-    }
 }
 
 // product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles side by side, a register's after each
@@ -797,24 +826,25 @@ static void amx_product(const Product *p) {
             const int by_rows = inner * p->out_channels <= AMX_COPY;
             const long count = last_tile - first_tile, wide = last_part - first_part, turns = count * wide;
             const long tile_turns = by_rows ? wide : 1, column_turns = by_rows ? 1 : count;
+            long column = 0, at = 0;
             for (long turn = 0; turn <= turns; turn++) {  // a tile is written while the next one is multiplied
                 static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+                const long last_column = column, last_at = at, left = rows - first - last_at;
                 if (turn < turns) {
-                    const long column = (first_part + turn / column_turns % wide) * AMX_TILE;
-                    const long at = turn / tile_turns % count * AMX_TILE;
+                    column = (first_part + turn / column_turns % wide) * AMX_TILE;
+                    at = turn / tile_turns % count * AMX_TILE;
                     prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE);
                     amx_multiply(sums[turn % 2], copied + at * inner,
                                  p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
                                  TILE_COLUMNS, p->taps, p->num_taps, p->run);
                 }
-                if (turn > 0) {
-                    const long column = (first_part + (turn - 1) / column_turns % wide) * AMX_TILE;
-                    const long at = (turn - 1) / tile_turns % count * AMX_TILE;
-                    if (p->epilogue.half)
-                        amx_finish(p, sums[(turn - 1) % 2], out_rows + at, rows - first - at, (int)column, 1);
-                    else
-                        amx_finish(p, sums[(turn - 1) % 2], out_rows + at, rows - first - at, (int)column, 0);
-                }
+                if (turn == 0) continue;
+                const real *from = sums[(turn - 1) % 2];
+                const int finished = left < AMX_TILE ? (int)left : AMX_TILE;
+                if (p->epilogue.half)
+                    finish_rows(p, from, AMX_TILE, out_rows + last_at, finished, (int)last_column, 1);
+                else
+                    finish_rows(p, from, AMX_TILE, out_rows + last_at, finished, (int)last_column, 0);
             }
             amx_end();
         }
@@ -822,6 +852,12 @@ static void amx_product(const Product *p) {
 }
 #else
 static int amx_usable(void) { return 0; }
+static void amx_begin(void) {}
+static void amx_end(void) {}
+static void amx_matmul(real *c, size_t c_row, const real *a, size_t a_row, const real *b, size_t b_row, int rows,
+                       int columns, int depth, int add) {
+    (void)c, (void)c_row, (void)a, (void)a_row, (void)b, (void)b_row, (void)rows, (void)columns, (void)depth, (void)add;
+}
 static int amx_fits(const Product *p) { return (void)p, 0; }
 static void amx_product(const Product *p) { (void)p; }
 static void amx_only_multiply(long units) { (void)units; }
@@ -2017,6 +2053,9 @@ static void dropout_forward(void *y, int half_y, const void *x, int half_x, cons
 // Blocks and their order depend on the shapes alone and each output has one owner, so any number of threads gives the
 // same bits. Inside, head_dim is padded with zeros to `padded_dim`, Tk to whole K_BLOCKs, Tq to whole Q_BLOCKs; of the
 // last block of queries only the vectors that have queries are computed.
+//
+// Where there is AMX the five products of bf16 are amx_matmul()'s: a block then has AMX_TILE queries, so that all is
+// whole tiles, and what completes the last tile of keys or queries weighs nothing. The rest is the same code.
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { WIDE_ROWS = 8, TALL_ROWS = 12 };  // tiles of 8 x 3 and 12 x 2 vectors: 24 sums in 32 registers
@@ -2027,6 +2066,8 @@ enum { WIDE = 3, TALL = 2, Q_BLOCK = WIDE * VECTOR_BYTES / (int)sizeof(real), K_
 
 typedef struct {
     int Tq, Tk, C, heads, half;
+    int amx;                   // the products are AMX's: whole tiles of 32 keys, 32 queries and 32 channels
+    int queries;               // of a block, Q_BLOCK at most; its rows are Q_BLOCK apart all the same
     int head_dim, padded_dim;  // padded_dim: a multiple of LANES and of WIDE_ROWS
     int dim_units;             // a row of one head in units: half of head_dim if half
     int padded_queries, padded_keys;
@@ -2041,7 +2082,9 @@ static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads, int half) 
     plan.head_dim = C / heads;
     plan.padded_dim = (int)round_up(round_up((size_t)plan.head_dim, LANES), WIDE_ROWS);  // both powers of two
     plan.dim_units = half ? (plan.head_dim + 1) / 2 : plan.head_dim;
-    plan.padded_queries = (int)round_up((size_t)Tq, Q_BLOCK);
+    plan.amx = sizeof(real) == 4 && half && plan.head_dim % AMX_TILE == 0 && amx_usable();
+    plan.queries = plan.amx ? AMX_TILE : Q_BLOCK;
+    plan.padded_queries = (int)divide_up((size_t)Tq, plan.queries) * Q_BLOCK;
     plan.padded_keys = (int)round_up((size_t)Tk, K_BLOCK);
     plan.chunks = Tk < 512 ? 1 : Tk < 1024 ? 2 : 4;
     plan.chunk = (int)round_up((size_t)(Tk + plan.chunks - 1) / plan.chunks, K_BLOCK);
@@ -2055,13 +2098,23 @@ static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads, int half) 
     return plan;
 }
 
-// Reals of workspace that attention_forward and attention_backward need with at most `threads` OpenMP threads; of bf16
-// they need no more.
+// Reals of workspace that attention_forward and attention_backward need with at most `threads` OpenMP threads; with
+// reals they need no more than with bf16.
 static size_t attention_workspace(int Tq, int Tk, int C, int heads, int threads) {
-    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, 0);
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, 1);
     return (size_t)heads *
                (2 * plan.head_keys + (4 + (size_t)plan.chunks) * plan.head_queries + 2 * (size_t)plan.padded_queries) +
            (size_t)threads * plan.thread_scratch;
+}
+
+// `n` keys or queries of a block with those that complete the last operand, which weigh nothing.
+INLINE int attention_round(int n, const AttentionPlan *plan) {
+    return (int)round_up((size_t)n, plan->amx ? AMX_TILE : 2);
+}
+
+// Where the packed queries of the block that begins with `first` lie.
+INLINE size_t attention_block(int head, int first, const AttentionPlan *plan) {
+    return head * plan->head_queries + (size_t)(first / plan->queries) * Q_BLOCK * plan->padded_dim;
 }
 
 // c[i][j] = c[i][j] * keep[j] + sum over t < depth of a[i * a_row + t * a_step] * b[t * b_step + j], for i < rows and
@@ -2108,6 +2161,11 @@ INLINE void attention_tile(int rows, int vectors, real *c, size_t c_row, const r
 INLINE void attention_scores(real *scores, const real *rows, const real *columns, int keys, const AttentionPlan *plan,
                              int wide, int half) {
     const size_t row = (size_t)plan->padded_dim / (half ? 2 : 1);
+    if (half && plan->amx) {
+        amx_matmul(scores, Q_BLOCK, rows, row, columns, Q_BLOCK, attention_round(keys, plan), AMX_TILE, plan->dim_units,
+                   0);
+        return;
+    }
     for (int k = 0; k < keys; k += WIDE_ROWS) {
         attention_tile(WIDE_ROWS, wide, scores + k * Q_BLOCK, Q_BLOCK, rows + (size_t)k * row, row, 1, columns, Q_BLOCK,
                        plan->dim_units, NULL, half);
@@ -2116,8 +2174,19 @@ INLINE void attention_scores(real *scores, const real *rows, const real *columns
 
 // sums (padded_dim, Q_BLOCK) = sums * keep (Q_BLOCK) + transposed rows (units, padded_dim) times weights
 // (units, Q_BLOCK), of the first `wide` vectors and of head_dim rows, rounded up to WIDE_ROWS; a unit is a key or two.
+// By AMX the rows are transposed already: attention_pack_across().
 INLINE void attention_sum_keys(real *sums, const real *rows, const real *weights, int units, const real *keep,
                                const AttentionPlan *plan, int wide, int half) {
+    if (half && plan->amx) {
+        for (int d = 0; keep && d < plan->head_dim; d++) {
+            for (int j = 0; j < AMX_TILE; j += LANES) {
+                real *sum = sums + d * Q_BLOCK + j;
+                vec_store(sum, vec_load(sum) * vec_load(keep + j));
+            }
+        }
+        amx_matmul(sums, Q_BLOCK, rows, K_BLOCK / 2, weights, Q_BLOCK, plan->head_dim, AMX_TILE, units, keep != NULL);
+        return;
+    }
     for (int d = 0; d < plan->head_dim; d += WIDE_ROWS) {
         attention_tile(WIDE_ROWS, wide, sums + d * Q_BLOCK, Q_BLOCK, rows + d, 1, (size_t)plan->padded_dim, weights,
                        Q_BLOCK, units, keep, half);
@@ -2143,6 +2212,11 @@ INLINE void attention_sum_queries(real *sums, const real *weights, const real *r
                                   const real *keep, const AttentionPlan *plan, int half) {
     const int padded_dim = plan->padded_dim, last = (int)round_up((size_t)keys, WIDE_ROWS);
     int k = 0;
+    if (half && plan->amx) {
+        amx_matmul(sums, padded_dim, weights, Q_BLOCK, rows, padded_dim, attention_round(keys, plan), padded_dim, units,
+                   keep != NULL);
+        return;
+    }
     for (; k + TALL_ROWS <= last; k += TALL_ROWS) {
         attention_sum_queries_tile(TALL_ROWS, sums + (size_t)k * padded_dim, weights + k * Q_BLOCK, rows, units,
                                    padded_dim, keep, half);
@@ -2200,10 +2274,34 @@ static void attention_pack_units(real *to, const void *x, int first, int count, 
     }
 }
 
+// The same of `count` rows as attention_sum_keys() takes them: by AMX transposed, `to` (padded_dim, K_BLOCK / 2).
+static void attention_pack_across(real *to, const void *x, int first, int count, int rows, int head,
+                                  const AttentionPlan *plan) {
+#ifdef __AMX_BF16__
+    static const bf16 zeros[AMX_DEPTH] = {0};
+    for (int i = 0; plan->amx && i < count; i += 2 * AMX_DEPTH) {
+        for (int d = 0; d < plan->head_dim; d += AMX_DEPTH) {
+            pairs line[AMX_DEPTH];
+#pragma GCC unroll 16
+            for (int unit = 0; unit < AMX_DEPTH; unit++) {
+                const int row = first + i + 2 * unit;
+                const bf16 *even = row < rows ? (const bf16 *)attention_row(x, row, head, plan) + d : zeros;
+                const bf16 *odd = row + 1 < rows ? (const bf16 *)attention_row(x, row + 1, head, plan) + d : zeros;
+                line[unit] = join_pairs(even, odd);
+            }
+            transpose_pairs(line);
+#pragma GCC unroll 16
+            for (int j = 0; j < AMX_DEPTH; j++) vec_store(to + (d + j) * (K_BLOCK / 2) + i / 2, (vec)line[j]);
+        }
+    }
+#endif
+    if (!plan->amx) attention_pack_units(to, x, first, count, rows, head, plan);
+}
+
 // Q_BLOCK rows of one head transposed, `to` (dim_units, Q_BLOCK), zeros beyond the last row.
 static void attention_pack_columns(real *to, const void *x, int first, int rows, int head, const AttentionPlan *plan) {
-    const int count = rows - first < Q_BLOCK ? rows - first : Q_BLOCK;
-    if (count < Q_BLOCK) memset(to, 0, sizeof(real) * plan->dim_units * Q_BLOCK);
+    const int count = rows - first < plan->queries ? rows - first : plan->queries;
+    if (count < plan->queries) memset(to, 0, sizeof(real) * plan->dim_units * Q_BLOCK);
     for (int i = 0; i < count; i++) {
         const char *from = attention_row(x, first + i, head, plan);
         if (plan->half) {
@@ -2281,9 +2379,11 @@ INLINE void attention_store_units(real *block, int i, int j, vec even, vec odd, 
     }
 }
 
-// Where the number of keys is odd their rows' last pair is completed by a key with the weight exp(-inf) = 0.
-INLINE void attention_complete_pair(real *scores, int keys, int wide) {
-    for (int j = 0; keys % 2 && j < wide; j++) vec_store(scores + keys * Q_BLOCK + j * LANES, fill((real)-INFINITY));
+// The keys that complete the last operand get the weight exp(-inf) = 0.
+INLINE void attention_complete(real *scores, int keys, int completed, int wide) {
+    for (int i = keys; i < completed; i++) {
+        for (int j = 0; j < wide; j++) vec_store(scores + i * Q_BLOCK + j * LANES, fill((real)-INFINITY));
+    }
 }
 
 // Where a query is to look, for keys that are the cells of a grid: to its scores are added the logarithms of Gaussians
@@ -2312,7 +2412,7 @@ static void attention_prior_block(PriorBlock *block, AttentionPrior prior, int h
                                   const AttentionPlan *plan) {
     const double *of_head = PRIOR_HEADS[head % 8];
     memset(block, 0, sizeof *block);
-    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
+    for (int i = 0; i < plan->queries && first + i < plan->Tq; i++) {
         const real *box = prior.boxes + 4 * (first + i);
         for (int axis = 0; axis < 2; axis++) {
             const double half_size = (double)box[2 + axis] / 2, cell = 1.0 / (axis ? prior.height : prior.width);
@@ -2357,6 +2457,7 @@ typedef struct {
 INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE], vec total[WIDE],
                                      const AttentionForward *f, uint64_t element, int keys, int wide, int half) {
     const real scale = f->plan.scale;
+    const int completed = attention_round(keys, &f->plan);
     ivec keep[K_BLOCK / 32][WIDE];
     vec top[WIDE], block_total[WIDE];
     if (f->dropout.p > 0) attention_keep_bits(keep, f->dropout, element, f->plan.Tk, keys, wide);
@@ -2373,8 +2474,8 @@ INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE],
         top[j] = exp_lanes(old - base[j]);
         vec_store(shrink + j * LANES, top[j]);
     }
-    attention_complete_pair(scores, keys, wide);
-    for (int i = 0; i < keys; i += 2) {
+    attention_complete(scores, keys, completed, wide);
+    for (int i = 0; i < completed; i += 2) {
 #pragma GCC unroll 3
         for (int j = 0; j < wide; j++) {
             const real *score = scores + i * Q_BLOCK + j * LANES;
@@ -2415,10 +2516,11 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
         if (f->prior.boxes) attention_add_prior(scores, &gaussians, f->prior, key, count, plan, wide);
         attention_forward_scores(scores, shrink, base, total, f, ((uint64_t)head * plan->Tq + first) * plan->Tk + key,
                                  count, wide, half);
-        attention_sum_keys(sums, f->values + at, scores, half ? (count + 1) / 2 : count, start, plan, wide, half);
+        attention_sum_keys(sums, f->values + at, scores, half ? attention_round(count, plan) / 2 : count, start, plan,
+                           wide, half);
         start = shrink;
     }
-    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++) {
+    for (int i = 0; i < plan->queries && first + i < plan->Tq; i++) {
         const real sum = total[i / LANES][i % LANES];
         const real factor = (real)(1 / (sum * (1 - f->dropout.p)));
         real *to = f->out + (size_t)(first + i) * plan->C + (size_t)head * plan->head_dim;
@@ -2428,18 +2530,20 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
     }
 }
 
-// Rows in use in the block of keys that begins with `first`.
+// Rows in use in the block of keys that begins with `first`, whole tiles of any product.
 static int attention_rows(int first, int Tk) {
-    return Tk - first < K_BLOCK ? (int)round_up((size_t)(Tk - first), WIDE_ROWS) : K_BLOCK;
+    return Tk - first < K_BLOCK ? (int)round_up((size_t)(Tk - first), AMX_TILE) : K_BLOCK;
 }
 
 // Vectors in use in the block of queries that begins with `first`.
-static int attention_vectors(int first, int Tq) {
-    return Tq - first < Q_BLOCK ? (int)divide_up((size_t)(Tq - first), LANES) : WIDE;
+static int attention_vectors(int first, const AttentionPlan *plan) {
+    if (plan->amx) return AMX_TILE / LANES;
+    return plan->Tq - first < Q_BLOCK ? (int)divide_up((size_t)(plan->Tq - first), LANES) : WIDE;
 }
 
 static void attention_forward_block(const AttentionForward *f, int head, int first, real *scratch) {
-    const int wide = attention_vectors(first, f->plan.Tq);
+    const int wide = attention_vectors(first, &f->plan);
+    if (f->plan.amx) amx_begin();
     if (sizeof(real) == 4 && f->plan.half) {
         if (wide == 1) attention_forward_tiles(f, head, first, scratch, 1, 1);
         if (wide == 2) attention_forward_tiles(f, head, first, scratch, 2, 1);
@@ -2449,6 +2553,7 @@ static void attention_forward_block(const AttentionForward *f, int head, int fir
         if (wide == 2) attention_forward_tiles(f, head, first, scratch, 2, 0);
         if (wide == 3) attention_forward_tiles(f, head, first, scratch, 3, 0);
     }
+    if (f->plan.amx) amx_end();
 }
 
 // out (Tq, C) from q (Tq, C), k (Tk, C), v (Tk, C); C = heads * head_dim, a head has head_dim adjacent channels.
@@ -2472,14 +2577,13 @@ static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q
                 const size_t at = (head * plan.head_keys + (size_t)first * plan.padded_dim) / (half ? 2 : 1);
                 const int rows = attention_rows(first, Tk);
                 attention_pack_rows(keys + at, k, first, rows, Tk, head, &plan);
-                attention_pack_units(values + at, v, first, rows, Tk, head, &plan);
+                attention_pack_across(values + at, v, first, rows, Tk, head, &plan);
             }
         }
         real *mine = scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK)
-                attention_forward_block(&f, head, first, mine);
+            for (int first = 0; first < Tq; first += plan.queries) attention_forward_block(&f, head, first, mine);
         }
     }
     profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, (double)number_bytes(half) * 2.0 * (Tq + Tk) * C);
@@ -2503,13 +2607,13 @@ static void attention_backward_pack(const AttentionBackward *b, const void *dout
                                     const real *lse, int head, int first) {
     const AttentionPlan *plan = &b->plan;
     const int head_dim = plan->head_dim, Tq = plan->Tq, half = plan->half;
-    const size_t at = (head * plan->head_queries + (size_t)first * plan->padded_dim) / (half ? 2 : 1);
-    const int rows = Tq - first < Q_BLOCK ? (Tq - first + 1) / 2 * 2 : Q_BLOCK;
+    const size_t at = attention_block(head, first, plan) / (half ? 2 : 1);
+    const int rows = Tq - first < plan->queries ? attention_round(Tq - first, plan) : plan->queries;
     attention_pack_units(b->queries + at, q, first, rows, Tq, head, plan);
     attention_pack_units(b->douts + at, dout, first, rows, Tq, head, plan);
     attention_pack_columns(b->query_columns + at, q, first, Tq, head, plan);
     attention_pack_columns(b->dout_columns + at, dout, first, Tq, head, plan);
-    for (int i = first; i < first + Q_BLOCK; i++) {
+    for (int i = first; i < first + plan->queries; i++) {
         const size_t row = (size_t)i * plan->C + (size_t)head * head_dim;
         double dots[8] = {0};  // what D and dP have in common, which may be most of them, cancels
         for (int d = 0; d < head_dim && i < Tq; d++)
@@ -2528,10 +2632,11 @@ static void attention_backward_pack(const AttentionBackward *b, const void *dout
 INLINE void attention_backward_scores(real *scores, real *dscores, const real *lse, const real *dots, int keys,
                                       const AttentionBackward *b, uint64_t element, int wide, int half) {
     const real scale = b->plan.scale, inverse_keep = (real)(1 / (1 - b->dropout.p));
+    const int completed = attention_round(keys, &b->plan);
     ivec keep[K_BLOCK / 32][WIDE];
     if (b->dropout.p > 0) attention_keep_bits(keep, b->dropout, element, b->plan.Tk, keys, wide);
-    attention_complete_pair(scores, keys, wide);
-    for (int i = 0; i < keys; i += 2) {
+    attention_complete(scores, keys, completed, wide);
+    for (int i = 0; i < completed; i += 2) {
         vec kept[2][WIDE], dscore[2][WIDE];
 #pragma GCC unroll 3
         for (int j = 0; j < wide; j++) {
@@ -2570,8 +2675,9 @@ INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int c
     const AttentionPlan *plan = &b->plan;
     const int padded_dim = plan->padded_dim, Tq = plan->Tq, Tk = plan->Tk;
     const int start = chunk * plan->chunk, end = start + plan->chunk < Tk ? start + plan->chunk : Tk;
-    const int queries = Tq - first < Q_BLOCK ? Tq - first : Q_BLOCK, query_units = half ? (queries + 1) / 2 : queries;
-    const size_t block = head * plan->head_queries + (size_t)first * padded_dim, at = block / (half ? 2 : 1);
+    const int queries = Tq - first < plan->queries ? Tq - first : plan->queries;
+    const int query_units = half ? attention_round(queries, plan) / 2 : queries;
+    const size_t block = attention_block(head, first, plan), at = block / (half ? 2 : 1);
     const size_t lanes = (size_t)head * plan->padded_queries + first;
     real *scores = scratch, *dscores = scores + K_BLOCK * Q_BLOCK, *dkeys = dscores + K_BLOCK * Q_BLOCK;
     real *dvalues = dkeys + (size_t)plan->chunk * padded_dim, ones[Q_BLOCK];
@@ -2592,7 +2698,7 @@ INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int c
                               half);
         attention_sum_queries(dkeys + chunk_at, half ? scores + Q_BLOCK / 2 : dscores, b->queries + at, count,
                               query_units, first ? ones : NULL, plan, half);
-        attention_sum_keys(dq_part, b->key_units + key_at, dscores, half ? (count + 1) / 2 : count,
+        attention_sum_keys(dq_part, b->key_units + key_at, dscores, half ? attention_round(count, plan) / 2 : count,
                            key > start ? ones : NULL, plan, wide, half);
     }
 }
@@ -2600,8 +2706,9 @@ INLINE void attention_backward_tiles(const AttentionBackward *b, int head, int c
 // One head and one chunk of keys with all queries.
 static void attention_backward_chunk(const AttentionBackward *b, int head, int chunk, real *scratch) {
     const AttentionPlan *plan = &b->plan;
-    for (int first = 0; first < plan->Tq; first += Q_BLOCK) {
-        const int wide = attention_vectors(first, plan->Tq);
+    if (plan->amx) amx_begin();
+    for (int first = 0; first < plan->Tq; first += plan->queries) {
+        const int wide = attention_vectors(first, plan);
         if (sizeof(real) == 4 && plan->half) {
             if (wide == 1) attention_backward_tiles(b, head, chunk, first, scratch, 1, 1);
             if (wide == 2) attention_backward_tiles(b, head, chunk, first, scratch, 2, 1);
@@ -2612,6 +2719,7 @@ static void attention_backward_chunk(const AttentionBackward *b, int head, int c
             if (wide == 3) attention_backward_tiles(b, head, chunk, first, scratch, 3, 0);
         }
     }
+    if (plan->amx) amx_end();
     const real *dkeys = scratch + 2 * K_BLOCK * Q_BLOCK, *dvalues = dkeys + (size_t)plan->chunk * plan->padded_dim;
     const real inverse_keep = (real)(1 / (1 - b->dropout.p));
     for (int i = 0, key = chunk * plan->chunk; i < plan->chunk && key < plan->Tk; i++, key++) {
@@ -2623,12 +2731,12 @@ static void attention_backward_chunk(const AttentionBackward *b, int head, int c
 // One block of dq: the chunks' parts, added up in their order.
 static void attention_backward_sum(const AttentionBackward *b, int head, int first) {
     const AttentionPlan *plan = &b->plan;
-    real *sum = b->dq_parts + head * plan->head_queries + (size_t)first * plan->padded_dim;
+    real *sum = b->dq_parts + attention_block(head, first, plan);
     for (int chunk = 1; chunk < plan->chunks; chunk++) {
         const real *part = sum + chunk * plan->heads * plan->head_queries;
         for (int i = 0; i < Q_BLOCK * plan->head_dim; i++) sum[i] += part[i];
     }
-    for (int i = 0; i < Q_BLOCK && first + i < plan->Tq; i++)
+    for (int i = 0; i < plan->queries && first + i < plan->Tq; i++)
         attention_unpack(b->dq, first + i, head, sum + i, Q_BLOCK, plan->scale, plan);
 }
 
@@ -2671,12 +2779,12 @@ static void attention_backward(void *dq, void *dk, void *dv, const void *dout, c
                 const int rows = attention_rows(first, Tk);
                 attention_pack_rows(b.keys + at, k, first, rows, Tk, head, &plan);
                 attention_pack_rows(b.values + at, v, first, rows, Tk, head, &plan);
-                if (half) attention_pack_units(b.key_units + at, k, first, rows, Tk, head, &plan);
+                if (half) attention_pack_across(b.key_units + at, k, first, rows, Tk, head, &plan);
             }
         }
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK)
+            for (int first = 0; first < Tq; first += plan.queries)
                 attention_backward_pack(&b, dout, q, out, lse, head, first);
         }
         real *mine = b.scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
@@ -2686,7 +2794,7 @@ static void attention_backward(void *dq, void *dk, void *dv, const void *dout, c
         }
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < plan.padded_queries; first += Q_BLOCK) attention_backward_sum(&b, head, first);
+            for (int first = 0; first < Tq; first += plan.queries) attention_backward_sum(&b, head, first);
         }
     }
     profile_end(begin, "attention", "backward", 10.0 * Tq * Tk * C, (double)number_bytes(half) * 4.0 * (Tq + Tk) * C);
