@@ -47,7 +47,7 @@ FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
 # One folder for each way to build, so that float and double never mix.
 VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)
 B := build/$(VARIANT)
-HEADERS := $(wildcard data/*.h program/*.h)
+HEADERS := $(wildcard data/*.h program/*.h) data/report.html
 VENV := build/venv
 EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 
@@ -55,8 +55,8 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python bench bench-data \
-        ladder emu-test emu-nvcc demo install-deps format check-format clean FORCE
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
+        bench-data ladder emu-test emu-nvcc demo install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -72,6 +72,7 @@ help:
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
+	@echo "make check-report   report.html of tiny runs in headless Chromium (python3, chromium)"
 	@echo "make bench          training and inference beside PyTorch, OpenVINO and ONNX Runtime (python3, downloads them)"
 	@echo "make bench-data     loading pictures, average precision, opening annotations beside Python (python3, same)"
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
@@ -192,6 +193,9 @@ dumps: $(VENV)/ready
 
 check-python: $(VENV)/ready train_detr
 	$(VENV)/bin/python dev/check.py
+
+check-report: train_detr
+	$(PYTHON) dev/check_report.py
 
 $(VENV)/bench-ready: dev/requirements-bench.txt $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r dev/requirements-bench.txt

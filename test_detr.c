@@ -1198,6 +1198,32 @@ static double plain_attention(double *out, double *lse, double *dq, double *dk, 
     return loss;
 }
 
+// The greatest difference of attention_weights, of the first, a middle and the last query, from softmaxes in full.
+// lse, q, k: what plain_attention had and gave; the others: what attention_forward had and gave.
+static double worst_attention_weights(const real *lse_ours, const void *q_ours, const void *k_ours, const double *lse,
+                                      const double *q, const double *k, int Tq, int Tk, int C, int heads,
+                                      AttentionPrior prior, int half) {
+    const int D = C / heads, queries[3] = {0, Tq / 2, Tq - 1};
+    double worst = 0, *weights = (double *)allocate((size_t)Tk * sizeof(double));
+    for (int n = 0; n < 3; n++) {
+        const int i = queries[n];
+        attention_weights(weights, q_ours, k_ours, lse_ours, i, Tq, Tk, C, heads, prior, half);
+        for (int j = 0; j < Tk; j++) {
+            double sum = 0;
+            for (int h = 0; h < heads; h++) {
+                double score = test_prior(prior, h, i, j) - lse[(size_t)h * Tq + i];
+                for (int d = 0; d < D; d++)
+                    score += q[(size_t)i * C + h * D + d] * k[(size_t)j * C + h * D + d] / sqrt((double)D);
+                sum += exp(score);
+            }
+            const double difference = fabs(weights[j] - sum / heads);
+            if (!(difference <= worst)) worst = difference;  // NaN stays
+        }
+    }
+    free(weights);
+    return worst;
+}
+
 // grid_width: with a prior on a grid of so many columns; 0: without one.
 static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, double spread, int differences,
                                  int grid_width) {
@@ -1247,6 +1273,10 @@ static void test_attention_shape(int Tq, int Tk, int C, int heads, double p, dou
         check(worst < bound, "attention %dx%d C %d heads %d p %g spread %g grid %d: %s differs by %.2e, bound %.0e", Tq,
               Tk, C, heads, p, spread, grid_width, name[i], worst, bound);
     }
+    const double worst_weight =
+        worst_attention_weights(lse_ours, q_ours, k_ours, lse, q, k, Tq, Tk, C, heads, prior, 0);
+    check(worst_weight < bound, "attention %dx%d C %d heads %d grid %d: weights differ by %.2e, bound %.0e", Tq, Tk, C,
+          heads, grid_width, worst_weight, bound);
     for (int i = 0; i < differences; i++) {  // d sum(out * dout) / dx for x in q, k, v
         double *where_x = i % 3 == 0 ? q : i % 3 == 1 ? k : v;
         const double *gradient = i % 3 == 0 ? dq : i % 3 == 1 ? dk : dv;
@@ -1313,6 +1343,10 @@ static void test_attention_bf16(int Tq, int Tk, int C, int heads, double p, int 
           heads, p);
     const double worst_lse = worst_difference(lse_ours, lse, nl, 1e-30);
     check(worst_lse < 2e-6, "attention bf16 %dx%d C %d heads %d: lse differs by %.2e", Tq, Tk, C, heads, worst_lse);
+    const double worst_weight =
+        worst_attention_weights(lse_ours, x, x + 2 * nq, lse, wide, wide + 2 * nq, Tq, Tk, C, heads, prior, 1);
+    check(worst_weight < 1e-5, "attention bf16 %dx%d C %d heads %d grid %d: weights differ by %.2e", Tq, Tk, C, heads,
+          grid_width, worst_weight);
     const char *name[] = {"out", "dq", "dk", "dv"};
     const size_t count[] = {nq, nq, nk, nk};
     size_t at = 0;
@@ -2261,6 +2295,28 @@ static void test_learns_by_heart(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What a run gathers for its report
+
+static void test_run_report(void) {
+    static const char *const words[7] = {"./a", "--data", "a b", "it's", "", "$x<&", "x=1,%@:+"};
+    char *line = shell_command(7, (char **)words);
+    check(strcmp(line, "./a --data 'a b' 'it'\\''s' '' '$x<&' x=1,%@:+") == 0, "report: the command: %s", line);
+    free(line);
+    Dataset set;
+    memset(&set, 0, sizeof set);
+    RunReport *report = (RunReport *)allocate(sizeof *report);
+    for (set.num_images = 0; set.num_images < 40; set.num_images += 5) {
+        run_report_choose(report, &set);
+        int rising = 1;
+        for (int i = 1; i < report->num_shown; i++) rising &= report->shown[i].image > report->shown[i - 1].image;
+        check(report->num_shown == (set.num_images < 12 ? set.num_images : 12) && rising &&
+                  (set.num_images == 0 || report->shown[report->num_shown - 1].image < set.num_images),
+              "report: pictures that are shown, of %d", set.num_images);
+    }
+    free(report);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 typedef struct {
     const char *name;
@@ -2296,6 +2352,7 @@ static const Test TESTS[] = {
     {"image", test_image},
     {"dataset", test_dataset},
     {"eval", test_eval},
+    {"report", test_run_report},
 };
 
 int MAIN(int argc, char **argv) {

@@ -2589,6 +2589,35 @@ static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q
     profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, (double)number_bytes(half) * 2.0 * (Tq + Tk) * C);
 }
 
+// Where query `query` looks: weights (Tk), the mean over the heads of softmax(q k^T / sqrt(head_dim) + prior), made
+// again from what attention_forward was given and from the lse it left. For looking at: one query at a time, and not
+// fast.
+static void attention_weights(double *weights, const void *q, const void *k, const real *lse, int query, int Tq, int Tk,
+                              int C, int heads, AttentionPrior prior, int half) {
+    const AttentionPlan plan = attention_plan(Tq, Tk, C, heads, half);
+    memset(weights, 0, (size_t)Tk * sizeof(double));
+    for (int head = 0; head < heads; head++) {
+        const char *query_row = attention_row(q, query, head, &plan);
+        const double base = (double)lse[(size_t)head * Tq + query];
+        PriorBlock block;  // of which the query is the first
+        if (prior.boxes) attention_prior_block(&block, prior, head, query, &plan);
+        for (int key = 0; key < Tk; key++) {
+            const char *key_row = attention_row(k, key, head, &plan);
+            double score = 0;
+            for (int d = 0; d < plan.head_dim; d++)
+                score += (double)load_number(query_row, d, half) * (double)load_number(key_row, d, half);
+            score *= (double)plan.scale;
+            for (int axis = 0; axis < 2 && prior.boxes; axis++) {
+                const double centre =
+                    axis ? (key / prior.width + 0.5) / prior.height : (key % prior.width + 0.5) / prior.width;
+                const double distance = centre - (double)block.middle[axis][0][0];
+                score -= distance * distance * (double)block.steepness[axis][0][0];
+            }
+            weights[key] += exp(score - base) / heads;
+        }
+    }
+}
+
 // What attention_backward works with. Packed, for each head: keys, values (rows, and key_units as units along the
 // keys), queries and douts as units along the queries, and block by block as columns. dots: D of attention_backward.
 typedef struct {
@@ -5028,6 +5057,7 @@ static void wait_passively(char **argv) {
 #ifndef TRAIN_DETR_NO_MAIN
 int MAIN(int argc, char **argv) {
     wait_passively(argv);
+    char *command_line = shell_command(argc, argv);  // before getopt moves the words
     Error error;
     int command = -1, help = 0;
     signal(SIGPIPE, SIG_IGN);  // a reader that goes away is an error like any other,
@@ -5045,6 +5075,7 @@ int MAIN(int argc, char **argv) {
         print_help(&settings, command);
     } else {
         settings_parse(&settings, argc - 1, argv + 1);
+        settings.command_line = command_line;
         if (settings.num_arguments && settings.command != PREDICT)
             usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name,
                         argv[0], settings.command_name);
@@ -5055,6 +5086,7 @@ int MAIN(int argc, char **argv) {
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status = fail(&error, "standard output: cannot be written");
     if (status != 0) fprintf(stderr, "error: %s\n", error.text);
+    free(command_line);
     return status == 0 ? 0 : 1;
 }
 #endif

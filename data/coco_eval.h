@@ -52,15 +52,22 @@ typedef struct {
     double score;
 } EvalDetection;
 
+enum { COCO_THRESHOLDS = 10, COCO_RECALLS = 101, COCO_AREAS = 4, COCO_SETTINGS = 6 };
+
+// Of one class at IoU 0.5, all areas, 100 detections: the staircase at the recalls 0, 0.01 ... 1 and the score down to
+// which one must go for that recall. -1 where there is no truth; both 0 at a recall that is not reached.
+typedef struct {
+    double precision[COCO_RECALLS], score[COCO_RECALLS];
+} CocoCurve;
+
 typedef struct {
     double stats[12];  // the lines that coco_print prints; -1 where there is no truth
     int num_classes;   // of the arrays below
     double *class_ap;  // mean over the ten IoU thresholds, all areas, 100 detections; -1 where there is no truth
     double *class_ap50;
     int *class_truths;  // boxes to be found: crowds and ignored ones not counted
+    CocoCurve *class_curves;
 } CocoScores;
-
-enum { COCO_THRESHOLDS = 10, COCO_RECALLS = 101, COCO_AREAS = 4, COCO_SETTINGS = 6 };
 
 // numpy.linspace(.5, .95, 10): 0.9 comes out one bit low, and pycocotools compares with that.
 static const double coco_thresholds[COCO_THRESHOLDS] = {0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.8999999999999999,
@@ -188,16 +195,18 @@ static inline int compare_coco_items(const void *left, const void *right) {
 typedef struct {
     double precision[COCO_SETTINGS][COCO_THRESHOLDS][COCO_RECALLS];
     double recall[COCO_SETTINGS][COCO_THRESHOLDS];  // at the end of the list
+    double score[COCO_RECALLS];                     // CocoCurve's
     int truths;                                     // not ignored, all areas
 } CocoClass;
 
 // Steps 2 and 3. order: (count) detections by falling score; rank[d]: place of detection d by score in its own picture,
-// those from max_detections on are left out; outcomes: (count), by detection; curve: scratch, 2 * count numbers;
-// precision: (COCO_RECALLS) is set, *recall too.
+// those from max_detections on are left out; outcomes: (count), by detection; curve: scratch, 3 * count numbers;
+// precision and score: (COCO_RECALLS) are set, *recall too.
 static inline void precision_and_recall(const CocoItem *order, int count, const int *rank, int max_detections,
                                         const unsigned char *outcomes, int num_positive, double *curve,
-                                        double *precision, double *recall) {
-    double *recalls = curve, *precisions = curve + count, true_positives = 0, false_positives = 0;
+                                        double *precision, double *score, double *recall) {
+    double *recalls = curve, *precisions = curve + count, *scores = curve + 2 * count;
+    double true_positives = 0, false_positives = 0;
     int points = 0;
     for (int i = 0; i < count; i++) {
         int detection = order[i].index;
@@ -207,6 +216,7 @@ static inline void precision_and_recall(const CocoItem *order, int count, const 
         else
             false_positives++;
         recalls[points] = true_positives / num_positive;
+        scores[points] = order[i].score;
         precisions[points++] = true_positives / (false_positives + true_positives + DBL_EPSILON);  // as pycocotools
     }
     for (int i = points - 1; i > 0; i--)
@@ -214,6 +224,7 @@ static inline void precision_and_recall(const CocoItem *order, int count, const 
     for (int i = 0, point = 0; i < COCO_RECALLS; i++) {
         while (point < points && recalls[point] < i * 0.01) point++;  // i * 0.01 is numpy.linspace(0, 1, 101)[i]
         precision[i] = point < points ? precisions[point] : 0;
+        score[i] = point < points ? scores[point] : 0;
     }
     *recall = points ? recalls[points - 1] : 0;
 }
@@ -229,7 +240,7 @@ static inline void evaluate_class(CocoClass *scores, const EvalTruth *truths, co
     CocoItem *order = (CocoItem *)allocate(count * sizeof *order);  // by score, over all images
     int *rank = (int *)allocate(count * sizeof *rank);
     unsigned char *outcomes = (unsigned char *)allocate(COCO_AREAS * COCO_THRESHOLDS * count);
-    double *curve = (double *)allocate(2 * count * sizeof *curve);
+    double *curve = (double *)allocate(3 * count * sizeof *curve);
     int num_positive[COCO_AREAS] = {0, 0, 0, 0};
     for (int t = 0; t < num_truths; t++) class_truths[t] = &truths[truth_items[t].index];
     for (int t = 0, d = 0; t < num_truths || d < num_detections;) {  // image by image
@@ -253,13 +264,14 @@ static inline void evaluate_class(CocoClass *scores, const EvalTruth *truths, co
         int area = coco_settings[setting].area;
         for (int threshold = 0; threshold < COCO_THRESHOLDS; threshold++) {
             double *precision = scores->precision[setting][threshold], *recall = &scores->recall[setting][threshold];
+            double unused[COCO_RECALLS], *score = setting == 0 && threshold == 0 ? scores->score : unused;
             if (num_positive[area] == 0) {
-                for (int i = 0; i < COCO_RECALLS; i++) precision[i] = -1;
+                for (int i = 0; i < COCO_RECALLS; i++) precision[i] = score[i] = -1;
                 *recall = -1;
             } else {
                 precision_and_recall(order, num_detections, rank, coco_settings[setting].max_detections,
                                      outcomes + (size_t)(area * COCO_THRESHOLDS + threshold) * count,
-                                     num_positive[area], curve, precision, recall);
+                                     num_positive[area], curve, precision, score, recall);
             }
         }
     }
@@ -314,12 +326,14 @@ static inline void coco_scores_allocate(CocoScores *scores, int num_classes) {
     scores->class_ap = (double *)allocate((size_t)num_classes * sizeof(double));
     scores->class_ap50 = (double *)allocate((size_t)num_classes * sizeof(double));
     scores->class_truths = (int *)allocate((size_t)num_classes * sizeof(int));
+    scores->class_curves = (CocoCurve *)allocate((size_t)num_classes * sizeof(CocoCurve));
 }
 
 static inline void coco_scores_free(CocoScores *scores) {
     free(scores->class_ap);
     free(scores->class_ap50);
     free(scores->class_truths);
+    free(scores->class_curves);
     memset(scores, 0, sizeof *scores);
 }
 
@@ -366,6 +380,8 @@ static inline void coco_evaluate(CocoScores *scores, const EvalTruth *truths, in
         scores->class_ap[c] = coco_mean(&classes[c], 1, 0);
         scores->class_ap50[c] = coco_mean(&classes[c], 1, 1);
         scores->class_truths[c] = classes[c].truths;
+        memcpy(scores->class_curves[c].precision, classes[c].precision[0][0], sizeof classes[c].precision[0][0]);
+        memcpy(scores->class_curves[c].score, classes[c].score, sizeof classes[c].score);
     }
     for (int line = 0; line < 12; line++) scores->stats[line] = coco_mean(classes, num_categories, line);
     free(truth_items);
@@ -424,6 +440,7 @@ static inline void coco_score(CocoScores *scores, const Dataset *set, const Eval
         scores->class_ap[c] = by_id.class_ap[class_rank[c]];
         scores->class_ap50[c] = by_id.class_ap50[class_rank[c]];
         scores->class_truths[c] = by_id.class_truths[class_rank[c]];
+        scores->class_curves[c] = by_id.class_curves[class_rank[c]];
     }
     coco_scores_free(&by_id);
     free(truths);

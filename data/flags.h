@@ -43,6 +43,7 @@ typedef struct {
     const Preset *presets;  // chosen by the flag "preset"
     int num_presets;
     const char *program, *command_name;
+    const char *command_line;     // as it was typed; or NULL
     int command;                  // its bit
     const char *text[MAX_FLAGS];  // the values; NULL: unset; a switch that is on: "1"
     FlagSource source[MAX_FLAGS];
@@ -162,6 +163,29 @@ static inline int flag_same(const Flag *flag, const char *a, const char *b) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From and to the user
+
+// The words of a command as they are typed into a shell; the caller frees it.
+static inline char *shell_command(int argc, char **argv) {
+    char *line = NULL;
+    size_t size;
+    FILE *file = open_memstream(&line, &size);
+    for (int i = 0; i < argc && file; i++) {
+        const int plain = *argv[i] && argv[i][strspn(argv[i],
+                                                     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                                     "0123456789_-+=./:,@%")] == 0;
+        if (i) fputc(' ', file);
+        if (!plain) fputc('\'', file);
+        for (const char *at = argv[i]; *at; at++) {
+            if (*at == '\'')
+                fputs("'\\''", file);
+            else
+                fputc(*at, file);
+        }
+        if (!plain) fputc('\'', file);
+    }
+    if (file) fclose(file);
+    return line;
+}
 
 // Reads the flags of settings->command; argv[0] is the command's name. Flags and other words may come in any order.
 static inline void settings_parse(Settings *settings, int argc, char **argv) {

@@ -739,6 +739,17 @@ static inline int jpeg_write_body(JpegWriter *writer, FILE *file, const char *pa
     return 0;
 }
 
+// Writes a JPEG (quality 92) into an open file, which `path` names in errors. 0, or -1.
+static inline int jpeg_write_file(FILE *file, const char *path, const Image *image, Error *error) {
+    JpegWriter *writer = (JpegWriter *)allocate(sizeof *writer);
+    writer->encoder.err = jpeg_std_error(&writer->errors);
+    writer->errors.error_exit = jpeg_on_write_error;
+    int status = jpeg_write_body(writer, file, path, image, error);
+    jpeg_destroy_compress(&writer->encoder);
+    free(writer);
+    return status;
+}
+
 static inline int png_write_file(FILE *file, const char *path, const Image *image, Error *error) {
     png_image writer;
     memset(&writer, 0, sizeof writer);
@@ -759,17 +770,7 @@ static inline int image_write(const char *path, const Image *image, Error *error
         return fail(error, "%s: a picture's name must end in .jpg or .png", path);
     FILE *file = fopen(path, "wb");
     if (!file) return fail(error, "%s: cannot be written: %s", path, strerror(errno));
-    int status;
-    if (jpeg) {
-        JpegWriter *writer = (JpegWriter *)allocate(sizeof *writer);
-        writer->encoder.err = jpeg_std_error(&writer->errors);
-        writer->errors.error_exit = jpeg_on_write_error;
-        status = jpeg_write_body(writer, file, path, image, error);
-        jpeg_destroy_compress(&writer->encoder);
-        free(writer);
-    } else {
-        status = png_write_file(file, path, image, error);
-    }
+    int status = jpeg ? jpeg_write_file(file, path, image, error) : png_write_file(file, path, image, error);
     int failed = ferror(file), closed = fclose(file);
     if (status == 0 && (failed || closed != 0))
         status = fail(error, "%s: cannot be written: %s", path, strerror(errno));

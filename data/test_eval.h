@@ -154,6 +154,20 @@ static void test_coco_by_hand(void) {
     eval_detection(eval, 0, 0, 0, 0, 100, 90, 0.5);
     eval_check_ap(eval, 0.9, 1, 0.9, "IoU 0.9");
 
+    // The curve, two truths. False, true: recall 0 takes the first box, from 0.01 to 0.5 both; 1 is not reached.
+    eval_truth(eval, 0, 0, 0, 0, 50, 50, 0);
+    eval_truth(eval, 0, 0, 100, 0, 50, 50, 0);
+    eval_detection(eval, 0, 0, 200, 0, 50, 50, 0.9);
+    eval_detection(eval, 0, 0, 0, 0, 50, 50, 0.8);
+    coco_evaluate(&scores, eval->truths, eval->num_truths, eval->detections, eval->num_detections, 2);
+    const CocoCurve *curve = scores.class_curves;
+    check(curve->score[0] == 0.9 && curve->score[1] == 0.8 && curve->score[50] == 0.8 && curve->score[51] == 0,
+          "coco: scores at recalls");
+    check(fabs(curve->precision[50] - 0.5) < 1e-12 && curve->precision[51] == 0, "coco: precision at recalls");
+    check(curve[1].precision[0] == -1 && curve[1].score[0] == -1, "coco: the curve of a class without truth");
+    coco_scores_free(&scores);
+    eval->num_truths = eval->num_detections = 0;
+
     // The staircase, two truths. False, true, true: precisions 0, 1/2, 2/3 at recalls 0, 1/2, 1; at or beyond every
     // recall the best is 2/3.
     for (int order = 0; order < 2; order++) {
@@ -488,51 +502,161 @@ static void test_coco_files(const char *folder) {
     free(output);
 }
 
-static void test_report(const char *folder) {
-    char *log = format_string("%s/log.txt", folder), *page = format_string("%s/report.html", folder);
-    char *picture = format_string("%s/a&b.png", folder), *temporary = format_string("%s.tmp", page);
+// The JSON of a page; the caller frees the tree. NULL if the page cannot be read or has none.
+static yajl_val report_tree(const char *page) {
+    char *text;
+    size_t size;
     Error error;
-    eval_write(log,
-               "{\"train_loss\": 4, \"test_loss\": 6, \"train_lr\": 1e-4, \"train_class_error\": 80, "
-               "\"test_coco_eval_bbox\": [0.25, 0.5, -1], "
-               "\"epoch\": 0}\n"
-               "no JSON\n\n[1]\n"
-               "{\"train_loss\": 2, \"train_class_error\": 90, \"test_loss\": null, \"test_coco_eval_bbox\": [0.125], "
-               "\"epoch\": 1, "
-               "\"n_parameters\": 1500000}");
-    eval_write(picture, "\x89PNG...");
+    if (read_file(page, &text, &size, &error) != 0) return NULL;
+    char *from = strstr(text, "id=\"data\">"), *to = from ? strstr(from, "</script>") : NULL;
+    if (to) *to = 0;
+    yajl_val tree = to ? json_parse(from + 10, strlen(from + 10), page, &error) : NULL;
+    check(tree != NULL, "report: the data: %s", error.text);
+    free(text);
+    return tree;
+}
+
+// A member of a member ..., by keys and places that are written like "pictures.0.found.1.5"; NULL if there is none.
+static yajl_val report_value(yajl_val tree, const char *path) {
+    for (const char *at = path; at && *at && tree; at = strchr(at, '.') ? strchr(at, '.') + 1 : NULL) {
+        char key[64];
+        snprintf(key, sizeof key, "%.*s", (int)strcspn(at, "."), at);
+        if (YAJL_IS_ARRAY(tree))
+            tree = (size_t)atoi(key) < tree->u.array.len ? tree->u.array.values[atoi(key)] : NULL;
+        else
+            tree = json_member(tree, key);
+    }
+    return tree;
+}
+
+static void check_report_text(yajl_val tree, const char *path, const char *wanted) {
+    yajl_val value = report_value(tree, path);
+    check(YAJL_IS_STRING(value) && strcmp(value->u.string, wanted) == 0, "report: %s is \"%s\", not \"%s\"", path,
+          YAJL_IS_STRING(value) ? value->u.string : "no text", wanted);
+}
+
+static void check_report_number(yajl_val tree, const char *path, double wanted) {
+    yajl_val value = report_value(tree, path);
+    check(YAJL_IS_NUMBER(value) && fabs(YAJL_GET_DOUBLE(value) - wanted) <= 1e-5 * fabs(wanted),
+          "report: %s is %g, not %g", path, YAJL_IS_NUMBER(value) ? YAJL_GET_DOUBLE(value) : NAN, wanted);
+}
+
+static void test_report_log(void) {
     ReportLog read;
-    check(report_read_log(&read, log, &error) == 0 && read.count == 2 && read.bad_lines == 2,
-          "report: the log is read");
+    report_read_log(&read,
+                    "{\"train_loss\": 4, \"test_loss\": 6, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"epoch\": 0}\n"
+                    "no JSON\n\n[1]\n"
+                    "{\"train_loss\": 2, \"test_loss\": null}");
+    check(read.count == 2 && read.bad_lines == 2, "report: the log has %d epochs, %d bad lines", read.count,
+          read.bad_lines);
     if (read.count == 2) {
         check(read.rows[0][REPORT_LOSS] == 4 && read.rows[1][REPORT_LOSS] == 2, "report: the loss");
         check(read.rows[0][REPORT_AP + 1] == 0.5 && isnan(read.rows[0][REPORT_AP + 2]), "report: AP50, and no AP75");
         check(isnan(read.rows[1][REPORT_TEST_LOSS]), "report: a loss that was not measured");
-        check(report_best(&read, REPORT_AP) == 0 && report_best(&read, REPORT_CE) == -1, "report: the best epoch");
+        check(read.rows[1][REPORT_EPOCH] == 1, "report: an epoch without its number has its place");
     }
     free(read.rows);
-    const char *pictures[2] = {picture, "/nowhere/<i>.jpg"};
-    check(report_write(page, "<b>\"T\" & 'U'\xFF", log, pictures, 2, "x < y", &error) == 0, "report: written");
-    check(eval_file_has(page, "<h1>&lt;b&gt;&quot;T&quot; &amp; &#39;U&#39;\xEF\xBF\xBD</h1>"),
-          "report: title escaped");
-    check(eval_file_has(page, "x &lt; y") && !eval_file_has(page, "x < y"), "report: facts escaped");
-    check(eval_file_has(page, "src=\"data:image/png;base64,iVBORy4uLg==\" alt=\"a&amp;b.png\""), "report: picture");
-    check(eval_file_has(page, "/nowhere/&lt;i&gt;.jpg: cannot be opened"), "report: a picture that is not there");
-    check(eval_file_has(page, "<tr class=\"best\"><td>0</td>"), "report: the best epoch is marked");
-    check(eval_file_has(page, "1.50 M") && eval_file_has(page, "</html>"), "report: parameters, end");
-    // Losses 2 .. 6 on an axis from 0 to 6: the training line runs from 4 (2/3 of the height) to 2 (1/3).
-    check(eval_file_has(page, "<path class=\"c0\" d=\"M56.0 92.7L544.0 175.3\"/>"), "report: the curve of the loss");
-    check(eval_file_has(page, "y=\"263.0\" class=\"y\">80</text>"), "report: class errors of 80 and 90: axis from 80");
-    check(!eval_file_has(page, "nan") && !eval_file_has(page, "inf"), "report: no number that is none");
-    check(!is_file(temporary), "report: nothing left beside it");
-    check(report_write(page, "t", NULL, NULL, 0, NULL, &error) == 0 && eval_file_has(page, "No epoch"),
-          "report: empty");
-    check(report_write(page, "t", "/nowhere/log.txt", NULL, 0, NULL, &error) == -1 && is_file(page), "report: no log");
-    check(report_write("/nowhere/r.html", "t", NULL, NULL, 0, NULL, &error) == -1, "report: no folder");
-    remove(log);
+}
+
+// A page about two classes, and names that would end the script element, open a comment or a string.
+static void test_report(const char *folder) {
+    char *page = format_string("%s/report.html", folder), *temporary = format_string("%s.tmp", page);
+    char *picture = format_string("%s/a.png", folder);
+    Error error;
+    char hostile[] = "</script><!--\"'&\\u003c\xFF", kept[] = "</script><!--\"'&\\u003c\xEF\xBF\xBD", thing[] = "thing";
+    char name[] = "<b>.jpg", split[] = "val";
+    Category categories[2] = {{1, hostile}, {2, thing}};
+    Annotation annotations[3] = {
+        {1, 0, 10, 20, 30, 40, 1200, 0, 0, 0}, {2, 1, 1, 2, 3, 4, 12, 1, 0, 0}, {3, 1, 0, 0, 0, 0, 0, 0, 0, 1}};
+    DatasetImage images[1] = {{1, NULL, name, 640, 480, 0, 3}};
+    Dataset set;
+    memset(&set, 0, sizeof set);
+    set.split = split;
+    set.categories = categories, set.num_categories = 2;
+    set.images = images, set.num_images = 1;
+    set.annotations = annotations, set.num_annotations = 3;
+    double ap[2] = {0.25, -1}, ap50[2] = {0.5, -1};
+    int truths[2] = {1, 0};
+    CocoCurve curves[2];
+    memset(curves, 0, sizeof curves);
+    curves[0].precision[0] = 0.75, curves[0].score[0] = NAN;
+    CocoScores scores = {{0.25, 0.5, -1}, 2, ap, ap50, truths, curves};
+
+    Image image = image_new(1280, 960);
+    check(image_write(picture, &image, &error) == 0, "report: a picture");
+    image_free(&image);
+    ReportPicture shown[2];  // the second is not there
+    memset(shown, 0, sizeof shown);
+    report_picture_read(&shown[0], picture);
+    report_picture_read(&shown[1], "/nowhere/a.png");
+    check(shown[0].width == 1280 && shown[0].height == 960 && !shown[1].jpeg, "report: the pictures are read");
+    Image small = image_new(0, 0);
+    check(shown[0].jpeg && image_decode(shown[0].jpeg, shown[0].jpeg_size, "small", &small, &error) == 0 &&
+              small.width == REPORT_PICTURE_SIDE && small.height == 3 * REPORT_PICTURE_SIDE / 4,
+          "report: the picture is %d x %d on the page", small.width, small.height);
+    image_free(&small);
+    unsigned char maps[4] = {'f', 'o', 'o', 255};
+    double peaks[2] = {0.5, 0.25};
+    EvalDetection box = {0, 1, {5, 6, 7, 8.5}, 0.125};
+    shown[0].boxes[0] = box, shown[0].queries[0] = 17, shown[0].num_boxes = 1;
+    shown[0].num_looks = 1, shown[0].num_layers = 2, shown[0].map_height = 1, shown[0].map_width = 2;
+    shown[0].maps = maps, shown[0].peaks = peaks;
+
+    const ReportRow rows[2] = {{"steps", NULL, 1.5, 0}, {"<rest>", "forward", 0.5, 20}};
+    Report report;
+    memset(&report, 0, sizeof report);
+    report.title = hostile, report.command = hostile, report.facts = "x < y", report.flags = "{\"data\": \"<\"}";
+    report.log = "{\"train_loss\": 4, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"epoch\": 0}\n[</script>]\n";
+    report.steps = 3, report.of_steps = 10, report.steps_per_epoch = 2, report.loss = NAN;
+    report.epoch = 0, report.set = &set, report.scores = &scores, report.shown = shown, report.num_shown = 2;
+    report.times = rows, report.num_times = 1, report.memory = rows, report.num_memory = 1;
+    report.work = rows, report.num_work = 2;
+    check(report_write(page, &report, &error) == 0 && !is_file(temporary), "report: written, nothing left beside it");
+    yajl_val tree = report_tree(page);
+    check_report_text(tree, "title", kept);
+    check_report_text(tree, "command", kept);
+    check_report_text(tree, "facts", "x < y");
+    check_report_text(tree, "flags.data", "<");
+    check(YAJL_IS_NULL(report_value(tree, "loss")), "report: no number that is none");
+    check_report_number(tree, "steps", 3);
+    check_report_number(tree, "log.rows.0.3", 4);
+    check_report_number(tree, "log.rows.0.19", 0.5);
+    check_report_number(tree, "log.bad_lines", 1);
+    check_report_text(tree, "evaluation.classes.0.name", kept);
+    check_report_number(tree, "evaluation.classes.0.ap50", 0.5);
+    check_report_number(tree, "evaluation.classes.0.precision.0", 0.75);
+    check(YAJL_IS_NULL(report_value(tree, "evaluation.classes.0.score.0")), "report: a score that is no number");
+    check(report_value(tree, "evaluation.classes.0.precision.100") != NULL &&
+              report_value(tree, "evaluation.classes.1.precision.0") == NULL,
+          "report: a class without truth has no curve");
+    check_report_text(tree, "pictures.0.name", "<b>.jpg");
+    check_report_number(tree, "pictures.0.width", 1280);
+    check_report_number(tree, "pictures.0.truth.0.3", 30);
+    check_report_number(tree, "pictures.0.truth.1.5", 1);
+    check(report_value(tree, "pictures.0.truth.2") == NULL, "report: a box that is skipped");
+    check_report_number(tree, "pictures.0.found.0.0", 1);
+    check_report_number(tree, "pictures.0.found.0.4", 8.5);
+    check_report_number(tree, "pictures.0.found.0.5", 0.125);
+    check_report_number(tree, "pictures.0.found.0.6", 17);
+    check_report_text(tree, "pictures.0.attention.maps", "Zm9v/w==");
+    check_report_number(tree, "pictures.0.attention.peaks.1", 0.25);
+    check(report_value(tree, "pictures.1") == NULL, "report: a picture that is not there");
+    check_report_text(tree, "work.1.name", "<rest>");
+    check_report_text(tree, "work.1.detail", "forward");
+    check_report_number(tree, "work.1.rate", 20);
+    yajl_tree_free(tree);
+
+    memset(&report, 0, sizeof report);
+    report.title = "t", report.log = "", report.epoch = -1;
+    check(report_write(page, &report, &error) == 0, "report: of a run that begins");
+    tree = report_tree(page);
+    check(report_value(tree, "pictures") == NULL && report_value(tree, "log.rows.0") == NULL, "report: nothing yet");
+    yajl_tree_free(tree);
+    check(report_write("/nowhere/r.html", &report, &error) == -1, "report: no folder");
+    shown[0].maps = NULL, shown[0].peaks = NULL;  // not of the heap
+    report_picture_free(&shown[0]);
     remove(page);
     remove(picture);
-    free(log);
     free(page);
     free(picture);
     free(temporary);
@@ -558,6 +682,7 @@ static void test_eval(void) {
     test_coco_golden();
     test_coco_files(folder);
     test_base64();
+    test_report_log();
     test_report(folder);
     check(rmdir(folder) == 0, "eval: nothing left in %s", folder);
 }

@@ -27,7 +27,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "mutants"
 SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
-                                                   for path in (ROOT / folder).glob("*.h"))
+                                                   for path in (ROOT / folder).glob("*.h")) + ["data/report.html"]
 FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w".split()
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
@@ -36,7 +36,8 @@ HEART = ("matmul winograd attention dropout layernorm maxpool positions normalis
 TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"], "program/commands.h": ["options", "detections"],
          "data/common.h": ["random"] + HEART,
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
-         None: HEART + ["image", "dataset", "eval"]}
+         "data/report.h": ["eval"], "data/flags.h": ["report"],
+         None: HEART + ["image", "dataset", "eval", "report"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
 BF16 = ["bf16", "attention", "dumps", "same_bytes", "company"]  # in float, which has bf16
 

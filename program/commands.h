@@ -98,6 +98,115 @@ static void draw_detection(Image *image, const Network *network, int label, doub
     free(text);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: what a training run gathers for its report (data/report.h writes the page): the time of its phases, its
+// memory plan, and of the last evaluation the scores, and of some pictures the boxes and where the decoder looked
+
+enum Phase { PHASE_STEPS, PHASE_WAITING, PHASE_EVALUATION, PHASE_CHECKPOINTS, PHASE_REPORT, NUM_PHASES };
+static const char *const PHASE_NAMES[NUM_PHASES + 1] = {"training steps", "waiting for pictures", "evaluation",
+                                                        "checkpoints",    "this report",          "everything else"};
+
+typedef struct {
+    double begin, seconds[NUM_PHASES];
+    double written;  // when the page was, as seconds_now
+    ReportRow memory[8];
+    int num_memory;
+    ReportRow work[64];  // of the last step of an epoch
+    int num_work;
+    // The last evaluation
+    int64_t epoch;  // -1: there was none
+    CocoScores scores;
+    ReportPicture shown[REPORT_PICTURES];
+    int num_shown;
+} RunReport;
+
+static void run_report_free(RunReport *report) {
+    coco_scores_free(&report->scores);
+    for (int i = 0; i < report->num_shown; i++) report_picture_free(&report->shown[i]);
+}
+
+// Chooses the pictures that are shown: the same in every evaluation, spread over the split.
+static void run_report_choose(RunReport *report, const Dataset *set) {
+    report->num_shown = set->num_images < REPORT_PICTURES ? set->num_images : REPORT_PICTURES;
+    for (int i = 0; i < report->num_shown; i++)
+        report->shown[i].image = (int)((int64_t)i * set->num_images / report->num_shown);
+}
+
+// The cross-attention of the last picture's query `query` in decoder layer `layer`, in bytes of which 255 is its peak.
+// weights: scratch, (keys). Returns the peak.
+static double attention_map(unsigned char *map, double *weights, const Network *network, const Activations *acts,
+                            int query, int layer) {
+    const AttentionActivations *cross = &acts->decoder_cross[layer];
+    double peak = 0;
+    attention_weights(weights, cross->query, cross->key, cross->lse, query, cross->num_queries, cross->num_keys,
+                      network->config.hidden_dim, network->config.nheads, cross->prior, network->config.half);
+    for (int key = 0; key < cross->num_keys; key++) peak = fmax(peak, weights[key]);
+    for (int key = 0; key < cross->num_keys; key++) map[key] = (unsigned char)lrint(255 * weights[key] / peak);
+    return peak;
+}
+
+// Keeps what the network has just said about a picture, if it is one of the shown: the boxes with the best scores, and
+// attention for the best of them, up to three of a class. found: (num_queries), sorted here; class_of_label: -1 where
+// the data set has no such class.
+static void run_report_take(RunReport *report, const Network *network, const Activations *acts, const Dataset *set,
+                            int image, const int *class_of_label, Detection *found) {
+    const double begin = seconds_now();
+    const int layers = network->config.dec_layers, cells = acts->map_height * acts->map_width;
+    ReportPicture *picture = report->shown;
+    while (picture < report->shown + report->num_shown && picture->image != image) picture++;
+    if (picture == report->shown + report->num_shown) return;
+    report_picture_read(picture, set->images[image].path);
+    qsort(found, (size_t)network->config.num_queries, sizeof *found, compare_detections);
+    picture->num_boxes = picture->num_looks = 0;
+    for (int d = 0; d < network->config.num_queries && picture->num_boxes < REPORT_BOXES; d++) {
+        const double *box = found[d].box;
+        const int category = class_of_label[found[d].label];
+        if (category < 0 || !(found[d].score >= REPORT_LEAST_SCORE)) continue;
+        EvalDetection kept = {image, category, {box[0], box[1], box[2] - box[0], box[3] - box[1]}, found[d].score};
+        picture->queries[picture->num_boxes] = found[d].query;
+        picture->boxes[picture->num_boxes++] = kept;
+    }
+    int most = REPORT_ATTENTION_BYTES / (layers * cells);
+    most = most < 1 ? 1 : most > REPORT_LOOKS ? REPORT_LOOKS : most;
+    for (int b = 0; b < picture->num_boxes && picture->num_looks < most; b++) {
+        int same = 0;
+        for (int i = 0; i < picture->num_looks; i++)
+            same += picture->boxes[picture->looks[i]].category == picture->boxes[b].category;
+        if (same < 3) picture->looks[picture->num_looks++] = b;
+    }
+    picture->num_layers = layers, picture->map_height = acts->map_height, picture->map_width = acts->map_width;
+    const size_t maps = (size_t)picture->num_looks * (size_t)layers;
+    picture->maps = (unsigned char *)reallocate(picture->maps, maps * (size_t)cells);
+    picture->peaks = (double *)reallocate(picture->peaks, maps * sizeof(double));
+    double *weights = (double *)allocate((size_t)cells * sizeof(double));
+    for (int i = 0; i < (int)maps; i++)
+        picture->peaks[i] = attention_map(picture->maps + (size_t)i * (size_t)cells, weights, network, acts,
+                                          picture->queries[picture->looks[i / layers]], i % layers);
+    free(weights);
+    report->seconds[PHASE_REPORT] += seconds_now() - begin;
+    report->seconds[PHASE_EVALUATION] -= seconds_now() - begin;  // in the middle of which this happens
+}
+
+static int compare_work(const void *a, const void *b) {
+    const double left = ((const ReportRow *)a)->value, right = ((const ReportRow *)b)->value;
+    return left < right ? 1 : left > right ? -1 : 0;
+}
+
+// Keeps what the profile holds of one step, the longest first, and ends it.
+static void run_report_profile(RunReport *report) {
+    profile.on = 0;
+    report->num_work = profile.count;
+    for (int i = 0; i < profile.count; i++) {
+        const ProfileLine *line = &profile.lines[i];
+        ReportRow row = {line->work, line->pass, line->seconds, line->flops / line->seconds / 1e9};
+        report->work[i] = row;
+    }
+    qsort(report->work, (size_t)report->num_work, sizeof(ReportRow), compare_work);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: evaluation
+
 // Sums over the steps of an epoch, of which log.txt has the means. Numbers and nothing else: it is saved as a list.
 typedef struct {
     double steps, lr, loss, class_error, grad_norm, query_spread;
@@ -160,11 +269,11 @@ static void print_pace(int pictures, double seconds, double waited) {
 // layer, and from the depths - 1 before it as if each were the last. detections, num_detections: (depths), the last
 // layer's last; the caller frees detections[d]. seconds: (depths), how long a picture takes with that many layers,
 // mean, without what is to be waited for; or NULL. labels: as match_labels gives them; a box whose label is no class of
-// the data set is left out. loss: NULL, or averages are added up too (acts must be for training then). Unreadable
-// pictures are named on stderr. 1 if it was stopped by a signal, else 0.
+// the data set is left out. loss: NULL, or averages are added up too (acts must be for training then). report: NULL,
+// or it gets what it shows. Unreadable pictures are named on stderr. 1 if it was stopped by a signal, else 0.
 static int evaluate(Network *network, Activations *acts, const Dataset *set, LoaderSettings loader_settings,
-                    const int *labels, const LossSettings *loss, Averages *sums, int depths, EvalDetection **detections,
-                    int *num_detections, double *seconds) {
+                    const int *labels, const LossSettings *loss, Averages *sums, RunReport *report, int depths,
+                    EvalDetection **detections, int *num_detections, double *seconds) {
     const int num_queries = network->config.num_queries, layers = network->config.dec_layers;
     int unreadable = 0;
     int *class_of_label = (int *)allocate((size_t)network->config.num_labels * sizeof(int));
@@ -214,6 +323,7 @@ static int evaluate(Network *network, Activations *acts, const Dataset *set, Loa
             evaluation_losses(&network->model, acts, loss, sample, &losses);
             averages_add(sums, &losses, 0, layers);
         }
+        if (report) run_report_take(report, network, acts, set, sample->index, class_of_label, found);
         if (progress_due(&progress))
             progress_show(&progress, "evaluating %s: %d/%d pictures, %.1f a second", set->split, i + 1, set->num_images,
                           (i + 1) / (seconds_now() - begin));
@@ -264,9 +374,7 @@ typedef struct {
     int from_scratch;
     Averages averages;  // of the epoch under way
     char *log;          // log.txt
-    // The last evaluation, for the report
-    EvalDetection *detections;
-    int num_detections;
+    RunReport report;
 } Training;
 
 static void training_free(Training *run) {
@@ -277,7 +385,7 @@ static void training_free(Training *run) {
     free(run->train_labels);
     free(run->val_labels);
     free(run->log);
-    free(run->detections);
+    run_report_free(&run->report);
     yajl_tree_free(run->state_tree);
     if (run->lock > 0) close(run->lock);
 }
@@ -355,55 +463,79 @@ static int state_read(Training *run, const char *path, Error *error) {
                        path, flag_text(run->settings, "data"), num_images, classes->u.array.len);
 }
 
-// The page about the run, with some pictures of the last evaluation. A page that cannot be written costs no checkpoint.
-static void training_report(const Training *run) {
-    char *paths[4], *page = format_string("%s/.next/report.html", run->folder),
-                    *log = format_string("%s/.next/log.txt", run->folder), *facts = NULL;
-    int count = 0;
-    size_t size = 0;
-    Error error;
-    for (int i = 0, d = 0; i < run->val.num_images && count < 4 && run->detections; i++) {
-        Image image;
-        while (d < run->num_detections && run->detections[d].image < i) d++;
-        if (image_read(run->val.images[i].path, &image, &error) != 0) continue;
-        for (; d < run->num_detections && run->detections[d].image == i; d++) {
-            const double *box = run->detections[d].box, corners[4] = {box[0], box[1], box[0] + box[2], box[1] + box[3]};
-            if (run->detections[d].score > 0.5)
-                draw_detection(&image, &run->network, run->val_labels[run->detections[d].category],
-                               run->detections[d].score, corners);
-        }
-        const char *name = strrchr(run->val.images[i].path, '/') + 1;  // the caption on the page
-        paths[count] = format_string("%s/.next/%d-%.*s.jpg", run->folder, count + 1,
-                                     (int)(strrchr(name, '.') ? strrchr(name, '.') - name : 0), name);
-        if (image_write(paths[count], &image, &error) == 0)
-            count++;
-        else
-            free(paths[count]);
-        image_free(&image);
+static void training_print_model(FILE *file, const Training *run) {
+    const Model *model = &run->network.model;
+    size_t parameters = 0;
+    for (int i = 0; i < model->num_params; i++)
+        parameters += model->params[i]->group == GROUP_STATISTICS ? 0 : model->params[i]->count;
+    fprintf(file, "kernel     %s, %d threads\n", KERNEL, omp_get_max_threads());
+    fprintf(file, "model      %.2f million parameters, %.2f million of them trained; %d queries, %d%s classes\n",
+            (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
+            model->config.num_labels, model->config.focal ? "" : " + 1");
+}
+
+// Writes the page about the run. One that cannot be written costs no checkpoint, only a warning.
+static void training_report(Training *run) {
+    RunReport *gathered = &run->report;
+    const Settings *settings = run->settings;
+    const double begin = seconds_now();
+    char *path = format_string("%s/report.html", run->folder), *facts = NULL, *flags = NULL;
+    size_t size;
+    ReportRow times[NUM_PHASES + 1];
+    double rest = begin - gathered->begin;
+    for (int p = 0; p <= NUM_PHASES; p++) {
+        ReportRow row = {PHASE_NAMES[p], NULL, p < NUM_PHASES ? gathered->seconds[p] : rest, 0};
+        times[p] = row;
+        rest -= row.value;
     }
     FILE *text = open_memstream(&facts, &size);
     if (text) {
         dataset_print_facts(text, &run->train);
-        fprintf(text, "\n%.2f million trained parameters, %lld steps\n", (double)run->network.model.num_trained / 1e6,
-                (long long)run->step);
+        training_print_model(text, run);
         fclose(text);
     }
-    char *title = format_string("DETR: %s", flag_text(run->settings, "data"));
-    if (report_write(page, title, log, (const char *const *)paths, count, facts, &error) != 0)
-        fprintf(stderr, "warning: %s\n", error.text);
-    for (int i = 0; i < count; i++) {
-        unlink(paths[i]);
-        free(paths[i]);
+    text = open_memstream(&flags, &size);
+    if (text) {
+        settings_write(text, settings);
+        fclose(text);
     }
-    free(title);
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    Report report;
+    memset(&report, 0, sizeof report);
+    report.title = flag_text(settings, "data");
+    report.command = settings->command_line;
+    report.flags = flags, report.facts = facts, report.log = run->log;
+    report.steps = run->step, report.of_steps = run->last_step, report.steps_per_epoch = run->steps_per_epoch;
+    report.loss = run->averages.steps ? run->averages.loss / run->averages.steps : NAN;
+    report.epoch = gathered->epoch, report.set = &run->val, report.scores = &gathered->scores;
+    report.shown = gathered->shown, report.num_shown = gathered->num_shown;
+    report.times = times, report.num_times = NUM_PHASES + 1;
+    report.work = gathered->work, report.num_work = gathered->num_work;
+    report.memory = gathered->memory, report.num_memory = gathered->num_memory;
+    report.peak_bytes = (double)usage.ru_maxrss * 1024;
+    Error error;
+    if (report_write(path, &report, &error) != 0) fprintf(stderr, "warning: %s\n", error.text);
+    free(path);
     free(facts);
-    free(page);
-    free(log);
+    free(flags);
+    gathered->written = seconds_now();
+    gathered->seconds[PHASE_REPORT] += gathered->written - begin;
 }
 
-// Writes the whole set into OUT or OUT/best; without the report, the one that is there stays.
-static int training_save(const Training *run, const char *folder, int with_report, Error *error) {
+// The page between two epochs, once a minute. A run that goes on leaves the page of the one before, whose pictures it
+// has not, until it has evaluated too.
+static void training_report_progress(Training *run) {
+    if (seconds_now() - run->report.written < 60) return;
+    char *path = format_string("%s/report.html", run->folder);
+    if (run->report.epoch >= 0 || !run->has_val || !is_file(path)) training_report(run);
+    free(path);
+}
+
+// Writes the whole set into OUT or OUT/best.
+static int training_save(Training *run, const char *folder, Error *error) {
     const Model *model = &run->network.model;
+    const double begin = seconds_now();
     if (fileset_begin(folder, error) != 0) return -1;
     FILE *log = fileset_create(folder, "log.txt");
     if (log) fputs(run->log, log);
@@ -414,8 +546,9 @@ static int training_save(const Training *run, const char *folder, int with_repor
     if (status == 0) status = tensors_write(model, folder, TENSORS_OPTIMIZER, error);
     if (status == 0 && model->ema.base) status = tensors_write(model, folder, TENSORS_EMA, error);
     if (status == 0) status = state_write(run, folder, error);
-    if (status == 0 && with_report) training_report(run);
-    return status == 0 ? fileset_commit(folder, error) : -1;
+    if (status == 0) status = fileset_commit(folder, error);
+    run->report.seconds[PHASE_CHECKPOINTS] += seconds_now() - begin;
+    return status;
 }
 
 // Status 2 if --freeze names what the network has not, or leaves nothing to train. afresh: the class head starts
@@ -558,28 +691,27 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     const double MiB = 1048576;
     double pictures =
         (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
-    struct {
-        const char *name;
-        double bytes;
-    } rows[] = {{"weights", (double)model->weights.used},
-                {"packed weights", (double)model->packed.used},
-                {"gradients and Adam's moments", (double)model->optimizer.used},
-                {"average of the weights", (double)model->ema.used},
-                {"activations and workspace", (double)activations_bytes(model, height, width, 1)},
-                {"pictures read ahead", pictures}};
-    double total = 0, taken = rows[0].bytes + rows[1].bytes + rows[2].bytes + rows[3].bytes,  // already
+    const ReportRow rows[] = {
+        {"weights", NULL, (double)model->weights.used, 0},
+        {"packed weights", NULL, (double)model->packed.used, 0},
+        {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
+        {"average of the weights", NULL, (double)model->ema.used, 0},
+        {"activations and workspace", NULL, (double)activations_bytes(model, height, width, 1), 0},
+        {"pictures read ahead", NULL, pictures, 0}};
+    double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
         available = memory_free() + taken;
     printf("\nmemory     for pictures up to %d x %d, one in flight\n", height, width);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        if (rows[i].bytes > 0) printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].bytes / MiB);
-        total += rows[i].bytes;
+        if (rows[i].value > 0) printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].value / MiB);
+        if (rows[i].value > 0) run->report.memory[run->report.num_memory++] = rows[i];
+        total += rows[i].value;
     }
     printf("  %-30s %10.1f MiB", "total", total / MiB);
     if (available > taken) printf(" of %.1f that are free", available / MiB);
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[4].bytes - rows[5].bytes;
+    double fixed = total - rows[4].value - rows[5].value;
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
@@ -626,10 +758,10 @@ static int training_judge(Training *run, double ap, double loss) {
     return 1;
 }
 
-static int training_save_best(const Training *run, Error *error) {
+static int training_save_best(Training *run, Error *error) {
     char *folder = format_string("%s/best", run->folder);
     int status = make_directories(folder, error);
-    if (status == 0) status = training_save(run, folder, 0, error);
+    if (status == 0) status = training_save(run, folder, error);
     free(folder);
     return status;
 }
@@ -648,17 +780,24 @@ static int training_end_epoch(Training *run, Error *error) {
     char *line = NULL;
     size_t size = 0;
     Averages test;
-    CocoScores scores;
+    const double *stats = run->report.scores.stats;
     memset(&test, 0, sizeof test);
-    memset(&scores, 0, sizeof scores);
     if (evaluated) {
-        free(run->detections);
+        const double begin = seconds_now();
+        EvalDetection *detections;
+        int num_detections;
         ema_swap(&run->network.model);
-        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test, 1,
-                               &run->detections, &run->num_detections, NULL);
+        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
+                               &run->report, 1, &detections, &num_detections, NULL);
         ema_swap(&run->network.model);
+        if (!stopped) {
+            coco_scores_free(&run->report.scores);
+            coco_score(&run->report.scores, &run->val, detections, num_detections);
+        }
+        run->report.epoch = stopped ? -1 : epoch;  // half an evaluation is not shown
+        free(detections);
+        run->report.seconds[PHASE_EVALUATION] += seconds_now() - begin;
         if (stopped) return 1;
-        coco_score(&scores, &run->val, run->detections, run->num_detections);
     }
     FILE *file = open_memstream(&line, &size);
     if (!file) return fail(error, "out of memory for the log");
@@ -667,7 +806,7 @@ static int training_end_epoch(Training *run, Error *error) {
     if (evaluated) {
         averages_log(file, &test, "test", layers, &run->loss);
         for (int i = 0; i < 12; i++)
-            fprintf(file, "%s%.17g%s", i ? ", " : "\"test_coco_eval_bbox\": [", scores.stats[i], i < 11 ? "" : "], ");
+            fprintf(file, "%s%.17g%s", i ? ", " : "\"test_coco_eval_bbox\": [", stats[i], i < 11 ? "" : "], ");
     }
     fprintf(file, "\"epoch\": %lld, \"n_parameters\": %zu}\n", (long long)epoch, run->network.model.num_trained);
     fclose(file);
@@ -676,17 +815,18 @@ static int training_end_epoch(Training *run, Error *error) {
     printf("epoch %lld done: train loss %.4f, class error %.1f %%", (long long)epoch + 1,
            run->averages.loss / run->averages.steps, run->averages.class_error / run->averages.steps);
     if (evaluated)
-        printf("; %s: loss %.4f, AP %.3f, AP50 %.3f", run->val.split, test.steps ? test.loss / test.steps : 0,
-               scores.stats[0], scores.stats[1]);
-    int better = evaluated && training_judge(run, scores.stats[0], test.steps ? test.loss / test.steps : 0);
+        printf("; %s: loss %.4f, AP %.3f, AP50 %.3f", run->val.split, test.steps ? test.loss / test.steps : 0, stats[0],
+               stats[1]);
+    int better = evaluated && training_judge(run, stats[0], test.steps ? test.loss / test.steps : 0);
     printf(better ? ", the best so far\n" : "\n");
     fflush(stdout);
-    coco_scores_free(&scores);
     run->epochs_logged++;
     memset(&run->averages, 0, sizeof run->averages);
     // The best first: a run that is killed between the two comes here again, to find the same.
     if (better && training_save_best(run, error) != 0) return -1;
-    return training_save(run, run->folder, 1, error);
+    if (training_save(run, run->folder, error) != 0) return -1;
+    training_report(run);
+    return 0;
 }
 
 // One optimizer step on the loader's next batch.
@@ -766,6 +906,7 @@ static int training_loop(Training *run, Error *error) {
     double seconds = 0, waited = 0;
     int status = 0;
     while (status == 0 && !stop_requested) {
+        training_report_progress(run);
         if (run->step > run->epochs_logged * run->steps_per_epoch && run->step % run->steps_per_epoch == 0) {
             progress_end(&progress);
             status = training_end_epoch(run, error);
@@ -774,16 +915,21 @@ static int training_loop(Training *run, Error *error) {
         }
         if (run->step >= run->last_step || training_is_over(run)) break;
         if (save_steps && run->step > first_step && run->step % save_steps == 0 && saved_step != run->step) {
-            status = training_save(run, run->folder, 0, error);
+            status = training_save(run, run->folder, error);
             saved_step = run->step;
             continue;
         }
         Losses losses;
         double begin = seconds_now();
         Sample *samples = loader_next_batch(loader);
-        waited += seconds_now() - begin;
+        const double waiting = seconds_now() - begin;
+        waited += waiting;
+        profile.on = (run->step + 1) % run->steps_per_epoch == 0 || run->report.num_work == 0, profile.count = 0;
         status = training_one_step(run, samples, reported, &losses, error);
+        if (profile.on) run_report_profile(&run->report);
         seconds += seconds_now() - begin;
+        run->report.seconds[PHASE_WAITING] += waiting;
+        run->report.seconds[PHASE_STEPS] += seconds_now() - begin - waiting;
         if (status == 0 && (progress_due(&progress) || run->step == run->last_step || run->step == first_step + 1)) {
             char left[32];
             format_time(left, sizeof left,
@@ -807,11 +953,11 @@ static int training_loop(Training *run, Error *error) {
     if (skipped) printf("unreadable pictures in %s: %d, skipped\n", run->train.split, skipped);
     free(reported);
     if (status < 0) return -1;
-    status = 0;
-    char *report = fileset_path(run->folder, "report.html");
-    if (saved_step != run->step) status = training_save(run, run->folder, !is_file(report), error);
-    free(report);
-    if (status != 0) return -1;
+    if (saved_step != run->step) {
+        if (training_save(run, run->folder, error) != 0) return -1;
+        run->report.written = 0;
+        training_report_progress(run);
+    }
     if (stop_requested)
         printf("stopped at step %lld: go on with  %s train --resume %s\n", (long long)run->step, run->settings->program,
                run->folder);
@@ -928,6 +1074,7 @@ static int training_open_data(Training *run, Error *error) {
     run->schedule = schedule;
     run->train_labels = (int *)allocate((size_t)run->train.num_categories * sizeof(int));
     run->val_labels = (int *)allocate((size_t)run->val.num_categories * sizeof(int));
+    run_report_choose(&run->report, &run->val);
     return 0;
 }
 
@@ -957,14 +1104,7 @@ static int training_run(Training *run, Error *error) {
                 return fail(error, "%s: class \"%s\" is not among the classes of %s", run->val.source,
                             run->val.categories[c].name, run->train.source);
     }
-    const Model *model = &run->network.model;
-    size_t parameters = 0;
-    for (int i = 0; i < model->num_params; i++)
-        parameters += model->params[i]->group == GROUP_STATISTICS ? 0 : model->params[i]->count;
-    printf("kernel     %s, %d threads\n", KERNEL, omp_get_max_threads());
-    printf("model      %.2f million parameters, %.2f million of them trained; %d queries, %d%s classes\n",
-           (double)parameters / 1e6, (double)model->num_trained / 1e6, model->config.num_queries,
-           model->config.num_labels, model->config.focal ? "" : " + 1");
+    training_print_model(stdout, run);
     LoaderSettings plain = run->loader;
     plain.augment = AUGMENT_NOTHING;
     loader_worst_size(&run->train, &run->loader, &h, &w);
@@ -980,7 +1120,7 @@ static int training_run(Training *run, Error *error) {
         training_calibrate(run, height, width, error) != 0)
         return -1;
     model_pack(&run->network.model);
-    activations_create(&run->acts, model, height, width, 1);
+    activations_create(&run->acts, &run->network.model, height, width, 1);
     if (run->state_tree)
         printf("resume     %s at step %lld of %lld\n", run->folder, (long long)run->step, (long long)run->last_step);
     if (run->step >= run->last_step &&
@@ -1000,7 +1140,8 @@ static int command_train(Settings *settings, Error *error) {
     Training run;
     memset(&run, 0, sizeof run);
     run.settings = settings;
-    run.best.epoch = -1;
+    run.best.epoch = run.report.epoch = -1;
+    run.report.begin = seconds_now();
     watch_signals();
     int status = training_run(&run, error);
     training_free(&run);
@@ -1063,7 +1204,7 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
     loader_worst_size(set, &loader, &height, &width);
     activations_create(acts, &network->model, height, width, 0);
     EvalDetection *detections[MAX_DEC_LAYERS];
-    evaluate(network, acts, set, loader, labels, NULL, NULL, depths, detections, num_detections, seconds);
+    evaluate(network, acts, set, loader, labels, NULL, NULL, NULL, depths, detections, num_detections, seconds);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
     char *table = sweep ? print_sweep(set, depths, detections, num_detections, seconds) : NULL;
     status =
