@@ -396,6 +396,13 @@ static int training_save(const Training *run, const char *folder, int with_repor
     return status == 0 ? fileset_commit(folder, error) : -1;
 }
 
+// Whether the run has --norm_init track; with pretrained weights, or a frozen backbone, there is nothing to follow.
+static int tracks_norms(const Training *run) {
+    const char *norm_init = flag_text(run->settings, "norm_init");
+    return run->from_scratch && norm_init && strcmp(norm_init, "track") == 0 &&
+           flag_number(run->settings, "lr_backbone") > 0;
+}
+
 // The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
 // the seed, its class head kept if it knows every class of the data set.
 static int training_begin(Training *run, Error *error) {
@@ -434,6 +441,7 @@ static int training_begin(Training *run, Error *error) {
     network->max_size = run->loader.max_size;
     status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
                           run->from_scratch, error);
+    network->model.track_norms = tracks_norms(run);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
         char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
@@ -465,6 +473,7 @@ static int training_resume(Training *run, Error *error) {
     if (status == 0)
         status = model_create(model, &run->network.config, 1, flag_number(run->settings, "lr_backbone") > 0,
                               run->from_scratch, error);
+    model->track_norms = tracks_norms(run);
     if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
     if (status == 0) status = moments_read(model, moments, error);
     if (status == 0 && flag_number(run->settings, "ema") > 0) {
@@ -496,8 +505,10 @@ static int training_calibrate(Training *run, int height, int width, Error *error
         sample_make(&samples[i], &run->train, &plain, 0, (int)((int64_t)i * run->train.num_images / count));
         readable += samples[i].image.pixels != NULL;
     }
-    if (readable) calibrate_norms(&run->network.model, samples, count);
-    printf("norms      calibrated on %d training pictures\n", readable);
+    if (run->network.model.track_norms) standardise_filters(&run->network.model);
+    calibrate_norms(&run->network.model, samples, count, 1);
+    printf("norms      calibrated on %d training pictures%s\n", readable,
+           run->network.model.track_norms ? ", and following them" : "");
     Error why = samples[0].error;
     for (int i = 0; i < count; i++) sample_free(&samples[i]);
     free(samples);
@@ -518,6 +529,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
                 {"gradients and Adam's moments", (double)model->optimizer.used},
                 {"average of the weights", (double)model->ema.used},
                 {"activations and workspace", (double)activations_bytes(model, height, width, 1)},
+                {"pictures the norms follow", model->track_norms ? calibration_bytes(model, height, width) : 0},
                 {"pictures read ahead", pictures}};
     double total = 0, taken = rows[0].bytes + rows[1].bytes + rows[2].bytes + rows[3].bytes,  // already
         available = memory_free() + taken;
@@ -531,7 +543,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[4].bytes - rows[5].bytes;
+    double fixed = total - rows[4].bytes - pictures;
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;

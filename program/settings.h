@@ -53,9 +53,10 @@ static const Flag FLAGS[] = {
     {"no_aux_loss", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH, "train on the last decoder layer's boxes only"},
     {"decoder", CHOICE, "plain|anchor", "plain", 0, 0, TRAIN | BENCH,
      "anchor: queries are boxes, which each layer looks around and moves: learns from few pictures and in few epochs"},
-    {"norm_init", CHOICE, "calibrate|identity", NULL, 0, 0, TRAIN,
+    {"norm_init", CHOICE, "calibrate|track|identity", NULL, 0, 0, TRAIN,
      "without pretrained weights: the frozen norms' mean and variance from some training pictures (calibrate, the "
-     "default), or 0 and 1"},
+     "default); the same, and they follow the pictures all the time, with filters of mean 0 and fixed length (track); "
+     "or 0 and 1"},
 
     {"class_loss", CHOICE, "softmax|focal", "softmax", 0, 0, TRAIN | BENCH,
      "softmax: cross-entropy with a class \"no object\"; focal: each class says yes or no; counts twice in the "
