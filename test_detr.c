@@ -183,7 +183,7 @@ static void small_model(Model *model, int kind, double dropout, int half) {
 }
 
 enum { SMALL_BATCH = 4 };
-static const LossSettings SMALL_LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1};
+static const LossSettings SMALL_LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1, 1};
 
 // Pictures of noise of four sizes; the third has no boxes.
 static void small_batch(Sample samples[SMALL_BATCH]) {
@@ -235,10 +235,10 @@ static void small_run_end(SmallRun *small) {
 // Loss of the batch; with gradients also the gradients.
 static double batch_loss(Model *model, Activations *acts, const Sample *samples, int gradients) {
     Losses losses;
-    LossDivisors divisors = {0, 0, 0};
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
     memset(&losses, 0, sizeof losses);
     for (int i = 0; i < SMALL_BATCH; i++)
-        divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, SMALL_LOSS.eos_coef);
+        divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, &SMALL_LOSS);
     if (gradients) zero_gradients(model);
     for (int i = 0; i < SMALL_BATCH; i++) {
         acts->dropout.p = model->config.dropout, acts->dropout.seed = 11, acts->dropout.step = 5,
@@ -1720,8 +1720,10 @@ static void dump_matches(const TruthDump *dump, const Model *model, int *match, 
     check(entry != NULL, "%s: has no \"%s\"", dump->folder, name);
     if (!entry) return;
     int64_t pairs = entry->count / 2 / L;
-    for (int64_t at = 0; at < L * pairs; at++)
-        match[at / pairs * Q + (int)safetensors_element(entry, 2 * at)] = (int)safetensors_element(entry, 2 * at + 1);
+    for (int64_t at = 0; at < L * pairs; at++) {
+        const int query = (int)safetensors_element(entry, 2 * at);  // -1 where a layer has fewer pairs than others
+        if (query >= 0) match[at / pairs * Q + query] = (int)safetensors_element(entry, 2 * at + 1);
+    }
 }
 
 // set_loss() with the matches that PyTorch found.
@@ -1786,8 +1788,8 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
     }
     Activations acts;
     activations_create(&acts, model, largest, largest, 1);
-    LossDivisors divisors = {0, 0, 0};
-    for (int i = 0; i < DUMP_IMAGES; i++) divisors_add(&divisors, images[i].num_boxes, Q, loss_settings->eos_coef);
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
+    for (int i = 0; i < DUMP_IMAGES; i++) divisors_add(&divisors, images[i].num_boxes, Q, loss_settings);
     zero_gradients(model);
     for (int i = 0; i < DUMP_IMAGES; i++) {
         acts.dropout.p = model->config.dropout, acts.dropout.seed = seed, acts.dropout.step = (uint32_t)step,
@@ -1862,7 +1864,8 @@ static void test_dump(const char *folder, int half) {
                          dump_scalar(&dump, "settings.bbox_loss_coef"),
                          dump_scalar(&dump, "settings.giou_loss_coef"),
                          dump_scalar(&dump, "settings.eos_coef"),
-                         1};
+                         1,
+                         model.config.focal ? (int)dump_scalar(&dump, "settings.aux_matches") : 1};
     OptimizerSettings optimizer = {dump_scalar(&dump, "settings.lr"), dump_scalar(&dump, "settings.lr_backbone"),
                                    dump_scalar(&dump, "settings.weight_decay"),
                                    dump_scalar(&dump, "settings.clip_max_norm"), 0};

@@ -4100,6 +4100,7 @@ typedef struct {
     double class_loss_coef, bbox_loss_coef, giou_loss_coef;  // the loss's
     double eos_coef;                                         // of the class "no object", in softmax's cross-entropy
     int aux_loss;                                            // every decoder layer is trained, not only the last
+    int aux_matches;  // queries that a layer before the last matches with a target
 } LossSettings;
 
 // What one optimizer step measured, as DETR logs it: unweighted, entry dec_layers - 1 is the final layer.
@@ -4121,19 +4122,23 @@ typedef struct {
     const int *classes;
 } Targets;
 
-// What the sums of a step are divided by, added up over its images. All of it follows from the targets alone: every
-// layer of every image matches min(boxes, queries) queries. So it is known before the first forward pass, and the
-// gradients of any number of images can be added up without rescaling anything later.
+// What the sums of a step are divided by, added up over its images; [0] in the final decoder layer, [1] in those
+// before, where every box counts aux_matches times. All of it follows from the targets alone: every layer of every
+// image matches min(boxes, queries) queries. So it is known before the first forward pass, and the gradients of any
+// number of images can be added up without rescaling anything later.
 typedef struct {
-    double boxes;    // all target boxes; the losses divide by at least 1
-    double weights;  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
+    double boxes[2];    // all target boxes; the losses divide by at least 1
+    double weights[2];  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
     double images;
 } LossDivisors;
 
-static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, double eos_coef) {
-    int matched = num_boxes < num_queries ? num_boxes : num_queries;
-    divisors->boxes += num_boxes;
-    divisors->weights += matched + eos_coef * (num_queries - matched);
+static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, const LossSettings *settings) {
+    for (int aux = 0; aux < 2; aux++) {
+        const int boxes = aux ? settings->aux_matches * num_boxes : num_boxes,
+                  matched = boxes < num_queries ? boxes : num_queries;
+        divisors->boxes[aux] += boxes;
+        divisors->weights[aux] += matched + settings->eos_coef * (num_queries - matched);
+    }
     divisors->images++;
 }
 
@@ -4252,11 +4257,12 @@ static void class_costs(double *costs, const real *logits, const ModelConfig *co
 
 // Matches the queries of one decoder layer with the targets at the least total cost
 //   cost_bbox * |b - t|_1 + cost_class * (class cost) - cost_giou * GIoU(b, t).
-// match: (num_queries), the target of each query or -1. Every target finds a query, or every query a target if there
-// are more targets. logits: (num_queries, num_logits); boxes: (num_queries, 4).
+// match: (num_queries), the target of each query or -1. Every target finds `times` queries, or every query a target if
+// there are fewer queries. logits: (num_queries, num_logits); boxes: (num_queries, 4).
 static void match_queries(Activations *acts, int *match, const real *logits, const real *boxes,
-                          const ModelConfig *config, Targets targets, const LossSettings *settings) {
-    int T = targets.num_boxes, Q = config->num_queries, transposed = T > Q;
+                          const ModelConfig *config, Targets targets, int times, const LossSettings *settings) {
+    const int N = targets.num_boxes;
+    int T = times * N, Q = config->num_queries, transposed = T > Q;
     int rows = transposed ? Q : T, columns = transposed ? T : Q;
     size_t costs = (size_t)T * (size_t)Q;
     size_t needed = costs + (size_t)(rows + 2 * columns) + (size_t)(3 * columns + rows + 1) / 2;
@@ -4273,20 +4279,20 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
         double box[4] = {(double)boxes[4 * q], (double)boxes[4 * q + 1], (double)boxes[4 * q + 2],
                          (double)boxes[4 * q + 3]};
         for (int t = 0; t < T; t++) {
-            const double *target = targets.boxes + 4 * t;
+            const double *target = targets.boxes + 4 * (t % N);
             double distance = 0;
             for (int i = 0; i < 4; i++) distance += fabs(box[i] - target[i]);
             cost[transposed ? (size_t)q * (size_t)T + (size_t)t : (size_t)t * (size_t)Q + (size_t)q] =
-                settings->cost_bbox * distance + settings->cost_class * of_class[targets.classes[t]] -
+                settings->cost_bbox * distance + settings->cost_class * of_class[targets.classes[t % N]] -
                 settings->cost_giou * generalized_iou(box, target, NULL);
         }
     }
     assign(column_of_row, cost, rows, columns, workspace);
     for (int i = 0; i < rows; i++) {
         if (transposed)
-            match[i] = column_of_row[i];
+            match[i] = column_of_row[i] % N;
         else
-            match[column_of_row[i]] = i;
+            match[column_of_row[i]] = i % N;
     }
 }
 
@@ -4296,10 +4302,10 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
 //                  d/dz = w (softmax - onehot) / divisors.weights
 //   focal:         the sum over classes of focal_loss / divisors.boxes
 static double class_loss(real *dlogits, const real *z, int label, const ModelConfig *config, LossDivisors divisors,
-                         const LossSettings *settings, double weight, double *probabilities) {
+                         int aux, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config);
     if (config->focal) {
-        double sum = 0, num_boxes = fmax(divisors.boxes, 1), derivative;
+        double sum = 0, num_boxes = fmax(divisors.boxes[aux], 1), derivative;
         for (int c = 0; c < classes; c++) {
             sum += focal_loss((double)z[c], c == label, &derivative);
             dlogits[c] = (real)(weight * derivative / num_boxes);
@@ -4307,7 +4313,7 @@ static double class_loss(real *dlogits, const real *z, int label, const ModelCon
         return sum / num_boxes;
     }
     const double log_sum = softmax_row(probabilities, z, classes),
-                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights;
+                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights[aux];
     for (int c = 0; c < classes; c++) dlogits[c] = (real)(weight * w * (probabilities[c] - (c == label)));
     return w * (log_sum - (double)z[label]);
 }
@@ -4322,12 +4328,12 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
                        LossDivisors divisors, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config), no_object = config->num_labels;
     int objects = 0;
-    double num_boxes = fmax(divisors.boxes, 1);
+    double num_boxes = fmax(divisors.boxes[!is_final], 1);
     for (int q = 0; q < config->num_queries; q++) {
         const real *z = logits + (size_t)q * (size_t)classes;
         int target = match[q], label = target >= 0 ? targets.classes[target] : no_object, best = 0;
-        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, settings,
-                                         weight * settings->class_loss_coef, probabilities);
+        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, !is_final,
+                                         settings, weight * settings->class_loss_coef, probabilities);
         for (int c = 1; c < classes; c++)
             if (z[c] > z[best]) best = c;
         objects += config->focal ? z[best] > 0 : best != no_object;
@@ -4350,7 +4356,8 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
 }
 
 // The loss of one image over all decoder layers, from acts->logits and acts->boxes; writes acts->match, dlogits,
-// dboxes.
+// dboxes. The layers before the last match each target with aux_matches queries: more queries learn what an object is
+// (the hybrid layer scheme of Jia et al. 2023), and the last layer alone learns to leave one of them.
 static void set_loss(const Model *model, Activations *acts, Targets targets, LossDivisors divisors,
                      const LossSettings *settings, Losses *losses) {
     const double begin = profile_begin();
@@ -4359,7 +4366,8 @@ static void set_loss(const Model *model, Activations *acts, Targets targets, Los
         size_t row = (size_t)l * (size_t)config->num_queries, place = row * (size_t)num_logits(config);
         const real *logits = acts->logits + place, *boxes = acts->boxes + row * 4;
         int is_final = l == config->dec_layers - 1;
-        match_queries(acts, acts->match + row, logits, boxes, config, targets, settings);
+        match_queries(acts, acts->match + row, logits, boxes, config, targets, is_final ? 1 : settings->aux_matches,
+                      settings);
         layer_loss(losses, acts->dlogits + place, acts->dboxes + row * 4, logits, boxes, acts->match + row, l, config,
                    is_final, targets, divisors, settings, is_final || settings->aux_loss, acts->probabilities);
     }
@@ -4802,10 +4810,10 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
         calibrate_norms(model, samples, batch < TRACK_IMAGES ? batch : TRACK_IMAGES, TRACK_SHARE);
         model_pack(model);
     }
-    LossDivisors divisors = {0, 0, 0};
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
     for (int i = 0; i < batch; i++)
         if (samples[i].image.pixels)
-            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings->eos_coef);
+            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings);
     memset(losses, 0, sizeof *losses);
     zero_gradients(model);
     for (int i = 0; i < batch; i++) {
@@ -4849,8 +4857,8 @@ static void predict_image(const Model *model, Activations *acts, const Image *im
 static void evaluation_losses(const Model *model, Activations *acts, const LossSettings *settings, const Sample *sample,
                               Losses *losses) {
     Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
-    LossDivisors divisors = {0, 0, 0};
-    divisors_add(&divisors, targets.num_boxes, model->config.num_queries, settings->eos_coef);
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
+    divisors_add(&divisors, targets.num_boxes, model->config.num_queries, settings);
     memset(losses, 0, sizeof *losses);
     set_loss(model, acts, targets, divisors, settings, losses);
     losses_finish(losses, model->config.dec_layers, settings);

@@ -904,7 +904,8 @@ static LossSettings loss_from_flags(const Settings *settings, const ModelConfig 
                          flag_number(settings, "bbox_loss_coef"),
                          flag_number(settings, "giou_loss_coef"),
                          flag_number(settings, "eos_coef"),
-                         !flag_on(settings, "no_aux_loss")};
+                         !flag_on(settings, "no_aux_loss"),
+                         (int)flag_int64(settings, "aux_matches")};
     return loss;
 }
 
@@ -1286,7 +1287,7 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
 static int command_bench(Settings *settings, Error *error) {
     const char *size = flag_text(settings, "size"), *json_path = flag_text(settings, "json");
     ModelConfig config = config_from_flags(settings);
-    LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss")};
+    LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss"), 1};
     Model model;
     Activations acts;
     int height, width, used = 0, batch = flag_int(settings, "batch_size");

@@ -67,6 +67,8 @@ static const Flag FLAGS[] = {
     {"set_cost_giou", NUMBER, "X", "2", 0, 1e6, TRAIN, "matching: weight of generalized IoU"},
     {"bbox_loss_coef", NUMBER, "X", "5", 0, 1e6, TRAIN, "loss: weight of the boxes' L1 distance"},
     {"giou_loss_coef", NUMBER, "X", "2", 0, 1e6, TRAIN, "loss: weight of generalized IoU"},
+    {"aux_matches", INTEGER, "N", "1", 1, 100, TRAIN,
+     "matching: queries for each object in the decoder layers before the last; the last has one"},
     {"eos_coef", NUMBER, "X", "0.1", 0, 1e6, TRAIN, "softmax: weight of the class \"no object\""},
 
     {"lr", NUMBER, "X", "1e-4", 0, 1e3, TRAIN, "learning rate"},
