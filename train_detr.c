@@ -4100,7 +4100,7 @@ typedef struct {
     double class_loss_coef, bbox_loss_coef, giou_loss_coef;  // the loss's
     double eos_coef;                                         // of the class "no object", in softmax's cross-entropy
     int aux_loss;                                            // every decoder layer is trained, not only the last
-    int aux_matches;  // queries that a layer before the last matches with a target
+    int aux_matches;  // queries that each of the first layers matches with a target
 } LossSettings;
 
 // What one optimizer step measured, as DETR logs it: unweighted, entry dec_layers - 1 is the final layer.
@@ -4122,22 +4122,27 @@ typedef struct {
     const int *classes;
 } Targets;
 
-// What the sums of a step are divided by, added up over its images; [0] in the final decoder layer, [1] in those
-// before, where every box counts aux_matches times. All of it follows from the targets alone: every layer of every
-// image matches min(boxes, queries) queries. So it is known before the first forward pass, and the gradients of any
-// number of images can be added up without rescaling anything later.
+// What the sums of a step are divided by, added up over its images; [1] in the decoder layers that match a box with
+// aux_matches queries, see has_many(), [0] in the others. All of it follows from the targets alone: every layer of
+// every image matches min(boxes, queries) queries. So it is known before the first forward pass, and the gradients of
+// any number of images can be added up without rescaling anything later.
 typedef struct {
     double boxes[2];    // all target boxes; the losses divide by at least 1
     double weights[2];  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
     double images;
 } LossDivisors;
 
+// Whether a decoder layer is one of the first half, which --aux_matches lets match a box with several queries: more of
+// them are told what an object is and where. The second half learns to leave one (the hybrid layer scheme of Jia et al.
+// 2023, "DETRs with Hybrid Matching").
+static int has_many(const ModelConfig *config, int l) { return l < config->dec_layers / 2; }
+
 static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, const LossSettings *settings) {
-    for (int aux = 0; aux < 2; aux++) {
-        const int boxes = aux ? settings->aux_matches * num_boxes : num_boxes,
+    for (int many = 0; many < 2; many++) {
+        const int boxes = many ? settings->aux_matches * num_boxes : num_boxes,
                   matched = boxes < num_queries ? boxes : num_queries;
-        divisors->boxes[aux] += boxes;
-        divisors->weights[aux] += matched + settings->eos_coef * (num_queries - matched);
+        divisors->boxes[many] += boxes;
+        divisors->weights[many] += matched + settings->eos_coef * (num_queries - matched);
     }
     divisors->images++;
 }
@@ -4302,10 +4307,10 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
 //                  d/dz = w (softmax - onehot) / divisors.weights
 //   focal:         the sum over classes of focal_loss / divisors.boxes
 static double class_loss(real *dlogits, const real *z, int label, const ModelConfig *config, LossDivisors divisors,
-                         int aux, const LossSettings *settings, double weight, double *probabilities) {
+                         int many, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config);
     if (config->focal) {
-        double sum = 0, num_boxes = fmax(divisors.boxes[aux], 1), derivative;
+        double sum = 0, num_boxes = fmax(divisors.boxes[many], 1), derivative;
         for (int c = 0; c < classes; c++) {
             sum += focal_loss((double)z[c], c == label, &derivative);
             dlogits[c] = (real)(weight * derivative / num_boxes);
@@ -4313,7 +4318,7 @@ static double class_loss(real *dlogits, const real *z, int label, const ModelCon
         return sum / num_boxes;
     }
     const double log_sum = softmax_row(probabilities, z, classes),
-                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights[aux];
+                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights[many];
     for (int c = 0; c < classes; c++) dlogits[c] = (real)(weight * w * (probabilities[c] - (c == label)));
     return w * (log_sum - (double)z[label]);
 }
@@ -4328,11 +4333,12 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
                        LossDivisors divisors, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config), no_object = config->num_labels;
     int objects = 0;
-    double num_boxes = fmax(divisors.boxes[!is_final], 1);
+    const int many = has_many(config, l);
+    double num_boxes = fmax(divisors.boxes[many], 1);
     for (int q = 0; q < config->num_queries; q++) {
         const real *z = logits + (size_t)q * (size_t)classes;
         int target = match[q], label = target >= 0 ? targets.classes[target] : no_object, best = 0;
-        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, !is_final,
+        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, many,
                                          settings, weight * settings->class_loss_coef, probabilities);
         for (int c = 1; c < classes; c++)
             if (z[c] > z[best]) best = c;
@@ -4356,8 +4362,7 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
 }
 
 // The loss of one image over all decoder layers, from acts->logits and acts->boxes; writes acts->match, dlogits,
-// dboxes. The layers before the last match each target with aux_matches queries: more queries learn what an object is
-// (the hybrid layer scheme of Jia et al. 2023), and the last layer alone learns to leave one of them.
+// dboxes.
 static void set_loss(const Model *model, Activations *acts, Targets targets, LossDivisors divisors,
                      const LossSettings *settings, Losses *losses) {
     const double begin = profile_begin();
@@ -4366,8 +4371,8 @@ static void set_loss(const Model *model, Activations *acts, Targets targets, Los
         size_t row = (size_t)l * (size_t)config->num_queries, place = row * (size_t)num_logits(config);
         const real *logits = acts->logits + place, *boxes = acts->boxes + row * 4;
         int is_final = l == config->dec_layers - 1;
-        match_queries(acts, acts->match + row, logits, boxes, config, targets, is_final ? 1 : settings->aux_matches,
-                      settings);
+        match_queries(acts, acts->match + row, logits, boxes, config, targets,
+                      has_many(config, l) ? settings->aux_matches : 1, settings);
         layer_loss(losses, acts->dlogits + place, acts->dboxes + row * 4, logits, boxes, acts->match + row, l, config,
                    is_final, targets, divisors, settings, is_final || settings->aux_loss, acts->probabilities);
     }

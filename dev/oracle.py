@@ -456,7 +456,7 @@ def criterion(logits, pred_boxes, targets, settings, margins, given=None, focal=
     log, total, matches = {}, 0, [[] for _ in targets]
     for layer in [layers - 1, *range(layers - 1)]:  # the final layer first, then the auxiliary ones, as DETR does
         suffix = "" if layer == layers - 1 else f"_{layer}"
-        times = 1 if layer == layers - 1 else settings.get("aux_matches", 1)
+        times = settings.get("aux_matches", 1) if layer < layers // 2 else 1
         num_boxes = max(1, times * sum(len(labels) for labels, _ in targets))
         wanted = torch.full((images, queries), num_labels)
         l1 = giou = correct = cardinality_error = 0

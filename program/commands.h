@@ -573,10 +573,10 @@ static void training_warn(const Training *run) {
                 "warning: %d images have more boxes than the %d queries (up to %d): the rest of their boxes cannot be "
                 "learned; --num_queries %d would do\n",
                 crowded, run->network.config.num_queries, most, most);
-    if (run->from_scratch && run->train.num_images < 10000)
+    if (run->from_scratch && !run->network.config.anchor && run->train.num_images < 10000)
         fprintf(stderr,
                 "warning: %d images are few for a DETR from scratch: it will need hundreds of epochs; --pretrained "
-                "starts from weights, --preset demo or small from a smaller network\n",
+                "starts from weights, and --preset small is a recipe for few pictures\n",
                 run->train.num_images);
     if (run->train.num_targets == 0) fprintf(stderr, "warning: %s has no box to train on\n", run->train.source);
 }
