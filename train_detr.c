@@ -15,8 +15,8 @@ Read it downward; the rooms follow an image on its way to a loss and back:
     Layers         attention, layer norm, max pooling, positions, dropout
     Model          configuration, the table of parameters, forward and backward of one image
     Set loss       boxes, generalized IoU, matching, cross-entropy
-    Optimizer      AdamW in two groups, clipping, schedule, averaged weights, the training step
     Calibration    statistics for the frozen norms of a network without a pretrained backbone
+    Optimizer      AdamW in two groups, clipping, schedule, averaged weights, the training step
     main           and the program around it, in program/: flags, checkpoints, commands
 
 Three decisions carry all of it. An activation is rows of channels: an image is (height * width, channels), a sequence
@@ -3104,6 +3104,7 @@ typedef struct {
     int training;        // packed_backward, gradients and optimizer state exist
     int train_backbone;  // --lr_backbone is not 0
     int from_scratch;    // no pretrained weights: stem, first stage and the norms' scale and bias are trained too
+    int track_norms;     // --norm_init track: the frozen norms' statistics follow the pictures of the training
     Layer **layers;      // every layer that has weights to pack
     int num_layers;
     Layer stem;
@@ -4303,6 +4304,7 @@ typedef struct {
     double class_loss_coef, bbox_loss_coef, giou_loss_coef;  // the loss's
     double eos_coef;                                         // of the class "no object", in softmax's cross-entropy
     int aux_loss;                                            // every decoder layer is trained, not only the last
+    int aux_matches;  // queries that each of the first layers matches with a target
 } LossSettings;
 
 // What one optimizer step measured, as DETR logs it: unweighted, entry dec_layers - 1 is the final layer.
@@ -4324,19 +4326,28 @@ typedef struct {
     const int *classes;
 } Targets;
 
-// What the sums of a step are divided by, added up over its images. All of it follows from the targets alone: every
-// layer of every image matches min(boxes, queries) queries. So it is known before the first forward pass, and the
-// gradients of any number of images can be added up without rescaling anything later.
+// What the sums of a step are divided by, added up over its images; [1] in the decoder layers that match a box with
+// aux_matches queries, see has_many(), [0] in the others. All of it follows from the targets alone: every layer of
+// every image matches min(boxes, queries) queries. So it is known before the first forward pass, and the gradients of
+// any number of images can be added up without rescaling anything later.
 typedef struct {
-    double boxes;    // all target boxes; the losses divide by at least 1
-    double weights;  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
+    double boxes[2];    // all target boxes; the losses divide by at least 1
+    double weights[2];  // the cross-entropy's class weights: matched + eos_coef * unmatched queries
     double images;
 } LossDivisors;
 
-static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, double eos_coef) {
-    int matched = num_boxes < num_queries ? num_boxes : num_queries;
-    divisors->boxes += num_boxes;
-    divisors->weights += matched + eos_coef * (num_queries - matched);
+// Whether a decoder layer is one of the first half, which --aux_matches lets match a box with several queries: more of
+// them are told what an object is and where. The second half learns to leave one (the hybrid layer scheme of Jia et al.
+// 2023, "DETRs with Hybrid Matching").
+static int has_many(const ModelConfig *config, int l) { return l < config->dec_layers / 2; }
+
+static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries, const LossSettings *settings) {
+    for (int many = 0; many < 2; many++) {
+        const int boxes = many ? settings->aux_matches * num_boxes : num_boxes,
+                  matched = boxes < num_queries ? boxes : num_queries;
+        divisors->boxes[many] += boxes;
+        divisors->weights[many] += matched + settings->eos_coef * (num_queries - matched);
+    }
     divisors->images++;
 }
 
@@ -4455,11 +4466,12 @@ static void class_costs(double *costs, const real *logits, const ModelConfig *co
 
 // Matches the queries of one decoder layer with the targets at the least total cost
 //   cost_bbox * |b - t|_1 + cost_class * (class cost) - cost_giou * GIoU(b, t).
-// match: (num_queries), the target of each query or -1. Every target finds a query, or every query a target if there
-// are more targets. logits: (num_queries, num_logits); boxes: (num_queries, 4).
+// match: (num_queries), the target of each query or -1. Every target finds `times` queries, or every query a target if
+// there are fewer queries. logits: (num_queries, num_logits); boxes: (num_queries, 4).
 static void match_queries(Activations *acts, int *match, const real *logits, const real *boxes,
-                          const ModelConfig *config, Targets targets, const LossSettings *settings) {
-    int T = targets.num_boxes, Q = config->num_queries, transposed = T > Q;
+                          const ModelConfig *config, Targets targets, int times, const LossSettings *settings) {
+    const int N = targets.num_boxes;
+    int T = times * N, Q = config->num_queries, transposed = T > Q;
     int rows = transposed ? Q : T, columns = transposed ? T : Q;
     size_t costs = (size_t)T * (size_t)Q;
     size_t needed = costs + (size_t)(rows + 2 * columns) + (size_t)(3 * columns + rows + 1) / 2;
@@ -4476,20 +4488,20 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
         double box[4] = {(double)boxes[4 * q], (double)boxes[4 * q + 1], (double)boxes[4 * q + 2],
                          (double)boxes[4 * q + 3]};
         for (int t = 0; t < T; t++) {
-            const double *target = targets.boxes + 4 * t;
+            const double *target = targets.boxes + 4 * (t % N);
             double distance = 0;
             for (int i = 0; i < 4; i++) distance += fabs(box[i] - target[i]);
             cost[transposed ? (size_t)q * (size_t)T + (size_t)t : (size_t)t * (size_t)Q + (size_t)q] =
-                settings->cost_bbox * distance + settings->cost_class * of_class[targets.classes[t]] -
+                settings->cost_bbox * distance + settings->cost_class * of_class[targets.classes[t % N]] -
                 settings->cost_giou * generalized_iou(box, target, NULL);
         }
     }
     assign(column_of_row, cost, rows, columns, workspace);
     for (int i = 0; i < rows; i++) {
         if (transposed)
-            match[i] = column_of_row[i];
+            match[i] = column_of_row[i] % N;
         else
-            match[column_of_row[i]] = i;
+            match[column_of_row[i]] = i % N;
     }
 }
 
@@ -4499,10 +4511,10 @@ static void match_queries(Activations *acts, int *match, const real *logits, con
 //                  d/dz = w (softmax - onehot) / divisors.weights
 //   focal:         the sum over classes of focal_loss / divisors.boxes
 static double class_loss(real *dlogits, const real *z, int label, const ModelConfig *config, LossDivisors divisors,
-                         const LossSettings *settings, double weight, double *probabilities) {
+                         int many, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config);
     if (config->focal) {
-        double sum = 0, num_boxes = fmax(divisors.boxes, 1), derivative;
+        double sum = 0, num_boxes = fmax(divisors.boxes[many], 1), derivative;
         for (int c = 0; c < classes; c++) {
             sum += focal_loss((double)z[c], c == label, &derivative);
             dlogits[c] = (real)(weight * derivative / num_boxes);
@@ -4510,7 +4522,7 @@ static double class_loss(real *dlogits, const real *z, int label, const ModelCon
         return sum / num_boxes;
     }
     const double log_sum = softmax_row(probabilities, z, classes),
-                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights;
+                 w = (label < config->num_labels ? 1 : settings->eos_coef) / divisors.weights[many];
     for (int c = 0; c < classes; c++) dlogits[c] = (real)(weight * w * (probabilities[c] - (c == label)));
     return w * (log_sum - (double)z[label]);
 }
@@ -4525,12 +4537,13 @@ static void layer_loss(Losses *losses, real *dlogits, real *dboxes, const real *
                        LossDivisors divisors, const LossSettings *settings, double weight, double *probabilities) {
     const int classes = num_logits(config), no_object = config->num_labels;
     int objects = 0;
-    double num_boxes = fmax(divisors.boxes, 1);
+    const int many = has_many(config, l);
+    double num_boxes = fmax(divisors.boxes[many], 1);
     for (int q = 0; q < config->num_queries; q++) {
         const real *z = logits + (size_t)q * (size_t)classes;
         int target = match[q], label = target >= 0 ? targets.classes[target] : no_object, best = 0;
-        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, settings,
-                                         weight * settings->class_loss_coef, probabilities);
+        losses->loss_ce[l] += class_loss(dlogits + (size_t)q * (size_t)classes, z, label, config, divisors, many,
+                                         settings, weight * settings->class_loss_coef, probabilities);
         for (int c = 1; c < classes; c++)
             if (z[c] > z[best]) best = c;
         objects += config->focal ? z[best] > 0 : best != no_object;
@@ -4562,7 +4575,8 @@ static void set_loss(const Model *model, Activations *acts, Targets targets, Los
         size_t row = (size_t)l * (size_t)config->num_queries, place = row * (size_t)num_logits(config);
         const real *logits = acts->logits + place, *boxes = acts->boxes + row * 4;
         int is_final = l == config->dec_layers - 1;
-        match_queries(acts, acts->match + row, logits, boxes, config, targets, settings);
+        match_queries(acts, acts->match + row, logits, boxes, config, targets,
+                      has_many(config, l) ? settings->aux_matches : 1, settings);
         layer_loss(losses, acts->dlogits + place, acts->dboxes + row * 4, logits, boxes, acts->match + row, l, config,
                    is_final, targets, divisors, settings, is_final || settings->aux_loss, acts->probabilities);
     }
@@ -4577,6 +4591,166 @@ static void losses_finish(Losses *losses, int dec_layers, const LossSettings *se
         losses->loss += settings->class_loss_coef * losses->loss_ce[l] +
                         settings->bbox_loss_coef * losses->loss_bbox[l] +
                         settings->giou_loss_coef * losses->loss_giou[l];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Calibration: statistics for frozen norms when there is no pretrained backbone
+
+// ImageNet's mean and deviation, as every published backbone expects: (height * width, 3) bytes to reals.
+static const double PIXEL_MEAN[3] = {0.485, 0.456, 0.406}, PIXEL_STD[3] = {0.229, 0.224, 0.225};
+
+static void normalise_pixels(real *pixels, const Image *image) {
+    const double begin = profile_begin();
+    real table[3][256];
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+    // volatile: look-ups one after the other take a third of the time of look-ups that a compiler packs into vectors
+    const volatile unsigned char *bytes = image->pixels;
+    for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
+        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][bytes[3 * i + c]];
+    profile_end(begin, "pixels normalised", "", 0, sizeof(real) * 3.75 * image->width * image->height);
+}
+
+typedef struct {
+    int height, width;
+    real *data;  // (height * width, channels)
+} FeatureMap;
+
+// sums[n] += the sum over a map's pixels of channel n, or with `mean` of its squared distance from mean[n]; pixel after
+// pixel, whichever thread has the channel.
+static void add_channels(double *sums, const FeatureMap *map, const double *mean, int C) {
+    enum { CHUNK = 16 };
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < C; first += CHUNK) {
+        const int end = first + CHUNK < C ? first + CHUNK : C;
+        for (int p = 0; p < map->height * map->width; p++) {
+            const real *y = map->data + (size_t)p * (size_t)C;
+            for (int n = first; n < end; n++) {
+                const double difference = (double)y[n] - (mean ? mean[n] : 0);
+                sums[n] += mean ? difference * difference : difference;
+            }
+        }
+    }
+}
+
+// Runs one convolution over all maps, moves its norm's statistics by `share` of the way (1: all of it) to the mean and
+// variance of what comes out, and applies the norm: out = relu?(norm(x W) (+ add)). in may be the same maps as out.
+static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in, const FeatureMap *add, int relu,
+                            int count, double share) {
+    const int C = layer->shape.out_channels;
+    Param *const norm[4] = {layer->norm_weight, layer->norm_bias, layer->norm_mean, layer->norm_variance};
+    const real nothing[4] = {1, 0, 0, (real)(1 - 1e-5)};  // of a norm that changes nothing
+    double *sum = (double *)allocate(6 * (size_t)C * sizeof(double)), *squares = sum + C, *before = squares + C,
+           pixels = 0;
+    for (int n = 0; n < 4 * C; n++)
+        before[n] = (double)norm[n / C]->value[n % C], norm[n / C]->value[n % C] = nothing[n / C];
+    layer_pack(layer);
+    for (int i = 0; i < count; i++) {
+        FeatureMap y = {conv_size(in[i].height, layer->shape), conv_size(in[i].width, layer->shape), NULL};
+        y.data = (real *)allocate((size_t)y.height * (size_t)y.width * (size_t)C * sizeof(real));
+        layer_forward(y.data, in[i].data, in[i].height, in[i].width, layer, 0, NULL);
+        add_channels(sum, &y, NULL, C);
+        pixels += (double)y.height * y.width;
+        if (out == in) free(in[i].data);
+        out[i] = y;
+    }
+    for (int n = 0; n < C; n++) sum[n] /= pixels;
+    for (int i = 0; i < count; i++) add_channels(squares, &out[i], sum, C);
+    for (int n = 0; n < C; n++) {
+        norm[0]->value[n] = (real)before[n], norm[1]->value[n] = (real)before[C + n];
+        norm[2]->value[n] = (real)(float)((1 - share) * before[2 * C + n] + share * sum[n]);
+        norm[3]->value[n] = (real)(float)((1 - share) * before[3 * C + n] + share * squares[n] / pixels);
+    }
+    layer_pack(layer);
+    for (int i = 0; i < count; i++) {
+#pragma omp parallel for schedule(static)
+        for (int p = 0; p < out[i].height * out[i].width; p++) {
+            for (int n = 0; n < C; n++) {
+                const size_t at = (size_t)p * (size_t)C + (size_t)n;
+                const real y = out[i].data[at] * layer->scale[n] + layer->folded_bias[n] + (add ? add[i].data[at] : 0);
+                out[i].data[at] = relu && y < 0 ? 0 : y;
+            }
+        }
+    }
+    free(sum);
+}
+
+// Gives the frozen batch norms, layer after layer, the statistics of their inputs over `count` pictures, so that a
+// network that starts from random weights passes on signals of unit variance. It stays a frozen-norm network: no image
+// depends on another, and transformers opens it. share: how far the statistics move from what they were, 1 before
+// training. Samples without pixels (unreadable) are left out; with none the statistics stay.
+static void calibrate_norms(Model *model, const Sample *samples, int count, double share) {
+    if (model->config.half) {  // in 32 bits all the same: both precisions start from one network
+        Model twin;
+        ModelConfig config = model->config;
+        Error unused;
+        config.half = 0;
+        if (model_create(&twin, &config, 0, 0, 0, &unused) != 0) return;
+        for (int i = 0; i < twin.num_params; i++)
+            memcpy(twin.params[i]->value, model->params[i]->value, twin.params[i]->count * sizeof(real));
+        calibrate_norms(&twin, samples, count, share);
+        for (int i = 0; i < twin.num_params; i++)
+            memcpy(model->params[i]->value, twin.params[i]->value, twin.params[i]->count * sizeof(real));
+        model_free(&twin);
+        return;
+    }
+    FeatureMap *maps = (FeatureMap *)allocate(3 * (size_t)count * sizeof(FeatureMap)), *inner = maps + count,
+               *shortcut = inner + count;
+    int images = 0;
+    for (int i = 0; i < count; i++) {
+        const Image *image = &samples[i].image;
+        if (!image->pixels) continue;
+        FeatureMap map = {image->height, image->width, NULL};
+        map.data = (real *)allocate((size_t)map.height * (size_t)map.width * 3 * sizeof(real));
+        normalise_pixels(map.data, image);
+        maps[images++] = map;
+    }
+    if (images == 0) {
+        free(maps);
+        return;
+    }
+    calibrate_layer(&model->stem, maps, maps, NULL, 1, images, share);
+    for (int i = 0; i < images; i++) {
+        FeatureMap pooled = {(maps[i].height + 1) / 2, (maps[i].width + 1) / 2, NULL};
+        size_t pooled_count = (size_t)pooled.height * (size_t)pooled.width * (size_t)model->config.stem_width;
+        unsigned char *argmax = (unsigned char *)allocate(pooled_count);
+        pooled.data = (real *)allocate(pooled_count * sizeof(real));
+        maxpool_forward(pooled.data, argmax, maps[i].data, maps[i].height, maps[i].width, model->config.stem_width, 0);
+        free(argmax);
+        free(maps[i].data);
+        maps[i] = pooled;
+    }
+    for (int b = 0; b < model->num_blocks; b++) {
+        Block *block = &model->blocks[b];
+        int last = block->num_convs - 1;
+        if (block->has_shortcut) calibrate_layer(&block->shortcut, shortcut, maps, NULL, 0, images, share);
+        calibrate_layer(&block->conv[0], inner, maps, NULL, 1, images, share);
+        for (int j = 1; j <= last; j++)
+            calibrate_layer(&block->conv[j], inner, inner,
+                            j < last              ? NULL
+                            : block->has_shortcut ? shortcut
+                                                  : maps,
+                            j <= last, images, share);
+        for (int i = 0; i < images; i++) {
+            free(maps[i].data);
+            if (block->has_shortcut) free(shortcut[i].data);
+            maps[i] = inner[i];
+        }
+    }
+    for (int i = 0; i < images; i++) free(maps[i].data);
+    free(maps);
+}
+
+// --norm_init track calibrates again during training, with the pictures that are there anyway: so often, with so many
+// of the batch, and so far.
+enum { TRACK_STEPS = 8, TRACK_IMAGES = 4 };
+static const double TRACK_SHARE = 0.5;
+
+// Bytes that calibrate_norms takes for TRACK_IMAGES pictures of (height, width), at most: the picture with the stem's
+// map, or the maps of the first stage.
+static double calibration_bytes(const Model *model, int height, int width) {
+    const double stem = 3 + model->config.stem_width / 4.0, stage = 4 * model->config.widths[0] / 16.0;
+    return TRACK_IMAGES * sizeof(real) * (stem > stage ? stem : stage) * height * width;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4715,6 +4889,31 @@ static double gradient_norm(const Model *model) {
     return sqrt(total);
 }
 
+// --norm_init track: every filter of the backbone is moved back to mean 0 and to the length that He's initialisation
+// gives it, sqrt(2 in / out) (weight standardisation: Qiao et al. 2019; without batch statistics: Brock et al. 2021).
+// A norm that is constant within a step does not hold back what it is to norm: filters that grow, or that agree to
+// answer the mean of their input, which is positive behind a ReLU, would make each layer's output larger than the
+// one's before, by orders of magnitude in a hundred steps. What is left to the filter is its direction; its scale is
+// the norm's.
+static void standardise_filters(Model *model) {
+    for (int i = 0; i < model->num_layers; i++) {
+        Layer *layer = model->layers[i];
+        if (!layer->norm_weight) continue;
+        const int out = layer->shape.out_channels;
+        const size_t row = layer->weight->count / (size_t)out;
+        const double length = sqrt(2.0 * layer->shape.in_channels / out);
+#pragma omp parallel for schedule(static)
+        for (int n = 0; n < out; n++) {
+            real *filter = layer->weight->value + (size_t)n * row;
+            double mean = 0;
+            for (size_t k = 0; k < row; k++) mean += (double)filter[k] / (double)row;
+            for (size_t k = 0; k < row; k++) filter[k] -= (real)mean;
+            const real factor = (real)(length / fmax(sqrt(dot_product(filter, filter, row)), 1e-12));
+            for (size_t k = 0; k < row; k++) filter[k] *= factor;
+        }
+    }
+}
+
 // One AdamW step (Loshchilov and Hutter 2019; betas 0.9 and 0.999, eps 1e-8) with gradients clipped to clip_max_norm,
 // then every changed layer is packed again. step: number of steps taken before this one. grad_norm: gradient_norm().
 // The average follows the new values: ema += (1 - d) (value - ema) with d = min(ema_decay, step / (step + 9)), so that
@@ -4750,6 +4949,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
             for (size_t k = first; k < (ema ? end : first); k++) ema[k] += share * (value[k] - ema[k]);
         }
     }
+    if (model->track_norms) standardise_filters(model);
     profile_end(begin, "AdamW", "", 0, sizeof(real) * (model->ema.base ? 9.0 : 7.0) * (double)model->num_trained);
     pack_trained(model);
 }
@@ -4773,21 +4973,6 @@ static const char *first_nonfinite(const Model *model, const Activations *acts) 
         if (model->params[i]->trained && !is_finite_tensor(model->params[i]->grad, model->params[i]->count, 0))
             return model->params[i]->name;
     return NULL;
-}
-
-// ImageNet's mean and deviation, as every published backbone expects: (height * width, 3) bytes to reals.
-static const double PIXEL_MEAN[3] = {0.485, 0.456, 0.406}, PIXEL_STD[3] = {0.229, 0.224, 0.225};
-
-static void normalise_pixels(real *pixels, const Image *image) {
-    const double begin = profile_begin();
-    real table[3][256];
-    for (int c = 0; c < 3; c++)
-        for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
-    // volatile: look-ups one after the other take a third of the time of look-ups that a compiler packs into vectors
-    const volatile unsigned char *bytes = image->pixels;
-    for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
-        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][bytes[3 * i + c]];
-    profile_end(begin, "pixels normalised", "", 0, sizeof(real) * 3.75 * image->width * image->height);
 }
 
 // Lays out the activations for an image and writes its normalised pixels.
@@ -4823,15 +5008,21 @@ static void watch_boxes(const Model *model, const Activations *acts, Targets tar
 }
 
 // One optimizer step over a batch: the gradients of its images are added up one after another, in order, with divisors
-// that hold for the whole batch. Samples without pixels (unreadable) are left out. On a loss or gradient that is not
-// finite the weights stay as they are, and -1 comes back with the name of the first bad tensor.
+// that hold for the whole batch. --norm_init track: every TRACK_STEPS steps the frozen norms first go TRACK_SHARE of
+// the way to the statistics of the batch's first TRACK_IMAGES pictures; within a step they are constants. Samples
+// without pixels (unreadable) are left out. On a loss or gradient that is not finite the weights stay as they are, and
+// -1 comes back with the name of the first bad tensor.
 static int training_step(Model *model, Activations *acts, const LossSettings *loss_settings,
                          const OptimizerSettings *optimizer_settings, const Sample *samples, int batch, uint64_t seed,
                          int64_t step, Losses *losses, Error *error) {
-    LossDivisors divisors = {0, 0, 0};
+    if (model->track_norms && step > 0 && step % TRACK_STEPS == 0) {
+        calibrate_norms(model, samples, batch < TRACK_IMAGES ? batch : TRACK_IMAGES, TRACK_SHARE);
+        model_pack(model);
+    }
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
     for (int i = 0; i < batch; i++)
         if (samples[i].image.pixels)
-            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings->eos_coef);
+            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings);
     memset(losses, 0, sizeof *losses);
     zero_gradients(model);
     for (int i = 0; i < batch; i++) {
@@ -4882,122 +5073,12 @@ static void predict_image(const Model *model, Activations *acts, const Image *im
 static void evaluation_losses(const Model *model, Activations *acts, const LossSettings *settings, const Sample *sample,
                               Losses *losses) {
     Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
-    LossDivisors divisors = {0, 0, 0};
-    divisors_add(&divisors, targets.num_boxes, model->config.num_queries, settings->eos_coef);
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
+    divisors_add(&divisors, targets.num_boxes, model->config.num_queries, settings);
     memset(losses, 0, sizeof *losses);
     set_loss(model, acts, targets, divisors, settings, losses);
     losses_finish(losses, model->config.dec_layers, settings);
     watch_boxes(model, acts, targets, divisors.images, losses);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Calibration: statistics for frozen norms when there is no pretrained backbone
-
-typedef struct {
-    int height, width;
-    real *data;  // (height * width, channels)
-} FeatureMap;
-
-// Runs one convolution over all maps, sets its norm's statistics to the mean and variance that come out, and applies
-// the norm: out = relu?((x W - mean) / sqrt(variance + 1e-5) (+ add)). in may be the same maps as out.
-static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in, const FeatureMap *add, int relu,
-                            int count) {
-    int C = layer->shape.out_channels;
-    double *sum = (double *)allocate(2 * (size_t)C * sizeof(double)), *squares = sum + C, pixels = 0;
-    for (int n = 0; n < C; n++) layer->norm_mean->value[n] = 0, layer->norm_variance->value[n] = (real)(1 - 1e-5);
-    layer_pack(layer);
-    for (int i = 0; i < count; i++) {
-        FeatureMap y = {conv_size(in[i].height, layer->shape), conv_size(in[i].width, layer->shape), NULL};
-        y.data = (real *)allocate((size_t)y.height * (size_t)y.width * (size_t)C * sizeof(real));
-        layer_forward(y.data, in[i].data, in[i].height, in[i].width, layer, 0, NULL);
-        for (int p = 0; p < y.height * y.width; p++)
-            for (int n = 0; n < C; n++) sum[n] += (double)y.data[(size_t)p * (size_t)C + (size_t)n];
-        pixels += (double)y.height * y.width;
-        if (out == in) free(in[i].data);
-        out[i] = y;
-    }
-    for (int i = 0; i < count; i++)
-        for (int p = 0; p < out[i].height * out[i].width; p++)
-            for (int n = 0; n < C; n++) {
-                double difference = (double)out[i].data[(size_t)p * (size_t)C + (size_t)n] - sum[n] / pixels;
-                squares[n] += difference * difference;
-            }
-    for (int n = 0; n < C; n++) {
-        layer->norm_mean->value[n] = (real)(float)(sum[n] / pixels);
-        layer->norm_variance->value[n] = (real)(float)(squares[n] / pixels);
-    }
-    layer_pack(layer);
-    for (int i = 0; i < count; i++) {
-        for (size_t p = 0; p < (size_t)(out[i].height * out[i].width); p++) {
-            for (size_t n = 0; n < (size_t)C; n++) {
-                real *y = &out[i].data[p * (size_t)C + n];
-                *y = *y * layer->scale[n] + layer->folded_bias[n] + (add ? add[i].data[p * (size_t)C + n] : 0);
-                if (relu && *y < 0) *y = 0;
-            }
-        }
-    }
-    free(sum);
-}
-
-// Gives the frozen batch norms, layer after layer, the statistics of their inputs over `count` pictures, so that a
-// network that starts from random weights passes on signals of unit variance. It stays a frozen-norm network: no image
-// depends on another, and transformers opens it. norm scale and bias must be 1 and 0 (as initialised).
-static void calibrate_norms(Model *model, const Sample *samples, int count) {
-    if (model->config.half) {  // in 32 bits all the same: both precisions start from one network
-        Model twin;
-        ModelConfig config = model->config;
-        Error unused;
-        config.half = 0;
-        if (model_create(&twin, &config, 0, 0, 0, &unused) != 0) return;
-        for (int i = 0; i < twin.num_params; i++)
-            memcpy(twin.params[i]->value, model->params[i]->value, twin.params[i]->count * sizeof(real));
-        calibrate_norms(&twin, samples, count);
-        for (int i = 0; i < twin.num_params; i++)
-            memcpy(model->params[i]->value, twin.params[i]->value, twin.params[i]->count * sizeof(real));
-        model_free(&twin);
-        return;
-    }
-    FeatureMap *maps = (FeatureMap *)allocate(3 * (size_t)count * sizeof(FeatureMap)), *inner = maps + count,
-               *shortcut = inner + count;
-    int images = 0;
-    for (int i = 0; i < count; i++) {
-        const Image *image = &samples[i].image;
-        if (!image->pixels) continue;
-        FeatureMap map = {image->height, image->width, NULL};
-        map.data = (real *)allocate((size_t)map.height * (size_t)map.width * 3 * sizeof(real));
-        normalise_pixels(map.data, image);
-        maps[images++] = map;
-    }
-    calibrate_layer(&model->stem, maps, maps, NULL, 1, images);
-    for (int i = 0; i < images; i++) {
-        FeatureMap pooled = {(maps[i].height + 1) / 2, (maps[i].width + 1) / 2, NULL};
-        size_t pooled_count = (size_t)pooled.height * (size_t)pooled.width * (size_t)model->config.stem_width;
-        unsigned char *argmax = (unsigned char *)allocate(pooled_count);
-        pooled.data = (real *)allocate(pooled_count * sizeof(real));
-        maxpool_forward(pooled.data, argmax, maps[i].data, maps[i].height, maps[i].width, model->config.stem_width, 0);
-        free(argmax);
-        free(maps[i].data);
-        maps[i] = pooled;
-    }
-    for (int b = 0; b < model->num_blocks; b++) {
-        Block *block = &model->blocks[b];
-        int last = block->num_convs - 1;
-        if (block->has_shortcut) calibrate_layer(&block->shortcut, shortcut, maps, NULL, 0, images);
-        calibrate_layer(&block->conv[0], inner, maps, NULL, 1, images);
-        for (int j = 1; j <= last; j++)
-            calibrate_layer(&block->conv[j], inner, inner,
-                            j < last              ? NULL
-                            : block->has_shortcut ? shortcut
-                                                  : maps,
-                            j <= last, images);
-        for (int i = 0; i < images; i++) {
-            free(maps[i].data);
-            if (block->has_shortcut) free(shortcut[i].data);
-            maps[i] = inner[i];
-        }
-    }
-    for (int i = 0; i < images; i++) free(maps[i].data);
-    free(maps);
 }
 
 // Multiply-adds times two of one forward pass over an image: what benchmarks state speed in. *untrained: the share of

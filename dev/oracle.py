@@ -39,6 +39,7 @@ warnings.filterwarnings("ignore", message="TF32")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch.optim.swa_utils import AveragedModel
@@ -81,7 +82,7 @@ CASES = dict(
         detr=dict(d_model=24, heads=4, ffn=32, encoder_layers=1, decoder_layers=2, num_queries=6), num_classes=3,
         sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
     anchor=dict(
-        numpy_seed=104, settings=dict(dropout=0.1, cost_class=2, class_loss_coef=1.5), decoder="anchor", class_loss="focal",
+        numpy_seed=104, settings=dict(dropout=0.1, cost_class=2, class_loss_coef=1.5, aux_matches=2), decoder="anchor", class_loss="focal",
         backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12, 16], depths=[1, 1, 1, 1]),
         detr=dict(d_model=32, heads=8, ffn=24, encoder_layers=1, decoder_layers=3, num_queries=7), num_classes=4,
         sizes=[[(61, 139), (101, 58), (72, 52)], [(50, 64), (97, 41), (65, 120)]]),
@@ -410,13 +411,14 @@ def focal_losses(logits, positive):
 
 
 @torch.no_grad()
-def match(logits, pred_boxes, labels, boxes, settings, margins, focal):
+def match(logits, pred_boxes, labels, boxes, settings, margins, focal, times=1):
     """
-    One image, one layer: pairs (query, target), sorted by query, min(queries, targets) of them. focal: the class's cost is
+    One image, one layer: pairs (query, target), sorted by query, min(queries, times * targets) of them. focal: the class's cost is
     by how much the loss is larger if the query should say yes (Deformable DETR's matcher).
     """
     if len(labels) == 0:
         return torch.zeros(0, 2, dtype=torch.int64)
+    num_targets, labels, boxes = len(labels), labels.repeat(times), boxes.repeat(times, 1)
     of_class = focal_losses(logits, True) - focal_losses(logits, False) if focal else -logits.softmax(-1)
     cost = (settings["cost_class"] * of_class[:, labels]
             + settings["cost_bbox"] * (pred_boxes[:, None] - boxes[None]).abs().sum(-1)
@@ -425,9 +427,9 @@ def match(logits, pred_boxes, labels, boxes, settings, margins, focal):
     if margins:  # by how much the best assignment without one of these pairs costs more
         for row, column in zip(rows, columns):
             other = cost.copy()
-            other[row, column] = 1e6
+            other[row, column % num_targets::num_targets] = 1e6
             margins.add("matching", other[linear_sum_assignment(other)].sum() - cost[rows, columns].sum())
-    return torch.from_numpy(np.array(sorted(zip(rows, columns)), np.int64))
+    return torch.from_numpy(np.array(sorted(zip(rows, columns % num_targets)), np.int64))
 
 
 def classes_loss(logits, wanted, num_boxes, settings, focal):
@@ -451,15 +453,17 @@ def criterion(logits, pred_boxes, targets, settings, margins, given=None, focal=
     """
     images, layers, queries, classes = logits.shape
     num_labels = classes if focal else classes - 1
-    num_boxes = max(1, sum(len(labels) for labels, _ in targets))
     log, total, matches = {}, 0, [[] for _ in targets]
     for layer in [layers - 1, *range(layers - 1)]:  # the final layer first, then the auxiliary ones, as DETR does
         suffix = "" if layer == layers - 1 else f"_{layer}"
+        times = settings.get("aux_matches", 1) if layer < layers // 2 else 1
+        num_boxes = max(1, times * sum(len(labels) for labels, _ in targets))
         wanted = torch.full((images, queries), num_labels)
         l1 = giou = correct = cardinality_error = 0
         for image, (labels, boxes) in enumerate(targets):
             pairs = (given[image][layer] if given else
-                     match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins, focal))
+                     match(logits[image, layer], pred_boxes[image, layer], labels, boxes, settings, margins, focal, times))
+            pairs = pairs[pairs[:, 0] >= 0]
             matches[image].append(pairs)
             query, target = pairs[:, 0], pairs[:, 1]
             wanted[image, query] = labels[target]
@@ -571,7 +575,7 @@ def train(case, folder, batches, dtype, channels_last=False, margins=None, gener
         for index in range(len(images)):
             out[f"s{step}.i{index}.logits"] = logits[index].detach().double().numpy()
             out[f"s{step}.i{index}.pred_boxes"] = pred_boxes[index].detach().double().numpy()
-            out[f"s{step}.i{index}.matches"] = torch.stack(matches[index]).numpy()
+            out[f"s{step}.i{index}.matches"] = pad_sequence(matches[index], True, -1).numpy()
         out.update({f"s{step}.{name}": np.array([value]) for name, value in log.items()})
         for name, parameter in trained.items():
             out[f"s{step}.grad.{name}"] = parameter.grad.double().contiguous().numpy().copy()

@@ -571,6 +571,13 @@ static void check_frozen(const Model *model, int afresh) {
     if (freeze && model->num_trained == 0) usage_error("--freeze %s: nothing is left to train", freeze);
 }
 
+// Whether the run has --norm_init track; with pretrained weights, or a frozen backbone, there is nothing to follow.
+static int tracks_norms(const Training *run) {
+    const char *norm_init = flag_text(run->settings, "norm_init");
+    return run->from_scratch && norm_init && strcmp(norm_init, "track") == 0 &&
+           flag_number(run->settings, "lr_backbone") > 0;
+}
+
 // The network of a run that begins: its shape from --pretrained DIR or from the flags, its values from weights or from
 // the seed, its class head kept if it knows every class of the data set.
 static int training_begin(Training *run, Error *error) {
@@ -614,6 +621,7 @@ static int training_begin(Training *run, Error *error) {
     status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
                           run->from_scratch, error);
     if (status == 0) check_frozen(&network->model, !keep_head);
+    network->model.track_norms = tracks_norms(run);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
         char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
@@ -646,6 +654,7 @@ static int training_resume(Training *run, Error *error) {
     if (status == 0)
         status = model_create(model, &run->network.config, 1, flag_number(run->settings, "lr_backbone") > 0,
                               run->from_scratch, error);
+    model->track_norms = tracks_norms(run);
     if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
     if (status == 0) status = moments_read(model, moments, error);
     if (status == 0 && flag_number(run->settings, "ema") > 0) {
@@ -677,8 +686,10 @@ static int training_calibrate(Training *run, int height, int width, Error *error
         sample_make(&samples[i], &run->train, &plain, 0, (int)((int64_t)i * run->train.num_images / count));
         readable += samples[i].image.pixels != NULL;
     }
-    if (readable) calibrate_norms(&run->network.model, samples, count);
-    printf("norms      calibrated on %d training pictures\n", readable);
+    if (run->network.model.track_norms) standardise_filters(&run->network.model);
+    calibrate_norms(&run->network.model, samples, count, 1);
+    printf("norms      calibrated on %d training pictures%s\n", readable,
+           run->network.model.track_norms ? ", and following them" : "");
     Error why = samples[0].error;
     for (int i = 0; i < count; i++) sample_free(&samples[i]);
     free(samples);
@@ -697,6 +708,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
         {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
         {"average of the weights", NULL, (double)model->ema.used, 0},
         {"activations and workspace", NULL, (double)activations_bytes(model, height, width, 1), 0},
+        {"pictures the norms follow", NULL, model->track_norms ? calibration_bytes(model, height, width) : 0, 0},
         {"pictures read ahead", NULL, pictures, 0}};
     double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
         available = memory_free() + taken;
@@ -711,7 +723,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[4].value - rows[5].value;
+    double fixed = total - rows[4].value - pictures;
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
@@ -741,10 +753,10 @@ static void training_warn(const Training *run) {
                 "warning: %d images have more boxes than the %d queries (up to %d): the rest of their boxes cannot be "
                 "learned; --num_queries %d would do\n",
                 crowded, run->network.config.num_queries, most, most);
-    if (run->from_scratch && run->train.num_images < 10000)
+    if (run->from_scratch && !run->network.config.anchor && run->train.num_images < 10000)
         fprintf(stderr,
                 "warning: %d images are few for a DETR from scratch: it will need hundreds of epochs; --pretrained "
-                "starts from weights, --preset demo or small from a smaller network\n",
+                "starts from weights, and --preset small is a recipe for few pictures\n",
                 run->train.num_images);
     if (run->train.num_targets == 0) fprintf(stderr, "warning: %s has no box to train on\n", run->train.source);
 }
@@ -1089,7 +1101,8 @@ static LossSettings loss_from_flags(const Settings *settings, const ModelConfig 
                          flag_number(settings, "bbox_loss_coef"),
                          flag_number(settings, "giou_loss_coef"),
                          flag_number(settings, "eos_coef"),
-                         !flag_on(settings, "no_aux_loss")};
+                         !flag_on(settings, "no_aux_loss"),
+                         (int)flag_int64(settings, "aux_matches")};
     return loss;
 }
 
@@ -1516,7 +1529,7 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
 static int command_bench(Settings *settings, Error *error) {
     const char *size = flag_text(settings, "size"), *json_path = flag_text(settings, "json");
     ModelConfig config = config_from_flags(settings);
-    LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss")};
+    LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss"), 1};
     Model model;
     Activations acts;
     int height, width, used = 0, batch = flag_int(settings, "batch_size");
