@@ -225,13 +225,10 @@ static int split_write(Scene scene, const char *folder, const char *split, int n
     if (file && fclose(file) != 0 && status == 0)
         status = fail(error, "%s: cannot be written: %s", path, strerror(errno));
     if (annotations) fclose(annotations);
-    if (status == 0) printf("%s: %d pictures, %d shapes\n", pictures, num_images, boxes);
     free(pictures);
     free(path);
     return status;
 }
-
-#ifndef MAKE_SHAPES_NO_MAIN
 
 static const Flag SHAPE_FLAGS[] = {
     {"images", INTEGER, "N", "2000", 1, 1e6, 1, "pictures to train on"},
@@ -269,15 +266,21 @@ static int make_shapes(const Settings *settings, Error *error) {
     return status;
 }
 
-int main(int argc, char **argv) {
-    Error error;
+static Settings shape_settings(const char *program) {
     Settings settings;
     memset(&settings, 0, sizeof settings);
     settings.flags = SHAPE_FLAGS;
     settings.num_flags = sizeof SHAPE_FLAGS / sizeof SHAPE_FLAGS[0];
-    settings.program = argv[0];
+    settings.program = program;
     settings.command_name = "OUT";
     settings.command = 1;
+    return settings;
+}
+
+#ifndef MAKE_SHAPES_NO_MAIN
+int main(int argc, char **argv) {
+    Error error;
+    Settings settings = shape_settings(argv[0]);
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") != 0 && strcmp(argv[i], "-h") != 0) continue;
         printf(
@@ -289,8 +292,12 @@ int main(int argc, char **argv) {
     }
     settings_parse(&settings, argc, argv);
     if (settings.num_arguments != 1) usage_error("one folder must be given: see %s --help", argv[0]);
-    if (make_shapes(&settings, &error) == 0) return 0;
-    fprintf(stderr, "error: %s\n", error.text);
-    return 1;
+    if (make_shapes(&settings, &error) != 0) {
+        fprintf(stderr, "error: %s\n", error.text);
+        return 1;
+    }
+    printf("%s: %s pictures to train on, %s to evaluate on, of %s pixels\n", settings.arguments[0],
+           flag_text(&settings, "images"), flag_text(&settings, "val"), flag_text(&settings, "size"));
+    return 0;
 }
 #endif
