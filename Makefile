@@ -47,7 +47,7 @@ FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
 # One folder for each way to build, so that float and double never mix.
 VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)
 B := build/$(VARIANT)
-HEADERS := $(wildcard data/*.h program/*.h)
+HEADERS := $(wildcard data/*.h program/*.h) data/make_shapes.c
 VENV := build/venv
 EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 
@@ -56,13 +56,15 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism dumps check-python bench bench-data \
-        ladder demo install-deps format check-format clean FORCE
+        ladder demo demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
+	@echo "make demo-shapes    the same on generated pictures, coloured shapes before one another: out/demo-shapes"
 	@echo "make test           every check of numbers, in float and in double (REAL=float or REAL=double: only that one)"
 	@echo "make train_detr     the trainer, for this machine's processor; PORTABLE=1: one binary for others as well"
 	@echo "make test_detr      the tests, not run"
+	@echo "make make_shapes    the generator of those pictures: ./make_shapes --help"
 	@echo "make test-levels    the tests with each of the kernels in a portable binary that this machine can run"
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
@@ -118,8 +120,12 @@ $(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEV
 	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
 endif
 
+# Contractions would give other processors other pictures.
+$(B)/make_shapes: data/make_shapes.c $(HEADERS) $(B)/flags | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) -ffp-contract=off $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
 # The programs at the top are copies of the variant that was asked for last.
-train_detr test_detr: %: $(B)/% FORCE
+train_detr test_detr make_shapes: %: $(B)/% FORCE
 	@cmp -s $< $@ || cp -f $< $@
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,6 +223,15 @@ demo: install-deps
 	@$(MAKE) --no-print-directory train_detr
 	@dev/demo.sh $(DEMO) $(DEMO_FLAGS)
 
+# The annotations come last: where they are, the pictures are whole.
+DEMO_SHAPES ?= out/demo-shapes
+SHAPES ?= out/shapes
+
+demo-shapes: install-deps
+	@$(MAKE) --no-print-directory train_detr make_shapes
+	@[ -d $(SHAPES)/annotations ] || ./make_shapes $(SHAPES)
+	@DATA=$(SHAPES) PRESET=shapes dev/demo.sh $(DEMO_SHAPES) $(DEMO_FLAGS)
+
 install-deps:
 	@$(EXPORTED) dev/install.sh
 
@@ -224,12 +239,12 @@ install-deps:
 # House-keeping
 
 format:
-	clang-format -i *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c
 
 clean:
-	rm -rf build train_detr test_detr
+	rm -rf build train_detr test_detr make_shapes
 
 FORCE:

@@ -28,7 +28,7 @@ static const struct {
 
 enum { NUM_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MAX_CORNERS = 10, MAX_SHAPES = 100 };
 
-static const double MIN_VISIBLE = 0.4, MIN_RADIUS = 0.09, MAX_RADIUS = 0.22;  // radii: of the picture's short side
+static const double MIN_VISIBLE = 0.4, MIN_RADIUS = 0.15, MAX_RADIUS = 0.3;  // radii: of the picture's short side
 static const double OUTLINE = 1.25;                                           // pixels at the edge that are darker
 
 typedef struct {
@@ -110,7 +110,7 @@ static void scene_ground(const Scene *scene, double *pixels) {
     double base[3], grid[CELLS + 1][CELLS + 1][3];
     for (int c = 0; c < 3; c++) base[c] = scene_random(scene, 0, 1 + c, 50, 200);
     for (int i = 0; i < (CELLS + 1) * (CELLS + 1) * 3; i++)
-        (&grid[0][0][0])[i] = base[i % 3] + scene_random(scene, 0, 4 + i, -45, 45);
+        (&grid[0][0][0])[i] = base[i % 3] + scene_random(scene, 0, 4 + i, -35, 35);
     for (int y = 0; y < scene->height; y++) {
         for (int x = 0; x < scene->width; x++) {
             const double v = (double)y * CELLS / scene->height, u = (double)x * CELLS / scene->width;
