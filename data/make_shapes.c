@@ -1,6 +1,6 @@
 /*
-make_shapes: a data set of generated pictures, for quick experiments. Coloured circles, squares, triangles and stars of
-any size and angle lie on a mottled, noisy ground, later ones over earlier ones; it is written as COCO data set:
+make_shapes: a data set of generated pictures, for quick experiments. Coloured circles, squares and triangles of any
+size and angle lie on a mottled, noisy ground, later ones over earlier ones; it is written as COCO data set:
 
     make_shapes OUT [--images N] [--val N] [--size HxW] [--shapes N] [--seed N]
 
@@ -18,49 +18,44 @@ Order to read in: Shapes, Pictures, Data set. Compiles as C11 and as C++17.
 #include "image.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Shapes: a circle, or a polygon around a centre
+// Shapes: a circle, or a regular polygon
 
 static const struct {
     const char *name;
-    int corners;   // 0: a circle
-    double inner;  // distance of every second corner from the centre, in radii
-} SHAPES[] = {{"circle", 0, 1}, {"square", 4, 1}, {"triangle", 3, 1}, {"star", 10, 0.45}};
+    int sides;  // 0: a circle
+} SHAPES[] = {{"circle", 0}, {"square", 4}, {"triangle", 3}};
 
-enum { NUM_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MAX_CORNERS = 10, MAX_SHAPES = 100 };
+enum { NUM_SHAPES = sizeof SHAPES / sizeof SHAPES[0], MAX_SIDES = 4, MAX_SHAPES = 100 };
 
-static const double MIN_VISIBLE = 0.4, MIN_RADIUS = 0.15, MAX_RADIUS = 0.3;  // radii: of the picture's short side
+static const double MIN_VISIBLE = 0.6, MIN_RADIUS = 0.07, MAX_RADIUS = 0.16;  // radii: of the picture's short side
 static const double OUTLINE = 1.25;                                           // pixels at the edge that are darker
 
 typedef struct {
     int kind;             // in SHAPES
     int pixels, visible;  // pixels it covers, and those of them that no later shape covers
-    int x0, y0, x1, y1;   // the box of what is visible: pixels x0 <= x < x1, y0 <= y < y1
-    double x, y, radius;  // centre and distance of the outer corners, in pixels
-    double corners[MAX_CORNERS][2];
-    double colour[3];  // 0 to 255
-    double shade[2];   // change of brightness from the centre to x and y one radius away
+    int x0, y0, x1,
+        y1;  // the box of what is visible (until it is drawn, of all of it): pixels x0 <= x < x1, y0 <= y < y1
+    double x, y, radius;           // centre and distance of the corners, in pixels
+    double inner;                  // distance of the sides from the centre
+    double normals[MAX_SIDES][2];  // direction of each side from the centre
+    double colour[3];              // 0 to 255
+    double shade[2];               // change of brightness from the centre to x and y one radius away
 } Shape;
 
-// Distance of (x, y) from the shape's edge in pixels, negative inside; infinite where it is far away.
+// How far (x, y) is outside the nearest side, in pixels; negative inside.
 static double shape_distance(const Shape *shape, double x, double y) {
-    const int corners = SHAPES[shape->kind].corners;
-    double squared = INFINITY;
-    int inside = 0;
-    if (fmax(fabs(x - shape->x), fabs(y - shape->y)) > shape->radius + 1) return INFINITY;  // far away
-    if (corners == 0) return hypot(x - shape->x, y - shape->y) - shape->radius;
-    for (int i = 0; i < corners; i++) {
-        const double *from = shape->corners[i], *to = shape->corners[(i + 1) % corners];
-        const double edge_x = to[0] - from[0], edge_y = to[1] - from[1], dx = x - from[0], dy = y - from[1];
-        const double along = (dx * edge_x + dy * edge_y) / (edge_x * edge_x + edge_y * edge_y);
-        const double nearest = fmin(fmax(along, 0), 1), off_x = dx - nearest * edge_x, off_y = dy - nearest * edge_y;
-        squared = fmin(squared, off_x * off_x + off_y * off_y);
-        // a ray from (x, y) to the right crosses this edge
-        if ((from[1] > y) != (to[1] > y) && dx < dy * edge_x / edge_y) inside = !inside;
+    const int sides = SHAPES[shape->kind].sides;
+    const double dx = x - shape->x, dy = y - shape->y;
+    double farthest = -INFINITY;
+    if (sides == 0) return sqrt(dx * dx + dy * dy) - shape->inner;
+    for (int i = 0; i < sides; i++) {
+        const double along = dx * shape->normals[i][0] + dy * shape->normals[i][1];
+        if (along > farthest) farthest = along;
     }
-    return inside ? -sqrt(squared) : sqrt(squared);
+    return farthest - shape->inner;
 }
 
-// A saturated colour of the hue 0 to 1, with the value 0 to 255.
+// The colour of the hue 0 to 1, with the value 0 to 255.
 static void hue_colour(double colour[3], double hue, double saturation, double value) {
     for (int c = 0; c < 3; c++) {
         const double ramp = fabs(fmod(6 * hue + (c == 0 ? 0 : c == 1 ? 4 : 2), 6) - 3) - 1;
@@ -91,77 +86,88 @@ static Shape scene_shape(const Scene *scene, int part) {
     shape.radius = side * scene_random(scene, part, 1, MIN_RADIUS, MAX_RADIUS);
     shape.x = scene_random(scene, part, 2, shape.radius, scene->width - shape.radius);
     shape.y = scene_random(scene, part, 3, shape.radius, scene->height - shape.radius);
+    shape.x0 = (int)fmax(shape.x - shape.radius - 1, 0), shape.x1 = (int)fmin(shape.x + shape.radius + 2, scene->width);
+    shape.y0 = (int)fmax(shape.y - shape.radius - 1, 0),
+    shape.y1 = (int)fmin(shape.y + shape.radius + 2, scene->height);
     const double angle = scene_random(scene, part, 4, 0, 2 * M_PI);
-    for (int i = 0; i < SHAPES[shape.kind].corners; i++) {
-        const double turn = angle + 2 * M_PI * i / SHAPES[shape.kind].corners,
-                     reach = shape.radius * (i % 2 ? SHAPES[shape.kind].inner : 1);
-        shape.corners[i][0] = shape.x + reach * cos(turn);
-        shape.corners[i][1] = shape.y + reach * sin(turn);
+    shape.inner = shape.radius * (SHAPES[shape.kind].sides ? cos(M_PI / SHAPES[shape.kind].sides) : 1);
+    for (int i = 0; i < SHAPES[shape.kind].sides; i++) {
+        shape.normals[i][0] = cos(angle + 2 * M_PI * i / SHAPES[shape.kind].sides);
+        shape.normals[i][1] = sin(angle + 2 * M_PI * i / SHAPES[shape.kind].sides);
     }
     hue_colour(shape.colour, scene_random(scene, part, 5, 0, 1), scene_random(scene, part, 6, 0.6, 1),
                scene_random(scene, part, 7, 130, 255));
-    for (int i = 0; i < 2; i++) shape.shade[i] = scene_random(scene, part, 8 + i, -0.2, 0.2);
+    for (int i = 0; i < 2; i++) shape.shade[i] = scene_random(scene, part, 8 + i, -0.15, 0.15);
     return shape;
 }
 
-// The ground: colours at the crossings of a coarse grid, and between them what bilinear interpolation gives.
+// The ground: a colour, lighter or darker at the crossings of a coarse grid and between them as bilinear interpolation
+// gives.
 static void scene_ground(const Scene *scene, double *pixels) {
     enum { CELLS = 6 };
-    double base[3], grid[CELLS + 1][CELLS + 1][3];
-    for (int c = 0; c < 3; c++) base[c] = scene_random(scene, 0, 1 + c, 50, 200);
-    for (int i = 0; i < (CELLS + 1) * (CELLS + 1) * 3; i++)
-        (&grid[0][0][0])[i] = base[i % 3] + scene_random(scene, 0, 4 + i, -35, 35);
-    for (int y = 0; y < scene->height; y++) {
-        for (int x = 0; x < scene->width; x++) {
-            const double v = (double)y * CELLS / scene->height, u = (double)x * CELLS / scene->width;
-            const int row = (int)v, column = (int)u;
-            for (int c = 0; c < 3; c++) {
-                const double top = grid[row][column][c] +
-                                   (u - column) * (grid[row][column + 1][c] - grid[row][column][c]),
-                             bottom = grid[row + 1][column][c] +
-                                      (u - column) * (grid[row + 1][column + 1][c] - grid[row + 1][column][c]);
-                *pixels++ = top + (v - row) * (bottom - top);
-            }
+    double base[3], grid[CELLS + 1][CELLS + 1];
+    hue_colour(base, scene_random(scene, 0, 1, 0, 1), 0.3, scene_random(scene, 0, 2, 80, 200));
+    for (int i = 0; i < (CELLS + 1) * (CELLS + 1); i++)
+        grid[i / (CELLS + 1)][i % (CELLS + 1)] = scene_random(scene, 0, 3 + i, 0.7, 1.3);
+    for (int i = 0; i < scene->height * scene->width; i++) {
+        const double v = (double)(i / scene->width) * CELLS / scene->height,
+                     u = (double)(i % scene->width) * CELLS / scene->width;
+        const double *above = grid[(int)v], *below = grid[(int)v + 1];
+        const int left = (int)u;
+        const double top = above[left] + (u - left) * (above[left + 1] - above[left]),
+                     bottom = below[left] + (u - left) * (below[left + 1] - below[left]);
+        for (int c = 0; c < 3; c++) *pixels++ = base[c] * (top + (v - (int)v) * (bottom - top));
+    }
+}
+
+// Counts the pixels that a shape covers, and in hidden those that it would take from each owner.
+static void scene_count(const Scene *scene, Shape *shape, const unsigned char *owner, int *hidden) {
+    for (int y = shape->y0; y < shape->y1; y++) {
+        for (int x = shape->x0; x < shape->x1; x++) {
+            if (shape_distance(shape, x + 0.5, y + 0.5) >= 0) continue;
+            hidden[owner[y * scene->width + x]]++;
+            shape->pixels++;
         }
     }
 }
 
-// Paints a shape over pixels: (height, width, 3); distances: (height, width), of each pixel's centre from its edge.
-static void scene_paint(const Scene *scene, double *pixels, const Shape *shape, const double *distances) {
-    for (int i = 0; i < scene->height * scene->width; i++) {
-        if (distances[i] > 0.5) continue;
-        const double cover = fmin(0.5 - distances[i], 1), u = (i % scene->width - shape->x) / shape->radius,
-                     v = (i / scene->width - shape->y) / shape->radius,
-                     light = (1 + u * shape->shade[0] + v * shape->shade[1]) * (distances[i] > -OUTLINE ? 0.5 : 1);
-        for (int c = 0; c < 3; c++) pixels[3 * i + c] += cover * (light * shape->colour[c] - pixels[3 * i + c]);
+// Paints a shape over pixels: (height, width, 3), with smooth edges, and makes it, `number`, the owner of what it
+// covers.
+static void scene_paint(const Scene *scene, double *pixels, unsigned char *owner, const Shape *shape, int number) {
+    for (int y = shape->y0; y < shape->y1; y++) {
+        for (int x = shape->x0; x < shape->x1; x++) {
+            const double distance = shape_distance(shape, x + 0.5, y + 0.5), cover = fmin(fmax(0.5 - distance, 0), 1),
+                         u = (x - shape->x) / shape->radius, v = (y - shape->y) / shape->radius,
+                         light = (1 + u * shape->shade[0] + v * shape->shade[1]) * (distance > -OUTLINE ? 0.5 : 1);
+            double *pixel = pixels + 3 * (y * scene->width + x);
+            for (int c = 0; c < 3; c++) pixel[c] += cover * (light * shape->colour[c] - pixel[c]);
+            if (distance < 0) owner[y * scene->width + x] = (unsigned char)number;
+        }
     }
 }
 
 // Draws picture and shapes; shapes: (max_shapes), returned is how many there are, 1 at least. The caller frees *image.
 static int scene_draw(const Scene *scene, Image *image, Shape *shapes) {
     const int size = scene->height * scene->width, wanted = 1 + (int)scene_random(scene, 0, 0, 0, scene->max_shapes);
-    double *pixels = (double *)allocate(3 * (size_t)size * sizeof(double)),
-           *distances = (double *)allocate((size_t)size * sizeof(double));
+    double *pixels = (double *)allocate(3 * (size_t)size * sizeof(double));
     unsigned char *owner = (unsigned char *)allocate((size_t)size);  // of each pixel, from 1; 0: the ground
     int count = 0;
     scene_ground(scene, pixels);
     for (int part = 1; part <= wanted; part++) {
         int hidden[MAX_SHAPES + 1] = {0}, allowed = 1;
-        shapes[count] = scene_shape(scene, part);
-        for (int i = 0; i < size; i++) {
-            distances[i] = shape_distance(&shapes[count], i % scene->width + 0.5, i / scene->width + 0.5);
-            if (distances[i] < 0) hidden[owner[i]]++, shapes[count].pixels++;
-        }
+        Shape *shape = &shapes[count];
+        *shape = scene_shape(scene, part);
+        scene_count(scene, shape, owner, hidden);
         for (int s = 0; s < count; s++) allowed &= shapes[s].visible - hidden[s + 1] >= MIN_VISIBLE * shapes[s].pixels;
         if (!allowed) continue;
         for (int s = 0; s < count; s++) shapes[s].visible -= hidden[s + 1];
-        shapes[count].visible = shapes[count].pixels;
-        scene_paint(scene, pixels, &shapes[count], distances);
-        count++;
-        for (int i = 0; i < size; i++)
-            if (distances[i] < 0) owner[i] = (unsigned char)count;
+        shape->visible = shape->pixels;
+        scene_paint(scene, pixels, owner, shape, ++count);
     }
-    for (int s = 0; s < count; s++) shapes[s].x0 = scene->width, shapes[s].y0 = scene->height;
+    for (int s = 0; s < count; s++) {
+        shapes[s].x0 = scene->width, shapes[s].y0 = scene->height;
+        shapes[s].x1 = shapes[s].y1 = 0;
+    }
     *image = image_new(scene->width, scene->height);
     for (int i = 0; i < size; i++) {
         const int x = i % scene->width, y = i / scene->width;
@@ -177,7 +183,6 @@ static int scene_draw(const Scene *scene, Image *image, Shape *shapes) {
         if (y >= shape->y1) shape->y1 = y + 1;
     }
     free(pixels);
-    free(distances);
     free(owner);
     return count;
 }
@@ -231,10 +236,10 @@ static int split_write(Scene scene, const char *folder, const char *split, int n
 }
 
 static const Flag SHAPE_FLAGS[] = {
-    {"images", INTEGER, "N", "2000", 1, 1e6, 1, "pictures to train on"},
+    {"images", INTEGER, "N", "1600", 1, 1e6, 1, "pictures to train on"},
     {"val", INTEGER, "N", "200", 1, 1e6, 1, "pictures to evaluate on"},
-    {"size", TEXT, "HxW", "128x128", 0, 0, 1, "height and width of the pictures, in pixels, from 32 to 4096"},
-    {"shapes", INTEGER, "N", "6", 1, MAX_SHAPES, 1, "most shapes in a picture; every number from 1 is as likely"},
+    {"size", TEXT, "HxW", "192x192", 0, 0, 1, "height and width of the pictures, in pixels, from 32 to 4096"},
+    {"shapes", INTEGER, "N", "16", 1, MAX_SHAPES, 1, "most shapes in a picture; every number from 1 is as likely"},
     {"seed", INTEGER, "N", "1", 0, 9e18, 1, "of every random number"},
 };
 
