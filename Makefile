@@ -47,7 +47,7 @@ FLAGS_amx := $(FLAGS_avx512bf16) -mamx-tile -mamx-bf16
 # One folder for each way to build, so that float and double never mix.
 VARIANT := $(REAL)$(if $(PORTABLE),-portable)$(if $(SANITIZE),-sanitize)
 B := build/$(VARIANT)
-HEADERS := $(wildcard data/*.h program/*.h) data/make_shapes.c
+HEADERS := $(wildcard data/*.h program/*.h)
 VENV := build/venv
 EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 
@@ -119,6 +119,8 @@ $(foreach level,$(LEVELS),$(eval $(call LEVEL,$(level))))
 $(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEVELS),$(B)/%-$(level).o)
 	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
 endif
+
+$(B)/test_detr $(foreach level,$(LEVELS),$(B)/test_detr-$(level).o): data/make_shapes.c
 
 # Contractions would give other processors other pictures.
 $(B)/make_shapes: data/make_shapes.c $(HEADERS) $(B)/flags | build/libraries

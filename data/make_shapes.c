@@ -136,8 +136,10 @@ static void scene_count(const Scene *scene, Shape *shape, const unsigned char *o
 static void scene_paint(const Scene *scene, double *pixels, unsigned char *owner, const Shape *shape, int number) {
     for (int y = shape->y0; y < shape->y1; y++) {
         for (int x = shape->x0; x < shape->x1; x++) {
-            const double distance = shape_distance(shape, x + 0.5, y + 0.5), cover = fmin(fmax(0.5 - distance, 0), 1),
-                         u = (x - shape->x) / shape->radius, v = (y - shape->y) / shape->radius,
+            const double distance = shape_distance(shape, x + 0.5, y + 0.5);
+            if (distance > 0.5) continue;
+            const double cover = fmin(0.5 - distance, 1), u = (x - shape->x) / shape->radius,
+                         v = (y - shape->y) / shape->radius,
                          light = (1 + u * shape->shade[0] + v * shape->shade[1]) * (distance > -OUTLINE ? 0.5 : 1);
             double *pixel = pixels + 3 * (y * scene->width + x);
             for (int c = 0; c < 3; c++) pixel[c] += cover * (light * shape->colour[c] - pixel[c]);
