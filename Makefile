@@ -56,13 +56,15 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
-        bench-data ladder emu-test emu-nvcc demo install-deps format check-format clean FORCE
+        bench-data ladder emu-test emu-nvcc demo demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
+	@echo "make demo-shapes    the same on generated pictures, coloured shapes before one another: out/demo-shapes"
 	@echo "make test           every check of numbers, in float and in double (REAL=float or REAL=double: only that one)"
 	@echo "make train_detr     the trainer, for this machine's processor; PORTABLE=1: one binary for others as well"
 	@echo "make test_detr      the tests, not run"
+	@echo "make make_shapes    the generator of those pictures: ./make_shapes --help"
 	@echo "make test-levels    the tests with each of the kernels in a portable binary that this machine can run"
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
@@ -122,8 +124,14 @@ $(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEV
 	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
 endif
 
+$(B)/test_detr $(foreach level,$(LEVELS),$(B)/test_detr-$(level).o): data/make_shapes.c
+
+# Contractions would give other processors other pictures.
+$(B)/make_shapes: data/make_shapes.c $(HEADERS) $(B)/flags | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) -ffp-contract=off $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
 # The programs at the top are copies of the variant that was asked for last.
-train_detr test_detr: %: $(B)/% FORCE
+train_detr test_detr make_shapes: %: $(B)/% FORCE
 	@cmp -s $< $@ || cp -f $< $@
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,7 +300,16 @@ DEMO_FLAGS ?=
 
 demo: install-deps
 	@$(MAKE) --no-print-directory train_detr
-	@dev/demo.sh $(DEMO) $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 5 $(DEMO_FLAGS)
+
+# The annotations come last: where they are, the pictures are whole.
+DEMO_SHAPES ?= out/demo-shapes
+SHAPES ?= out/shapes
+
+demo-shapes: install-deps
+	@$(MAKE) --no-print-directory train_detr make_shapes
+	@[ -d $(SHAPES)/annotations ] || ./make_shapes $(SHAPES)
+	@dev/demo.sh $(DEMO_SHAPES) $(SHAPES) train val --vflip --epochs 7 $(DEMO_FLAGS)
 
 install-deps:
 	@$(EXPORTED) dev/install.sh
@@ -303,12 +320,12 @@ install-deps:
 EMU_SOURCES := $(wildcard dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu)
 
 format:
-	clang-format -i *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.h program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
 
 clean:
-	rm -rf build train_detr test_detr
+	rm -rf build train_detr test_detr make_shapes
 
 FORCE:

@@ -29,6 +29,7 @@ __attribute__((format(printf, 2, 3))) static void check(int condition, const cha
 
 #include "data/test_image.h"
 #include "data/test_dataset.h"
+#include "data/test_shapes.h"
 #include "data/test_eval.h"
 
 static const int IS_DOUBLE = sizeof(real) == 8;
@@ -2264,13 +2265,13 @@ static void test_detections_by_layer(void) {
     double seconds[LAYERS] = {0};
     set.num_images = PICTURES;
     dec_layers_use(&network, LAYERS);
-    evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, LAYERS, one_pass, counts, seconds);
+    evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, NULL, LAYERS, one_pass, counts, seconds);
     check(network.config.dec_layers == LAYERS, "%d decoder layers are left", network.config.dec_layers);
     check(seconds[0] > 0 && seconds[1] > 0 && seconds[0] != seconds[1], "one decoder layer takes %g s, two %g",
           seconds[0], seconds[1]);  // each its own time; which is longer a busy machine decides
     for (int l = 0; l < LAYERS; l++) {
         dec_layers_use(&network, l + 1);
-        evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, 1, &alone, &count, NULL);
+        evaluate(&network, &small.acts, &set, loader, labels, NULL, NULL, NULL, 1, &alone, &count, NULL);
         wrong = count != PICTURES * Q || counts[l] != count;
         for (int d = 0; d < count && !wrong; d++)
             wrong += memcmp(alone[d].box, one_pass[l][d].box, sizeof alone[d].box) != 0 ||
@@ -2284,6 +2285,107 @@ static void test_detections_by_layer(void) {
     free(found);
     free(boxes);
     small_run_end(&small);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What is said when a training does not go well
+
+// What warn_of_data writes about a data set, into said: (size).
+static void data_warnings(char *said, size_t size, const Dataset *set, int num_queries, int anchor, int from_scratch) {
+    ModelConfig config;
+    memset(&config, 0, sizeof config);
+    config.num_queries = num_queries, config.anchor = anchor;
+    memset(said, 0, size);
+    FILE *file = fmemopen(said, size, "w");
+    warn_of_data(file, set, &config, from_scratch);
+    fclose(file);
+}
+
+static void test_warn_of_data(void) {
+    enum { MANY = 10000 };
+    Annotation *boxes = (Annotation *)allocate(10 * sizeof(Annotation));
+    DatasetImage *images = (DatasetImage *)allocate(MANY * sizeof(DatasetImage));
+    Dataset set;
+    memset(&set, 0, sizeof set);
+    set.images = images, set.annotations = boxes, set.source = (char *)"made up";
+    set.num_images = MANY, set.num_targets = 9;
+    images[0].num_annotations = 4, images[1].num_annotations = 6, images[1].first_annotation = 4;
+    boxes[9].crowd = 1;  // no target: the second picture has five
+    const struct {
+        int num_images, num_targets, num_queries, anchor, from_scratch;
+        const char *text;  // what is said, NULL: nothing
+    } cases[] = {
+        {MANY, 9, 5, 0, 1, NULL},
+        {MANY, 9, 4, 0, 1, "warning: 1 images have more boxes than the 4 queries (up to 5)"},
+        {MANY, 9, 3, 0, 0, "warning: 2 images have more boxes than the 3 queries (up to 5)"},
+        {MANY - 1, 9, 5, 0, 1, "warning: 9999 images are few for a DETR from scratch"},
+        {MANY - 1, 9, 5, 0, 1, "--preset small is a recipe"},
+        {MANY - 1, 9, 5, 0, 0, NULL},
+        {MANY - 1, 9, 5, 1, 1, NULL},
+        {1000, 9, 5, 1, 1, NULL},
+        {999, 9, 5, 1, 1, "warning: 999 images are few to learn from scratch"},
+        {999, 9, 5, 1, 0, NULL},
+        {MANY, 0, 5, 0, 1, "warning: made up has no box to train on"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        set.num_images = cases[i].num_images, set.num_targets = cases[i].num_targets;
+        char said[1024];
+        data_warnings(said, sizeof said, &set, cases[i].num_queries, cases[i].anchor, cases[i].from_scratch);
+        check(cases[i].text ? has_text(said, cases[i].text) && strchr(said, '\n')[1] == 0 : said[0] == 0,
+              "warnings about data, case %zu: said is \"%s\"", i, said);
+    }
+    free(boxes);
+    free(images);
+}
+
+// A made-up history of steps: what they measure at a step, and after which steps something has to be said.
+typedef struct {
+    const char *name;
+    int64_t first, last_step;             // the first step of this process is first + 1
+    double decay, spread, waiting, rate;  // the loss is exp(-decay * step)
+    int sign;                             // the one to be said, 0: none
+    int64_t step;                         // and after which step
+    const char *text;
+} History;
+
+static void test_watch(void) {
+    static const History histories[] = {
+        {"healthy", 0, 3000, 1e-3, 0.3, 0.1, 1, 0, 0, ""},
+        {"just healthy", 0, 3000, 2.1e-5, 0.0101, 0.25, 1, 0, 0, ""},
+        {"one box", 0, 3000, 1e-3, 0.0099, 0.1, 1, SAME_BOX, 200,
+         "step 200: all queries predict nearly the same box (spread of their centres 0.0099"},
+        {"one box, resumed", 700, 3000, 1e-3, 0.0099, 0.1, 1, SAME_BOX, 701, "step 701: all queries predict"},
+        {"flat", 0, 3000, 0, 0.3, 0.1, 1, FLAT_LOSS, 1000,
+         "step 1000: the loss does not fall: 1.0000 over the last 500 steps, 1.0000 over those before"},
+        {"nearly flat", 0, 3000, 1.9e-5, 0.3, 0.1, 0.5, FLAT_LOSS, 1000, "0.9858 over the last 500 steps, 0.9953 over"},
+        {"flat, a long run", 0, 40000, 0, 0.3, 0.1, 1, FLAT_LOSS, 4000, "over the last 2000 steps"},
+        {"flat at the end of a schedule", 0, 3000, 0, 0.3, 0.1, 0.49, 0, 0, ""},
+        {"waiting", 0, 3000, 1e-3, 0.3, 0.41, 1, SLOW_DATA, 100,
+         "41 % of the time the training waits for pictures to be read: more than 2 --num_workers"},
+        {"waiting, resumed", 700, 3000, 1e-3, 0.3, 0.41, 1, SLOW_DATA, 800, "41 % of the time"},
+    };
+    test_warn_of_data();
+    for (size_t h = 0; h < sizeof histories / sizeof histories[0]; h++) {
+        const History *history = &histories[h];
+        Watch watch = watch_begin(history->last_step);
+        Losses losses;
+        memset(&losses, 0, sizeof losses);
+        losses.query_spread = history->spread;
+        int wrong = 0, times = 0;
+        char said[1024] = "";
+        FILE *file = fmemopen(said, sizeof said, "w");
+        for (int64_t step = history->first + 1; step <= history->last_step && step < 6000; step++) {
+            losses.loss = exp(-history->decay * (double)step);
+            const int signs = watch_step(&watch, step, history->rate, &losses, history->waiting);
+            watch_say(file, &watch, signs, step, &losses, history->waiting, 2);
+            times += signs != 0;
+            wrong += signs != (history->sign && step == history->step ? history->sign : 0);
+        }
+        fclose(file);
+        check(wrong == 0 && times == (history->sign != 0) && has_text(said, history->text) &&
+                  (history->sign || said[0] == 0),
+              "history \"%s\": something is said %d times, at %d steps wrongly: %s", history->name, times, wrong, said);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2433,6 +2535,7 @@ static const Test TESTS[] = {
     {"queries", test_anchor_queries},
     {"detections", test_detections},
     {"detections_by_layer", test_detections_by_layer},
+    {"watch", test_watch},
     {"gradients", test_gradients},
     {"same_bytes", test_same_bytes},
     {"company", test_company},
@@ -2446,6 +2549,7 @@ static const Test TESTS[] = {
     {"dataset", test_dataset},
     {"eval", test_eval},
     {"report", test_run_report},
+    {"shapes", test_shapes},
 };
 
 int MAIN(int argc, char **argv) {

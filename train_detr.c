@@ -5129,6 +5129,7 @@ static void wait_passively(char **argv) {
 
 #include "program/settings.h"    // flags and presets
 #include "program/checkpoint.h"  // config.json, tensors
+#include "program/watch.h"       // warnings, before and during training
 #include "program/commands.h"    // train, eval, predict, score, bench
 
 #ifndef MAIN

@@ -158,6 +158,7 @@ enum RandomPurpose {
     RANDOM_AUGMENT = 3,  // (epoch, image's place in the data set), element: number of the decision
     RANDOM_DROPOUT = 4,  // site: number of the dropout layer; (step, image's place in the batch)
     RANDOM_TEST = 5,     // made-up data in tests and benchmarks
+    RANDOM_SHAPES = 6,   // generated pictures (make_shapes.c). site: split; (part of the picture, picture)
 };
 
 static inline void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {

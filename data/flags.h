@@ -32,7 +32,7 @@ typedef struct {
 // Other defaults under one name. A flag that the user gives counts before them.
 typedef struct {
     const char *name, *help;
-    const char *values[2 * MAX_FLAGS];  // flag, value, flag, value, ..., NULL
+    const char *values[MAX_FLAGS][2];  // flag, value
 } Preset;
 
 typedef enum { FROM_DEFAULT, FROM_PRESET, FROM_SAVED, FROM_USER } FlagSource;
@@ -215,8 +215,8 @@ static inline void settings_parse(Settings *settings, int argc, char **argv) {
     for (int p = 0; p < settings->num_presets && flag_on(settings, "preset"); p++) {
         const Preset *preset = &settings->presets[p];
         if (strcmp(preset->name, flag_text(settings, "preset")) != 0) continue;
-        for (int i = 0; preset->values[i]; i += 2)
-            flag_set(settings, preset->values[i], preset->values[i + 1], FROM_PRESET);
+        for (int i = 0; preset->values[i][0]; i++)
+            flag_set(settings, preset->values[i][0], preset->values[i][1], FROM_PRESET);
     }
 }
 
@@ -237,8 +237,8 @@ static inline void settings_print_help(const Settings *settings, int commands) {
 static inline void settings_print_presets(const Settings *settings) {
     for (int p = 0; p < settings->num_presets; p++) {
         printf("  --preset %-8s %s:\n      ", settings->presets[p].name, settings->presets[p].help);
-        for (const char *const *value = settings->presets[p].values; *value; value += 2)
-            printf(" --%s %s", value[0], value[1]);
+        for (int i = 0; settings->presets[p].values[i][0]; i++)
+            printf(" --%s %s", settings->presets[p].values[i][0], settings->presets[p].values[i][1]);
         printf("\n");
     }
 }

@@ -1,18 +1,18 @@
 #!/bin/sh
-# What `make demo` does once ./train_detr is built: trains --preset small from random weights on data/bccd's trainval
-# pictures, evaluates it on the test pictures, which it has not seen, and draws its boxes on some of them. Cells have no
-# up: --vflip.
+# What `make demo` and `make demo-shapes` do once ./train_detr is built: train --preset small from random weights on a data
+# set's TRAIN_SPLIT, evaluate it on SPLIT, which it has not seen, and draw its boxes on some of SPLIT's pictures.
 #
-#   dev/demo.sh OUT [more flags for train]
+#   dev/demo.sh OUT DATA TRAIN_SPLIT SPLIT [more flags for train]
 #
 # A demo that is already in OUT goes on where it stopped (a finished one is only evaluated and drawn again). Anything
 # else that lies there is left alone: the script stops and says so.
 set -eu
 
 out=$1
-shift
-data=data/bccd
-split="test"
+data=$2
+train_split=$3
+split=$4
+shift 4
 
 # .demo marks the folder as ours, also before there is a checkpoint.
 if [ -e "$out" ] && [ ! -e "$out/.demo" ] && { [ ! -d "$out" ] || [ -n "$(ls -A "$out")" ]; }; then
@@ -25,30 +25,31 @@ mkdir -p "$out"
 # The second is where a run that was killed while it wrote a checkpoint has it (data/fileset.h).
 if [ -e "$out/trainer_state.json" ] || [ -e "$out/.commit/trainer_state.json" ]; then
     echo "demo: $out holds a run: going on with it"
-    if ! ./train_detr train --resume "$out" --data $data "$@"; then
+    if ! ./train_detr train --resume "$out" --data "$data" "$@"; then
         echo "demo: to start afresh instead, move it away: mv $out $out.before" >&2
         exit 1
     fi
 else
-    ./train_detr train --preset small --vflip --data $data --train_split trainval --split $split --eval_every 5 \
+    ./train_detr train --preset small --data "$data" --train_split "$train_split" --split "$split" \
         --output_dir "$out" "$@"
 fi
 
 echo
-./train_detr eval --data $data --resume "$out" --split $split --json "$out/eval.json"
+./train_detr eval --data "$data" --resume "$out" --split "$split" --json "$out/eval.json"
 
 echo
-pictures=
-for name in $(head -n 8 $data/ImageSets/Main/$split.txt); do
-    pictures="$pictures $data/JPEGImages/$name.jpg"
-done
+if [ -d "$data/JPEGImages" ]; then
+    pictures=$(head -n 8 "$data/ImageSets/Main/$split.txt" | sed "s|.*|$data/JPEGImages/&.jpg|")
+else
+    pictures=$(find "$data/$split" -type f | sort | head -n 8)
+fi
 # shellcheck disable=SC2086 # a list of words
 ./train_detr predict --resume "$out" --json "$out/predictions.json" --draw "$out/pictures" $pictures
 
 echo
 echo "Look at:"
-echo "    $out/pictures/          test pictures with the boxes the model found"
-echo "    $out/report.html        loss and AP over the epochs, in a browser"
+echo "    $out/pictures/          pictures it has not seen, with the boxes it found"
+echo "    $out/report.html        how it learned, what it finds and misses and where it looks, in a browser"
 echo "    $out/eval.json          the twelve COCO figures and AP by class"
 echo "    $out/predictions.json   the same boxes as numbers"
 echo "    $out/model.safetensors  the weights; dev/oracle.py's TrainDetr.from_pretrained(\"$out\") opens the folder in Python"

@@ -27,13 +27,14 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "mutants"
 SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
-                                                   for path in (ROOT / folder).glob("*.h")) + ["data/report.html"]
+                                                   for path in (ROOT / folder).glob("*.h")) + ["data/report.html", "data/make_shapes.c"]
 FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w".split()
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
 HEART = ("matmul winograd attention dropout layernorm maxpool positions normalise matching boxes dumps options queries random "
          "gradients company frozen nonfinite step calibrate track same_bytes").split()
 TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"], "program/commands.h": ["options", "detections"],
+         "program/watch.h": ["watch"], "data/make_shapes.c": ["shapes"],
          "data/common.h": ["random"] + HEART,
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
          "data/report.h": ["eval"], "data/flags.h": ["report"],

@@ -738,29 +738,6 @@ static int training_plan(Training *run, int height, int width, Error *error) {
                 total / MiB, available / MiB);
 }
 
-static void training_warn(const Training *run) {
-    int crowded = 0, most = 0;
-    for (int i = 0; i < run->train.num_images; i++) {
-        const DatasetImage *image = &run->train.images[i];
-        int boxes = 0;
-        for (int a = 0; a < image->num_annotations; a++)
-            boxes += annotation_is_target(&run->train.annotations[image->first_annotation + a]);
-        crowded += boxes > run->network.config.num_queries;
-        if (boxes > most) most = boxes;
-    }
-    if (crowded)
-        fprintf(stderr,
-                "warning: %d images have more boxes than the %d queries (up to %d): the rest of their boxes cannot be "
-                "learned; --num_queries %d would do\n",
-                crowded, run->network.config.num_queries, most, most);
-    if (run->from_scratch && !run->network.config.anchor && run->train.num_images < 10000)
-        fprintf(stderr,
-                "warning: %d images are few for a DETR from scratch: it will need hundreds of epochs; --pretrained "
-                "starts from weights, and --preset small is a recipe for few pictures\n",
-                run->train.num_images);
-    if (run->train.num_targets == 0) fprintf(stderr, "warning: %s has no box to train on\n", run->train.source);
-}
-
 // Notes an evaluation of the epoch under way. 1 if it is the best so far.
 static int training_judge(Training *run, double ap, double loss) {
     run->best.evaluations++;
@@ -868,54 +845,15 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
     return 0;
 }
 
-// What the steps of this process have told so far, to be said once each.
-typedef struct {
-    int64_t steps;
-    double loss, loss_before;  // sum over the steps of this window, and of the one before
-    int said_spread, said_flat, said_waiting;
-} Watch;
-
-// Says on stderr, in plain words, when something looks wrong after a step. waiting: share of the time so far in which
-// there were no pictures to train on.
-static void training_watch(Watch *watch, const Training *run, const Losses *losses, double waiting,
-                           Progress *progress) {
-    const int64_t window = run->last_step / 20 > 500 ? run->last_step / 20 : 500;
-    const int same_box = run->step >= 200 && losses->query_spread < 0.01 && !watch->said_spread;
-    const int slow_data = ++watch->steps >= 100 && waiting > 0.25 && !watch->said_waiting;
-    watch->loss += losses->loss;
-    const int full = watch->steps % window == 0;
-    const int flat = full && watch->steps > window && watch->loss > 0.99 * watch->loss_before && !watch->said_flat;
-    if (same_box || slow_data || flat) progress_end(progress);
-    if (same_box)
-        fprintf(stderr,
-                "warning: step %lld: all queries predict nearly the same box (spread of their centres %.4f of the "
-                "picture): they have not learned to differ yet. If it stays so: --warmup_steps, another --lr, or "
-                "--pretrained\n",
-                (long long)run->step, losses->query_spread);
-    if (flat)
-        fprintf(stderr,
-                "warning: step %lld: the loss does not fall: %.4f over the last %lld steps, %.4f over those before. If "
-                "it should, try another --lr; else there may be nothing left to learn\n",
-                (long long)run->step, watch->loss / (double)window, (long long)window,
-                watch->loss_before / (double)window);
-    if (slow_data)
-        fprintf(stderr,
-                "warning: %.0f %% of the time the training waits for pictures to be read: more than %d --num_workers, "
-                "or smaller files, would help\n",
-                100 * waiting, run->loader.workers);
-    watch->said_spread |= same_box, watch->said_flat |= flat, watch->said_waiting |= slow_data;
-    if (full) watch->loss_before = watch->loss, watch->loss = 0;
-}
-
 // Steps until the last one, a signal or an error. 0, or -1.
 static int training_loop(Training *run, Error *error) {
     int64_t first_step = run->step, save_steps = flag_int64(run->settings, "save_steps"), saved_step = -1;
     char *reported = (char *)allocate((size_t)run->train.num_images);
     Loader *loader = run->step < run->last_step ? loader_start(&run->train, &run->loader, run->step) : NULL;
     Progress progress = {0, 0, NULL};
-    Watch watch;
-    memset(&watch, 0, sizeof watch);
+    Watch watch = watch_begin(run->last_step);
     double seconds = 0, waited = 0;
+    const int last = run->network.config.dec_layers - 1;
     int status = 0;
     while (status == 0 && !stop_requested) {
         training_report_progress(run);
@@ -942,21 +880,26 @@ static int training_loop(Training *run, Error *error) {
         seconds += seconds_now() - begin;
         run->report.seconds[PHASE_WAITING] += waiting;
         run->report.seconds[PHASE_STEPS] += seconds_now() - begin - waiting;
-        if (status == 0 && (progress_due(&progress) || run->step == run->last_step || run->step == first_step + 1)) {
+        if (status != 0) break;
+        if (progress_due(&progress) || run->step == run->last_step || run->step == first_step + 1) {
             char left[32];
             format_time(left, sizeof left,
                         seconds / (double)(run->step - first_step) * (double)(run->last_step - run->step));
             progress_show(
                 &progress,
-                "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  gradient %.3g  "
-                "IoU %.2f  spread %.3f  %.0f %% waiting for data",
+                "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  class error %.0f %%  "
+                "IoU %.2f  spread %.3f  gradient %.3g  ce %.3g bbox %.3g giou %.3g  %.0f %% waiting for data",
                 (long long)((run->step - 1) / run->steps_per_epoch + 1),
                 (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)run->step,
                 (long long)run->last_step, losses.loss, run->averages.loss / run->averages.steps,
-                (double)((run->step - first_step) * run->loader.batch_size) / seconds, left, losses.grad_norm,
-                losses.matched_iou / fmax(losses.matched, 1), losses.query_spread, 100 * waited / seconds);
+                (double)((run->step - first_step) * run->loader.batch_size) / seconds, left, losses.class_error,
+                losses.matched_iou / fmax(losses.matched, 1), losses.query_spread, losses.grad_norm,
+                losses.loss_ce[last], losses.loss_bbox[last], losses.loss_giou[last], 100 * waited / seconds);
         }
-        if (status == 0) training_watch(&watch, run, &losses, waited / seconds, &progress);
+        const double rate = schedule_factor(&run->schedule, run->step - 1);
+        const int signs = watch_step(&watch, run->step, rate, &losses, waited / seconds);
+        if (signs) progress_end(&progress);
+        watch_say(stderr, &watch, signs, run->step, &losses, waited / seconds, run->loader.workers);
     }
     progress_end(&progress);
     loader_stop(loader);
@@ -1126,7 +1069,7 @@ static int training_run(Training *run, Error *error) {
     widen_plan(&height, &width, h, w);
     if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
     widen_plan(&height, &width, h, w);
-    training_warn(run);
+    warn_of_data(stderr, &run->train, &run->network.config, run->from_scratch);
     if (training_plan(run, height, width, error) != 0) return -1;
     const char *norm_init = flag_text(run->settings, "norm_init");
     if (run->from_scratch && !run->state_tree && !(norm_init && strcmp(norm_init, "identity") == 0) &&
