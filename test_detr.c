@@ -228,7 +228,7 @@ typedef struct {
 // half: computed in bf16, which the build with reals of 64 bits refuses.
 static void small_run_begin(SmallRun *small, int kind, double dropout, int half, int training) {
     small_model(&small->model, kind, dropout, half);
-    activations_create(&small->acts, &small->model, 70, 70, training);
+    activations_create(&small->acts, &small->model, 70, 70, training, 1);
     small_batch(small->samples);
 }
 
@@ -319,27 +319,86 @@ static uint64_t fingerprint(const Model *model, int gradients) {
     return hash;
 }
 
+// Two steps on a batch with an unreadable picture, one without boxes and one half as large as the one before it: with
+// any number of threads, the pictures one after another or side by side, also more of them than there are.
 static void test_same_bytes_in(int kind, int half) {
-    uint64_t gradient[4], weights[4];
+    enum { RUNS = 8, MOST = 8 };
+    static const int runs[RUNS][2] = {{1, 1}, {1, 1}, {2, 1}, {3, 1}, {2, 2}, {3, 3}, {4, 4}, {MOST, MOST}};
+    uint64_t gradient[RUNS], weights[RUNS];
+    Losses losses[RUNS];
     int threads_before = omp_get_max_threads();
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
-    for (int run = 0; run < 4; run++) {  // 1, 2 and 3 threads, and the first again
-        omp_set_num_threads(run == 3 ? 1 : run + 1);
-        SmallRun small;
-        Losses losses;
+    for (int run = 0; run < RUNS; run++) {
+        omp_set_num_threads(runs[run][0]);
+        Model model;
+        Activations acts[MOST];
+        Sample samples[SMALL_BATCH + 1], small;
         Error error;
-        small_run_begin(&small, kind, 0.1, half, 1);
+        small_model(&model, kind, 0.1, half);
+        activations_create(acts, &model, 70, 70, 1, runs[run][1]);
+        small_batch(samples);
+        small = samples[3], samples[3] = samples[2], samples[2] = small;
+        samples[SMALL_BATCH] = samples[0], samples[0] = samples[1];
+        memset(&samples[1], 0, sizeof samples[1]);
         for (int64_t step = 0; step < 2; step++)
-            training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, step,
-                          &losses, &error);
-        gradient[run] = fingerprint(&small.model, 1), weights[run] = fingerprint(&small.model, 0);
-        small_run_end(&small);
+            training_step(&model, acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH + 1, 42, step, &losses[run],
+                          &error);
+        gradient[run] = fingerprint(&model, 1), weights[run] = fingerprint(&model, 0);
+        free_batch(samples, SMALL_BATCH + 1);
+        activations_free(acts);
+        model_free(&model);
     }
     omp_set_num_threads(threads_before);
-    for (int run = 1; run < 4; run++)
-        check(gradient[run] == gradient[0] && weights[run] == weights[0],
-              "two steps, %s%s, with %d threads give the bytes that 1 thread gives", KIND_NAMES[kind],
-              half ? " in bf16" : "", run == 3 ? 1 : run + 1);
+    for (int run = 1; run < RUNS; run++)
+        check(gradient[run] == gradient[0] && weights[run] == weights[0] &&
+                  memcmp(&losses[run], &losses[0], sizeof losses[0]) == 0,
+              "two steps, %s%s, with %d threads and %d pictures in flight give the bytes that 1 thread gives",
+              KIND_NAMES[kind], half ? " in bf16" : "", runs[run][0], runs[run][1]);
+}
+
+typedef struct {
+    Activations first, second;
+    int64_t seen[3];
+} TwoImages;
+
+static void *second_image(void *memory) {
+    TwoImages *two = (TwoImages *)memory;
+    for (int i = 0; i < 3; i++) {
+        take_turn(&two->second);
+        two->seen[i] = __atomic_load_n(&two->first.turn, __ATOMIC_RELAXED);
+    }
+    return NULL;
+}
+
+// A picture takes its n-th turn when the one before it has taken its n + 1st, and there is one for the losses and for
+// each layer that is trained.
+static void test_turns(void) {
+    TwoImages two;
+    pthread_t thread;
+    memset(&two, 0, sizeof two);
+    two.second.before = &two.first;
+    set_turn(&two.second, MAX_TURNS);
+    pthread_create(&thread, NULL, second_image, &two);
+    while (__atomic_load_n(&two.second.turn, __ATOMIC_RELAXED) == MAX_TURNS) sched_yield();
+    for (int turn = 1; turn <= 4; turn++) {
+        usleep(2000);
+        set_turn(&two.first, turn);
+    }
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 3; i++)
+        check(two.seen[i] >= i + 2, "turn %d of an image, when the one before has taken %d", i + 1, (int)two.seen[i]);
+    for (int kind = 0; kind < KINDS; kind++) {
+        SmallRun small;
+        int trained = 0;
+        small_run_begin(&small, kind, 0, 0, 1);
+        set_turn(&two.first, INT64_MAX);
+        small.acts.before = &two.first;
+        batch_loss(&small.model, &small.acts, small.samples, 1);
+        for (int i = 0; i < small.model.num_layers; i++) trained += small.model.layers[i]->weight->trained;
+        check(small.acts.turn == SMALL_BATCH * (1 + trained), "%s: %d turns, %d layers are trained", KIND_NAMES[kind],
+              (int)small.acts.turn / SMALL_BATCH, trained);
+        small_run_end(&small);
+    }
 }
 
 static void test_same_bytes(void) {
@@ -347,6 +406,7 @@ static void test_same_bytes(void) {
         test_same_bytes_in(BOTTLENECK, half);
         test_same_bytes_in(ANCHOR, half);
     }
+    test_turns();
 }
 
 // What one image gives may not depend on what was computed before it.
@@ -362,7 +422,7 @@ static void test_company_in(int kind, int half) {
     predict_image(&small.model, &small.acts, &small.samples[0].image);
     check(memcmp(alone, small.acts.boxes, count * sizeof(real)) == 0,
           "an image's boxes are the same after another image (%s%s)", KIND_NAMES[kind], half ? ", bf16" : "");
-    check(activations_bytes(&small.model, 70, 70, 0) == small.acts.arena.capacity, "the plan is what is allocated");
+    check(activations_bytes(&small.model, 70, 70, 0, 1) == small.acts.arena.capacity, "the plan is what is allocated");
     free(alone);
     small_run_end(&small);
 }
@@ -411,7 +471,7 @@ static void test_frozen_in(int kind, int half, const char *freeze, int input_gra
     for (int frozen = 0; frozen < 2; frozen++) {
         config.freeze = frozen ? freeze : NULL;
         small_model_of(&models[frozen], &config);
-        activations_create(&acts, &models[frozen], 70, 70, 1);
+        activations_create(&acts, &models[frozen], 70, 70, 1, 1);
         batch_loss(&models[frozen], &acts, samples, 1);
         if (!frozen) activations_free(&acts);
     }
@@ -598,7 +658,7 @@ static void test_calibrate(void) {
         ModelConfig config = small_config(bottleneck);
         check(model_create(&model, &config, 1, 1, 1, &error) == 0, "a small model");
         model_initialise(&model, 3);
-        activations_create(&acts, &model, 70, 70, 1);
+        activations_create(&acts, &model, 70, 70, 1, 1);
         small_batch(samples);
         change_norms(&model);
         calibrate_norms(&model, samples, SMALL_BATCH, 1);
@@ -641,7 +701,7 @@ static void test_calibrate(void) {
 }
 
 // A weight that is not finite stops the step, is named, and changes nothing.
-static void test_nonfinite(void) {
+static void test_nonfinite_weight(void) {
     SmallRun small;
     Losses losses;
     Error error;
@@ -656,6 +716,40 @@ static void test_nonfinite(void) {
           status ? error.text : "no error");
     check(fingerprint(&small.model, 0) == before, "a step that fails leaves the weights alone");
     small_run_end(&small);
+}
+
+// So does a picture whose loss is not finite, and the step is left in the same state whatever runs beside it.
+static void test_nonfinite_image(void) {
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
+    const int threads_before = omp_get_max_threads();
+    uint64_t gradient = 0;
+    for (int in_flight = 1; in_flight <= SMALL_BATCH + 1; in_flight++) {
+        omp_set_num_threads(in_flight);
+        Model model;
+        Activations acts[SMALL_BATCH + 1];
+        Sample samples[SMALL_BATCH];
+        Losses losses;
+        Error error;
+        small_model(&model, BASIC, 0, 0);
+        activations_create(acts, &model, 70, 70, 1, in_flight);
+        small_batch(samples);
+        samples[1].boxes[2] = NAN;
+        int status = training_step(&model, acts, &SMALL_LOSS, &optimizer, samples, SMALL_BATCH, 42, 0, &losses, &error);
+        check(status == -1 && strstr(error.text, "image 1 of") && strstr(error.text, "\"gradient of the boxes\""),
+              "a NaN in a picture's box, %d in flight: %s", in_flight, status ? error.text : "no error");
+        if (in_flight == 1) gradient = fingerprint(&model, 1);
+        check(fingerprint(&model, 1) == gradient, "%d in flight: the gradients are those of the pictures before",
+              in_flight);
+        free_batch(samples, SMALL_BATCH);
+        activations_free(acts);
+        model_free(&model);
+    }
+    omp_set_num_threads(threads_before);
+}
+
+static void test_nonfinite(void) {
+    test_nonfinite_weight();
+    test_nonfinite_image();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -951,10 +1045,32 @@ static void test_winograd_nan(void) {
     free(packed), free(workspace);
 }
 
+// Pictures side by side, each in a layer of its own, have workspaces of their own.
+static void test_winograd_side_by_side(void) {
+    const int threads_before = omp_get_max_threads();
+    Model model;
+    omp_set_num_threads(2);
+    small_model(&model, BASIC, 0, 0);
+    omp_set_num_threads(threads_before);
+    const Layer *layer = &model.blocks[0].conv[0];
+    const size_t size = layer->workspace_size, pixels = 8 * 8;
+    real *x = matmul_random((long)pixels * layer->shape.in_channels, 0, 1);
+    real *y = (real *)allocate(sizeof(real) * pixels * (size_t)layer->shape.out_channels);
+    int written[2] = {0, 0};
+    for (size_t i = 0; i < 2 * size; i++) layer->workspace[i] = (real)NAN;
+#pragma omp parallel num_threads(2)
+    if (omp_get_thread_num() == 1) layer_forward(y, x, 8, 8, layer, 0, NULL);
+    for (size_t i = 0; i < 2 * size; i++) written[i / size] |= !isnan(layer->workspace[i]);
+    check(layer->winograd && !written[0] && written[1], "winograd: the second of two threads has the second workspace");
+    model_free(&model);
+    free(x), free(y);
+}
+
 static void test_winograd(void) {
     for (int i = 0; i < (int)(sizeof matmul_cases / sizeof *matmul_cases); i++)
         if (winograd_fits(matmul_cases[i].shape)) test_matmul_case(&matmul_cases[i], i, 1);
     test_winograd_nan();
+    test_winograd_side_by_side();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1928,7 +2044,7 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
         if (images[i].width > largest) largest = images[i].width;
     }
     Activations acts;
-    activations_create(&acts, model, largest, largest, 1);
+    activations_create(&acts, model, largest, largest, 1, 1);
     LossDivisors divisors = {{0, 0}, {0, 0}, 0};
     for (int i = 0; i < DUMP_IMAGES; i++) divisors_add(&divisors, images[i].num_boxes, Q, loss_settings);
     zero_gradients(model);
@@ -2174,7 +2290,7 @@ static void test_anchor_queries(void) {
     Activations acts;
     Sample samples[SMALL_BATCH];
     small_batch(samples);
-    activations_create(&acts, &model, 70, 70, 0);
+    activations_create(&acts, &model, 70, 70, 0, 1);
     predict_image(&model, &acts, &samples[0].image);
     int centres[25] = {0}, wrong = 0;
     for (int q = 0; q < config.num_queries; q++) {
@@ -2459,7 +2575,7 @@ static void test_learns_by_heart_in(int kind, int half) {
     model_initialise(&model, 1);
     calibrate_norms(&model, samples, PICTURES, 1);
     model_pack(&model);
-    activations_create(&acts, &model, 192, 192, 1);
+    activations_create(&acts, &model, 192, 192, 1, 1);
     double ap50 = 0, first_loss = 0;
     int step = 0;
     for (; step < MAX_STEPS && ap50 < 0.95; step++) {

@@ -28,6 +28,7 @@ of threads, and a resumed run, sees the same ones.
 #define _GNU_SOURCE
 #endif
 #include <omp.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -2869,8 +2870,8 @@ static void layernorm_forward(real *y, bf16 *rounded, real *mean, real *rstd, co
     profile_end(begin, "layer norm", "forward", 0, sizeof(real) * 2.0 * rows * C);
 }
 
-// dx is written; dweight and dbias (C; or NULL, of a frozen norm) are added to, rows in order, one owner for a channel.
-// With n = (x - mean) rstd and g = dy weight:
+// dx is written, dy may be its memory; dweight and dbias (C; or NULL, of a frozen norm) are added to, rows in order,
+// one owner for a channel. With n = (x - mean) rstd and g = dy weight:
 //   dbias = sum over rows of dy,  dweight = sum over rows of dy n,
 //   dx = rstd (g - mean_C(g) - n mean_C(g n)): the part of g that moves neither the row's mean nor its variance.
 static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *x, const real *mean,
@@ -3069,7 +3070,8 @@ typedef struct {
     real *folded_bias;                                           // (out): norm_bias - mean * scale
     int winograd, winograd_weight;  // done by the Winograd room: forward and backward data; backward weight
     real *packed, *packed_backward;
-    real *workspace;  // for Winograd, forward and backward data: all layers share it
+    real *workspace;        // for Winograd, forward and backward data: all layers share it, see layer_workspace()
+    size_t workspace_size;  // of it, for one thread
     int needs_input_gradient;
     // Which numbers are bf16. half: the operands of its products, x and dy; half_y: y and what is added to it;
     // half_dx: dx, what is added to it, and the mask.
@@ -3388,10 +3390,11 @@ static void model_take_memory(Model *model) {
             layer->packed_backward =
                 arena_take(&model->packed, layer->winograd ? winograd_packed_size(out, in)
                                                            : packed_backward_size(layer->shape, layer->half));
-        if (layer->winograd) workspace = larger(workspace, winograd_workspace(layer->shape, omp_get_max_threads()));
+        if (layer->winograd) workspace = larger(workspace, winograd_workspace(layer->shape, 1));
     }
-    real *shared = arena_take(&model->packed, workspace);
-    for (int i = 0; i < model->num_layers; i++) model->layers[i]->workspace = shared;
+    real *shared = arena_take(&model->packed, (size_t)omp_get_max_threads() * workspace);
+    for (int i = 0; i < model->num_layers; i++)
+        model->layers[i]->workspace = shared, model->layers[i]->workspace_size = workspace;
     real **slots[3];
     for (int slot = 0; slot < 3; slot++) {  // gradients of all tensors lie together, then the moments
         for (int i = 0; i < model->num_params; i++) {
@@ -3534,71 +3537,6 @@ static void model_pack(Model *model) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Model: forward and backward of one image
 
-// Counts the operations of the plain sum, of which Winograd needs less than half: its speed may exceed the peak.
-static void profile_layer(double begin, const Layer *layer, int height, int width, const char *pass) {
-    const ConvShape s = layer->shape;
-    const double out = (double)conv_size(height, s) * conv_size(width, s), in = (double)height * width,
-                 weights = (double)layer->weight->count;
-    const char *work = s.kernel > 3         ? "stem 7x7"
-                       : s.kernel == 3      ? s.stride > 1 ? "3x3, stride 2" : "3x3"
-                       : s.stride > 1       ? "1x1, stride 2"
-                       : layer->norm_weight ? "1x1"
-                                            : "linear";
-    profile_end(begin, work, pass, 2 * out * weights,
-                (double)number_bytes(layer->half) * (in * s.in_channels + out * s.out_channels + weights));
-}
-
-// y = relu?(x W + b (+ add)). x: (height * width, in), y and add: (output height * width, out). What of this is bf16
-// stands in Layer; so in the functions below.
-static void layer_forward(void *y, const void *x, int height, int width, const Layer *layer, int relu,
-                          const void *add) {
-    const Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL, layer->half_y};
-    const double begin = profile_begin();
-    if (layer->winograd)
-        winograd_forward((real *)y, (const real *)x, height, width, layer->packed, epilogue, layer->shape,
-                         layer->workspace);
-    else
-        conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape, layer->half);
-    profile_layer(begin, layer, height, width, "forward");
-}
-
-// dW += x^T dy, db += sum of dy, if the layer is trained. Under a frozen norm dW and db are those of the folded weights
-// until unfold_norms.
-static void layer_backward_weight(const void *x, const void *dy, int height, int width, const Layer *layer,
-                                  real *workspace) {
-    if (!layer->weight->trained) return;
-    const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
-    const double begin = profile_begin();
-    if (layer->winograd_weight)
-        winograd_backward_weight(layer->weight->grad, bias->grad, (const real *)x, (const real *)dy, height, width,
-                                 layer->shape, workspace);
-    else
-        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half,
-                             workspace);
-    profile_layer(begin, layer, height, width, "backward, weight");
-}
-
-// dx = mask(dy W^T (+ add)), if an earlier layer is trained. dx may be the memory of mask or of add.
-static void layer_backward_data(void *dx, const void *dy, int height, int width, const Layer *layer, const void *add,
-                                const void *mask) {
-    if (!layer->needs_input_gradient) return;
-    const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
-    const double begin = profile_begin();
-    if (layer->winograd)
-        winograd_backward_data((real *)dx, (const real *)dy, height, width, layer->packed_backward, epilogue,
-                               layer->shape, layer->workspace);
-    else
-        conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape, layer->half);
-    profile_layer(begin, layer, height, width, "backward, data");
-}
-
-// Both; the gradient dx may take the place of x.
-static void layer_backward(void *dx, const void *x, const void *dy, int height, int width, const Layer *layer,
-                           const void *add, const void *mask, real *workspace) {
-    layer_backward_weight(x, dy, height, width, layer, workspace);
-    layer_backward_data(dx, dy, height, width, layer, add, mask);
-}
-
 // A void * below is a tensor of bf16 with --precision bf16, else of reals.
 typedef struct {
     int height, width, out_height, out_width;
@@ -3629,7 +3567,7 @@ typedef struct {
 // Everything one image leaves behind on its way forward, and the scratch of its way back. On that way the gradients of
 // the backbone and of hidden units take the place of the activations they belong to, which nobody needs any more.
 // T = tokens = height * width of the last feature map, Q = num_queries, C = hidden_dim, L = dec_layers.
-typedef struct {
+typedef struct Activations {
     Arena arena;
     int training, height, width, map_height, map_width;
     Dropout dropout;  // p = 0 in inference
@@ -3665,6 +3603,10 @@ typedef struct {
     size_t costs_capacity;
     double *probabilities;  // (num_logits)
     int *match;             // (L, Q): the target that a query is matched with, or -1
+    // side by side with those of other images
+    int in_flight, one_thread;   // how many there are, in the first; in the others that they never have more
+    struct Activations *before;  // while they run: of the image before, else NULL
+    int64_t turn;                // the image's place in the batch * MAX_TURNS + the turns it has taken: see take_turn()
 } Activations;
 
 // A tensor of reals or (half) of bf16, with a name.
@@ -3708,12 +3650,12 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
         acts->dquery_positions = arena_take(arena, (size_t)((config->anchor ? config->dec_layers : 1) * Q) * C);
         arena->used = larger(arena->used, forward);
     }
-    size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, omp_get_max_threads());
+    const int threads = acts->one_thread ? 1 : omp_get_max_threads();
+    size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, threads);
     for (int i = 0; acts->training && i < model->num_layers; i++) {
         const Layer *layer = model->layers[i];
-        workspace = larger(workspace, layer->winograd_weight
-                                          ? winograd_backward_weight_workspace(layer->shape, omp_get_max_threads())
-                                          : conv_backward_weight_workspace(layer->shape, omp_get_max_threads()));
+        workspace = larger(workspace, layer->winograd_weight ? winograd_backward_weight_workspace(layer->shape, threads)
+                                                             : conv_backward_weight_workspace(layer->shape, threads));
     }
     acts->workspace = arena_take(arena, workspace);
 }
@@ -3896,6 +3838,7 @@ static void activations_lists(Activations *acts, const Model *model, int trainin
     size_t enc = (size_t)model->config.enc_layers, dec = (size_t)model->config.dec_layers;
     memset(acts, 0, sizeof *acts);
     acts->training = training;
+    acts->in_flight = 1;
     acts->blocks = (BlockActivations *)allocate((size_t)model->num_blocks * sizeof(BlockActivations));
     acts->encoder_query = (void **)allocate(enc * sizeof(void *));
     acts->encoder_attention = (AttentionActivations *)allocate(enc * sizeof(AttentionActivations));
@@ -3907,37 +3850,137 @@ static void activations_lists(Activations *acts, const Model *model, int trainin
     acts->decoder_ffn = (FeedForwardActivations *)allocate(dec * sizeof(FeedForwardActivations));
 }
 
+// acts: as activations_create() took it.
 static void activations_free(Activations *acts) {
-    free(acts->blocks);
-    free(acts->encoder_query);
-    free(acts->encoder_attention);
-    free(acts->encoder_ffn);
-    free(acts->self_query);
-    free(acts->cross_query);
-    free(acts->decoder_self);
-    free(acts->decoder_cross);
-    free(acts->decoder_ffn);
-    free(acts->costs);
-    arena_free(&acts->arena);
-    memset(acts, 0, sizeof *acts);
+    for (int i = acts->in_flight - 1; i >= 0; i--) {
+        free(acts[i].blocks);
+        free(acts[i].encoder_query);
+        free(acts[i].encoder_attention);
+        free(acts[i].encoder_ffn);
+        free(acts[i].self_query);
+        free(acts[i].cross_query);
+        free(acts[i].decoder_self);
+        free(acts[i].decoder_cross);
+        free(acts[i].decoder_ffn);
+        free(acts[i].costs);
+        arena_free(&acts[i].arena);
+        memset(&acts[i], 0, sizeof *acts);
+    }
 }
 
-// Bytes that one image of (height, width) needs; the same for (width, height).
-static size_t activations_bytes(const Model *model, int height, int width, int training) {
-    Activations acts;
-    activations_lists(&acts, model, training);
-    activations_plan(&acts, model, height, width);
-    size_t bytes = acts.arena.used;
-    activations_free(&acts);
+// Bytes that activations_create() takes; the same for (width, height).
+static size_t activations_bytes(const Model *model, int height, int width, int training, int in_flight) {
+    size_t bytes = 0;
+    for (int i = 0; i < in_flight; i++) {
+        Activations acts;
+        activations_lists(&acts, model, training);
+        acts.one_thread = i > 0;
+        activations_plan(&acts, model, height, width);
+        bytes += acts.arena.used;
+        activations_free(&acts);
+    }
     return bytes;
 }
 
-// Plans and allocates for the largest image; every image no larger than it, either way round, fits.
-static void activations_create(Activations *acts, const Model *model, int max_height, int max_width, int training) {
-    activations_lists(acts, model, training);
-    activations_plan(acts, model, max_height, max_width);
-    arena_allocate(&acts->arena);
-    activations_plan(acts, model, max_height, max_width);
+// Plans and allocates for the largest image; every image no larger than it, either way round, fits. acts: (in_flight),
+// for as many images side by side, one thread each, no more than there were threads when the model was made; the first
+// may also have all threads, alone.
+static void activations_create(Activations *acts, const Model *model, int max_height, int max_width, int training,
+                               int in_flight) {
+    for (int i = 0; i < in_flight; i++) {
+        activations_lists(&acts[i], model, training);
+        acts[i].one_thread = i > 0;
+        activations_plan(&acts[i], model, max_height, max_width);
+        arena_allocate(&acts[i].arena);
+        activations_plan(&acts[i], model, max_height, max_width);
+    }
+    acts->in_flight = in_flight;
+}
+
+// Counts the operations of the plain sum, of which Winograd needs less than half: its speed may exceed the peak.
+static void profile_layer(double begin, const Layer *layer, int height, int width, const char *pass) {
+    const ConvShape s = layer->shape;
+    const double out = (double)conv_size(height, s) * conv_size(width, s), in = (double)height * width,
+                 weights = (double)layer->weight->count;
+    const char *work = s.kernel > 3         ? "stem 7x7"
+                       : s.kernel == 3      ? s.stride > 1 ? "3x3, stride 2" : "3x3"
+                       : s.stride > 1       ? "1x1, stride 2"
+                       : layer->norm_weight ? "1x1"
+                                            : "linear";
+    profile_end(begin, work, pass, 2 * out * weights,
+                (double)number_bytes(layer->half) * (in * s.in_channels + out * s.out_channels + weights));
+}
+
+// Of all threads together; of images side by side each has that of its own thread.
+static real *layer_workspace(const Layer *layer) {
+    return layer->workspace + (size_t)omp_get_thread_num() * layer->workspace_size;
+}
+
+// y = relu?(x W + b (+ add)). x: (height * width, in), y and add: (output height * width, out). What of this is bf16
+// stands in Layer; so in the functions below.
+static void layer_forward(void *y, const void *x, int height, int width, const Layer *layer, int relu,
+                          const void *add) {
+    const Epilogue epilogue = {layer->bias ? layer->bias->value : layer->folded_bias, add, relu, NULL, layer->half_y};
+    const double begin = profile_begin();
+    if (layer->winograd)
+        winograd_forward((real *)y, (const real *)x, height, width, layer->packed, epilogue, layer->shape,
+                         layer_workspace(layer));
+    else
+        conv_forward(y, x, height, width, layer->packed, epilogue, layer->shape, layer->half);
+    profile_layer(begin, layer, height, width, "forward");
+}
+
+// Pictures of a batch that run side by side, each on a thread of its own, add to the same losses and gradients, and in
+// the order of the batch. So there is a turn for every such addition: a picture takes it when the picture before has
+// taken its next one. All take the same turns, one behind the other. What belongs to a turn is all that follows
+// take_turn() up to the next one; before the first a picture adds to nothing.
+enum { MAX_TURNS = 1 << 16 };  // more than a picture has
+
+static void set_turn(Activations *acts, int64_t turn) { __atomic_store_n(&acts->turn, turn, __ATOMIC_RELEASE); }
+
+static void take_turn(Activations *acts) {
+    if (!acts->before) return;
+    set_turn(acts, acts->turn + 1);
+    for (int looks = 0; __atomic_load_n(&acts->before->turn, __ATOMIC_ACQUIRE) <= acts->turn - MAX_TURNS; looks++)
+        if (looks > 1000) sched_yield();
+}
+
+// dW += x^T dy, db += sum of dy, if the layer is trained. Under a frozen norm dW and db are those of the folded weights
+// until unfold_norms.
+static void layer_backward_weight(Activations *acts, const void *x, const void *dy, int height, int width,
+                                  const Layer *layer) {
+    if (!layer->weight->trained) return;
+    take_turn(acts);  // for dW and db, and what is added behind them
+    const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
+    const double begin = profile_begin();
+    if (layer->winograd_weight)
+        winograd_backward_weight(layer->weight->grad, bias->grad, (const real *)x, (const real *)dy, height, width,
+                                 layer->shape, acts->workspace);
+    else
+        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half,
+                             acts->workspace);
+    profile_layer(begin, layer, height, width, "backward, weight");
+}
+
+// dx = mask(dy W^T (+ add)), if an earlier layer is trained. dx may be the memory of mask or of add.
+static void layer_backward_data(void *dx, const void *dy, int height, int width, const Layer *layer, const void *add,
+                                const void *mask) {
+    if (!layer->needs_input_gradient) return;
+    const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
+    const double begin = profile_begin();
+    if (layer->winograd)
+        winograd_backward_data((real *)dx, (const real *)dy, height, width, layer->packed_backward, epilogue,
+                               layer->shape, layer_workspace(layer));
+    else
+        conv_backward_data(dx, dy, height, width, layer->packed_backward, epilogue, layer->shape, layer->half);
+    profile_layer(begin, layer, height, width, "backward, data");
+}
+
+// Both; the gradient dx may take the place of x.
+static void layer_backward(Activations *acts, void *dx, const void *x, const void *dy, int height, int width,
+                           const Layer *layer, const void *add, const void *mask) {
+    layer_backward_weight(acts, x, dy, height, width, layer);
+    layer_backward_data(dx, dy, height, width, layer, add, mask);
 }
 
 // y = a + b; b may be NULL, y may be a or b. half: y is bf16.
@@ -4012,14 +4055,13 @@ static void attention_block_backward(Activations *acts, const Model *model, cons
     layernorm_backward(dresidual, norm->weight->grad, norm->bias->grad, dout, a->sum, a->mean, a->rstd,
                        norm->weight->value, rows, C);
     const void *dprojected = dropout_backward(acts, model, dresidual, rows, dropout);
-    layer_backward(acts->dattended, a->attended_operand, dprojected, rows, 1, &block->output, NULL, NULL,
-                   acts->workspace);
+    layer_backward(acts, acts->dattended, a->attended_operand, dprojected, rows, 1, &block->output, NULL, NULL);
     attention_backward(acts->dq, acts->dk, acts->dv, acts->dattended, a->query, a->key, a->value, a->attended, a->lse,
                        rows, a->num_keys, C, model->config.nheads, dropout_at(acts, site), a->prior, model->config.half,
                        acts->workspace);
-    layer_backward(dquery, a->query_in, acts->dq, rows, 1, &block->query, NULL, NULL, acts->workspace);
-    layer_backward(dkey, a->key_in, acts->dk, a->num_keys, 1, &block->key, dkey, NULL, acts->workspace);
-    layer_backward(dvalue, a->value_in, acts->dv, a->num_keys, 1, &block->value, dvalue, NULL, acts->workspace);
+    layer_backward(acts, dquery, a->query_in, acts->dq, rows, 1, &block->query, NULL, NULL);
+    layer_backward(acts, dkey, a->key_in, acts->dk, a->num_keys, 1, &block->key, dkey, NULL);
+    layer_backward(acts, dvalue, a->value_in, acts->dv, a->num_keys, 1, &block->value, dvalue, NULL);
 }
 
 // hidden = dropout(relu(in W1 + b1)); out = norm(in + dropout(hidden W2 + b2))
@@ -4045,11 +4087,11 @@ static void feed_forward_backward(Activations *acts, const Model *model, const F
     layernorm_backward(acts->dsum, ffn->norm.weight->grad, ffn->norm.bias->grad, dout, f->sum, f->mean, f->rstd,
                        ffn->norm.weight->value, rows, C);
     const void *dprojected = dropout_backward(acts, model, acts->dsum, rows, dropout);
-    layer_backward_weight(f->hidden, dprojected, rows, 1, &ffn->fc2, acts->workspace);
+    layer_backward_weight(acts, f->hidden, dprojected, rows, 1, &ffn->fc2);
     if (dropout.p > 0)
         scale_rows(acts->dprojected, model->config.half, (real)(1 / (1 - dropout.p)), (size_t)rows * (size_t)C);
     layer_backward_data(f->hidden, dprojected, rows, 1, &ffn->fc2, NULL, f->hidden);
-    layer_backward(din, f->in, f->hidden, rows, 1, &ffn->fc1, acts->dsum, NULL, acts->workspace);
+    layer_backward(acts, din, f->in, f->hidden, rows, 1, &ffn->fc1, acts->dsum, NULL);
 }
 
 static void block_forward(const Block *block, BlockActivations *b) {
@@ -4073,17 +4115,16 @@ static void block_backward(Activations *acts, const Block *block, const BlockAct
     const int widths[3] = {b->width, conv_size(b->width, block->conv[0].shape), b->out_width};
     const void *dy = b->out;
     for (int j = last; j > 0; j--) {
-        layer_backward(b->inner[j - 1], b->inner[j - 1], dy, heights[j], widths[j], &block->conv[j], NULL,
-                       b->inner[j - 1], acts->workspace);
+        layer_backward(acts, b->inner[j - 1], b->inner[j - 1], dy, heights[j], widths[j], &block->conv[j], NULL,
+                       b->inner[j - 1]);
         dy = b->inner[j - 1];
     }
     const void *dshortcut = b->out;
     if (block->has_shortcut) {
-        layer_backward(acts->dshortcut, b->in, b->out, b->height, b->width, &block->shortcut, NULL, NULL,
-                       acts->workspace);
+        layer_backward(acts, acts->dshortcut, b->in, b->out, b->height, b->width, &block->shortcut, NULL, NULL);
         dshortcut = acts->dshortcut;
     }
-    layer_backward(b->in, b->in, dy, b->height, b->width, &block->conv[0], dshortcut, b->in, acts->workspace);
+    layer_backward(acts, b->in, b->in, dy, b->height, b->width, &block->conv[0], dshortcut, b->in);
 }
 
 static void sigmoid(real *y, const real *x, size_t count) {
@@ -4197,26 +4238,24 @@ static void heads_backward(const Model *model, Activations *acts) {
     Param *learned = model->query_embeddings;
     if (model->config.anchor && learned->trained)
         add_rows(learned->grad, 0, learned->grad, acts->dboxes, learned->count);
-    layer_backward(acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL,
-                   acts->workspace);
+    layer_backward(acts, acts->dstates, acts->states, acts->dlogits, rows, 1, &model->class_head, NULL, NULL);
     real **hidden = acts->box_hidden;  // their gradients take their place
-    layer_backward(hidden[1], hidden[1], acts->dboxes, rows, 1, &model->box_head[2], NULL, hidden[1], acts->workspace);
-    layer_backward(hidden[0], hidden[0], hidden[1], rows, 1, &model->box_head[1], NULL, hidden[0], acts->workspace);
-    layer_backward(acts->dstates, acts->states, hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL,
-                   acts->workspace);
+    layer_backward(acts, hidden[1], hidden[1], acts->dboxes, rows, 1, &model->box_head[2], NULL, hidden[1]);
+    layer_backward(acts, hidden[0], hidden[0], hidden[1], rows, 1, &model->box_head[1], NULL, hidden[0]);
+    layer_backward(acts, acts->dstates, acts->states, hidden[0], rows, 1, &model->box_head[0], acts->dstates, NULL);
 }
 
 // From acts->dquery_positions, with --decoder anchor, to the head that made the positions.
 static void query_positions_backward(const Model *model, Activations *acts) {
     const int rows = model->config.dec_layers * model->config.num_queries;
     real *hidden = acts->position_hidden;  // its gradient takes its place
-    layer_backward(hidden, hidden, acts->dquery_positions, rows, 1, &model->query_position_head[1], NULL, hidden,
-                   acts->workspace);
-    layer_backward_weight(acts->box_features, hidden, rows, 1, &model->query_position_head[0], acts->workspace);
+    layer_backward(acts, hidden, hidden, acts->dquery_positions, rows, 1, &model->query_position_head[1], NULL, hidden);
+    layer_backward_weight(acts, acts->box_features, hidden, rows, 1, &model->query_position_head[0]);
 }
 
 // Leaves the gradient of the encoder's output in acts->dmemory. Goes down to the lowest layer that is trained, or that
-// something before it is; only the norm is behind all of them.
+// something before it is; only the norm is behind all of them. It comes first: what layers add to together they must
+// add in one turn.
 static void decoder_backward(const Model *model, Activations *acts) {
     if (!model->class_head.needs_input_gradient) return;
     const ModelConfig *config = &model->config;
@@ -4227,16 +4266,19 @@ static void decoder_backward(const Model *model, Activations *acts) {
     memset(acts->dmemory_query, 0, map_count * sizeof(real));
     memset(acts->dquery_positions, 0, (config->anchor ? config->dec_layers : 1) * query_count * sizeof(real));
     for (int l = config->dec_layers - 1; l >= 0; l--) {
+        real *dstate = acts->dstates + (size_t)l * query_count;
+        layernorm_backward(dstate, model->decoder_norm.weight->grad, model->decoder_norm.bias->grad, dstate,
+                           acts->decoder_ffn[l].out, acts->state_mean + l * Q, acts->state_rstd + l * Q,
+                           model->decoder_norm.weight->value, Q, C);
+    }
+    for (int l = config->dec_layers - 1; l >= 0 && model->decoder_ffn[l].trained; l--) {
         int site = 4 * config->enc_layers + 6 * l;
+        const real *dstate = acts->dstates + (size_t)l * query_count;
         real *dpositions = acts->dquery_positions + (config->anchor ? (size_t)l * query_count : 0);
-        layernorm_backward(dquery, model->decoder_norm.weight->grad, model->decoder_norm.bias->grad,
-                           acts->dstates + (size_t)l * query_count, acts->decoder_ffn[l].out, acts->state_mean + l * Q,
-                           acts->state_rstd + l * Q, model->decoder_norm.weight->value, Q, C);
-        if (!model->decoder_ffn[l].trained) continue;
         if (l == config->dec_layers - 1)
-            memcpy(dx, dquery, query_count * sizeof(real));
+            memcpy(dx, dstate, query_count * sizeof(real));
         else
-            add_rows(dx, 0, dx, dquery, query_count);
+            add_rows(dx, 0, dx, dstate, query_count);
         feed_forward_backward(acts, model, &model->decoder_ffn[l], &acts->decoder_ffn[l], site + 4, dx, dx);
         attention_block_backward(acts, model, &model->decoder_cross[l], &acts->decoder_cross[l], site + 2, dresidual,
                                  dquery, acts->dmemory_query, acts->dmemory, dx);
@@ -4277,14 +4319,13 @@ static void backbone_backward(const Model *model, Activations *acts) {
                  (size_t)(acts->map_height * acts->map_width) * (size_t)model->config.hidden_dim);
         dtokens = acts->dprojected;
     }
-    layer_backward(map, map, dtokens, acts->map_height, acts->map_width, &model->input_projection, NULL, map,
-                   acts->workspace);
+    layer_backward(acts, map, map, dtokens, acts->map_height, acts->map_width, &model->input_projection, NULL, map);
     for (int i = model->num_blocks - 1; i >= 0 && model->blocks[i].trained; i--)
         block_backward(acts, &model->blocks[i], &acts->blocks[i]);
     if (model->stem.weight->trained) {
         int h = conv_size(acts->height, model->stem.shape), w = conv_size(acts->width, model->stem.shape);
         maxpool_backward(acts->dstem, acts->pooled, acts->argmax, h, w, model->config.stem_width, half);
-        layer_backward_weight(acts->pixels, acts->dstem, acts->height, acts->width, &model->stem, acts->workspace);
+        layer_backward_weight(acts, acts->pixels, acts->dstem, acts->height, acts->width, &model->stem);
     }
 }
 
@@ -4572,11 +4613,15 @@ static void set_loss(const Model *model, Activations *acts, Targets targets, Los
     const double begin = profile_begin();
     const ModelConfig *config = &model->config;
     for (int l = 0; l < config->dec_layers; l++) {
+        size_t row = (size_t)l * (size_t)config->num_queries;
+        match_queries(acts, acts->match + row, acts->logits + row * (size_t)num_logits(config), acts->boxes + row * 4,
+                      config, targets, has_many(config, l) ? settings->aux_matches : 1, settings);
+    }
+    take_turn(acts);  // for the losses
+    for (int l = 0; l < config->dec_layers; l++) {
         size_t row = (size_t)l * (size_t)config->num_queries, place = row * (size_t)num_logits(config);
         const real *logits = acts->logits + place, *boxes = acts->boxes + row * 4;
         int is_final = l == config->dec_layers - 1;
-        match_queries(acts, acts->match + row, logits, boxes, config, targets,
-                      has_many(config, l) ? settings->aux_matches : 1, settings);
         layer_loss(losses, acts->dlogits + place, acts->dboxes + row * 4, logits, boxes, acts->match + row, l, config,
                    is_final, targets, divisors, settings, is_final || settings->aux_loss, acts->probabilities);
     }
@@ -5007,42 +5052,84 @@ static void watch_boxes(const Model *model, const Activations *acts, Targets tar
     losses->query_spread += sqrt(square) / images;
 }
 
-// One optimizer step over a batch: the gradients of its images are added up one after another, in order, with divisors
-// that hold for the whole batch. --norm_init track: every TRACK_STEPS steps the frozen norms first go TRACK_SHARE of
-// the way to the statistics of the batch's first TRACK_IMAGES pictures; within a step they are constants. Samples
-// without pixels (unreadable) are left out. On a loss or gradient that is not finite the weights stay as they are, and
-// -1 comes back with the name of the first bad tensor.
-static int training_step(Model *model, Activations *acts, const LossSettings *loss_settings,
-                         const OptimizerSettings *optimizer_settings, const Sample *samples, int batch, uint64_t seed,
-                         int64_t step, Losses *losses, Error *error) {
-    if (model->track_norms && step > 0 && step % TRACK_STEPS == 0) {
-        calibrate_norms(model, samples, batch < TRACK_IMAGES ? batch : TRACK_IMAGES, TRACK_SHARE);
-        model_pack(model);
-    }
-    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
-    for (int i = 0; i < batch; i++)
-        if (samples[i].image.pixels)
-            divisors_add(&divisors, samples[i].num_boxes, model->config.num_queries, loss_settings);
-    memset(losses, 0, sizeof *losses);
-    zero_gradients(model);
-    for (int i = 0; i < batch; i++) {
-        if (!samples[i].image.pixels) continue;
-        acts->dropout.p = model->config.dropout, acts->dropout.seed = seed;
-        acts->dropout.step = (uint32_t)step, acts->dropout.image = (uint32_t)i;
-        Targets targets = {samples[i].num_boxes, samples[i].boxes, samples[i].classes};
-        load_image(model, acts, &samples[i].image);
+// What the images of a step have in common.
+typedef struct {
+    const LossSettings *settings;
+    const Sample *samples;
+    int count;
+    uint64_t seed;
+    int64_t step;
+    LossDivisors divisors;
+    Losses *losses;
+    // the first image with which the loss is not finite, and that loss; acts: NULL if there is none
+    const Activations *acts;
+    int image;
+    double loss;
+} Batch;
+
+// Adds to the losses and gradients what images of a batch give, one after another: every threads-th, the thread-th
+// first. Samples without pixels (unreadable) are left out and do not count. Stops at a loss that is not finite.
+static void train_images(const Model *model, Activations *acts, Batch *batch, int thread, int threads) {
+    Losses *losses = batch->losses;
+    int64_t place = -1;  // in the batch
+    acts[thread].before = threads > 1 ? &acts[(thread + threads - 1) % threads] : NULL;
+    acts += thread;
+    for (int i = 0; i < batch->count; i++) {
+        const Sample *sample = &batch->samples[i];
+        if (!sample->image.pixels || ++place % threads != thread) continue;
+        set_turn(acts, place * MAX_TURNS);
+        acts->dropout.p = model->config.dropout, acts->dropout.seed = batch->seed;
+        acts->dropout.step = (uint32_t)batch->step, acts->dropout.image = (uint32_t)i;
+        Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
+        load_image(model, acts, &sample->image);
         network_forward(model, acts);
-        set_loss(model, acts, targets, divisors, loss_settings, losses);
-        losses_finish(losses, model->config.dec_layers, loss_settings);
-        watch_boxes(model, acts, targets, divisors.images, losses);
-        if (!isfinite(losses->loss)) {
-            const char *name = first_nonfinite(model, acts);
-            return fail(
-                error,
-                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
-                (long long)step + 1, i, losses->loss, name ? name : "none: the sum overflowed");
+        set_loss(model, acts, targets, batch->divisors, batch->settings, losses);
+        losses_finish(losses, model->config.dec_layers, batch->settings);
+        watch_boxes(model, acts, targets, batch->divisors.images, losses);
+        if (!isfinite(losses->loss)) {  // nor will it be with the images behind, which stop here too
+            if (!batch->acts) batch->acts = acts, batch->image = i, batch->loss = losses->loss;
+            break;
         }
         network_backward(model, acts);
+    }
+    set_turn(acts, INT64_MAX);
+    acts->before = NULL;
+}
+
+// One optimizer step over a batch: the gradients of its images are added up in order, with divisors that hold for the
+// whole batch. acts: for as many images side by side as activations_create() was asked for; with a profile one after
+// another. --norm_init track: every TRACK_STEPS steps the frozen norms first go TRACK_SHARE of the way to the
+// statistics of the batch's first TRACK_IMAGES pictures; within a step they are constants. Samples without pixels
+// (unreadable) are left out. On a loss or gradient that is not finite the weights stay as they are, and -1 comes back
+// with the name of the first bad tensor.
+static int training_step(Model *model, Activations *acts, const LossSettings *loss_settings,
+                         const OptimizerSettings *optimizer_settings, const Sample *samples, int batch_size,
+                         uint64_t seed, int64_t step, Losses *losses, Error *error) {
+    if (model->track_norms && step > 0 && step % TRACK_STEPS == 0) {
+        calibrate_norms(model, samples, batch_size < TRACK_IMAGES ? batch_size : TRACK_IMAGES, TRACK_SHARE);
+        model_pack(model);
+    }
+    Batch batch = {loss_settings, samples, batch_size, seed, step, {{0, 0}, {0, 0}, 0}, losses, NULL, 0, 0};
+    for (int i = 0; i < batch_size; i++)
+        if (samples[i].image.pixels)
+            divisors_add(&batch.divisors, samples[i].num_boxes, model->config.num_queries, loss_settings);
+    memset(losses, 0, sizeof *losses);
+    zero_gradients(model);
+    if (acts->in_flight == 1 || profile.on) {
+        train_images(model, acts, &batch, 0, 1);
+    } else {
+        for (int i = 0; i < acts->in_flight; i++) acts[i].turn = 0;
+#pragma omp parallel num_threads(acts->in_flight)
+        {
+            omp_set_num_threads(1);  // for the loops inside
+            train_images(model, acts, &batch, omp_get_thread_num(), omp_get_num_threads());
+        }
+    }
+    if (batch.acts) {
+        const char *name = first_nonfinite(model, batch.acts);
+        return fail(error,
+                    "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
+                    (long long)step + 1, batch.image, batch.loss, name ? name : "none: the sum overflowed");
     }
     unfold_norms(model);
     losses->grad_norm = gradient_norm(model);

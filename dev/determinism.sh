@@ -1,6 +1,7 @@
 #!/bin/bash
 # Same command, same bytes: trains a small model on data/bccd in many ways that must not matter and compares the
-# checkpoint's tensors and log byte for byte: a second run, 1 and 2 threads, micro-batches, worker threads, and runs that
+# checkpoint's tensors and log byte for byte: a second run, other numbers of threads, pictures side by side (as many as
+# there are threads, in the plain run too) and one at a time (with --micro_batch 1), worker threads, and runs that
 # SIGKILL stops at a random moment and that are resumed. Then the same with every option that keeps something from step
 # to step or from epoch to epoch.
 #
@@ -95,14 +96,23 @@ kill_runs() { # kill_runs BASE FLAGS...
 }
 
 base plain "${settings[@]}"
+if grep -q ', 2 in flight$' "$out/plain.log"; then
+    passed=$((passed + 1))
+    echo "ok: two pictures run side by side"
+else
+    failed=$((failed + 1))
+    echo "FAILED: two pictures do not run side by side: $out/plain.log"
+fi
 OMP_NUM_THREADS=2 train again "${settings[@]}"
 compare again "a second run" plain
 OMP_NUM_THREADS=1 train thread1 "${settings[@]}"
 compare thread1 "1 thread" plain
-OMP_NUM_THREADS=3 train thread3 "${settings[@]}"
-compare thread3 "3 threads" plain
+for threads in 3 4; do
+    OMP_NUM_THREADS=$threads train "thread$threads" "${settings[@]}"
+    compare "thread$threads" "$threads threads" plain
+done
 for micro in 1 2 4; do
-    train "micro$micro" "${settings[@]}" --micro_batch "$micro"
+    OMP_NUM_THREADS=2 train "micro$micro" "${settings[@]}" --micro_batch "$micro"
     compare "micro$micro" "--micro_batch $micro" plain
 done
 train workers0 "${settings[@]}" --num_workers 0

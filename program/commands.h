@@ -362,7 +362,8 @@ typedef struct {
     int has_val;
     int *train_labels, *val_labels;  // of each class
     Network network;
-    Activations acts;
+    Activations *acts;  // of the pictures in flight
+    int in_flight;
     LoaderSettings loader;
     LossSettings loss;
     Schedule schedule;
@@ -378,7 +379,8 @@ typedef struct {
 } Training;
 
 static void training_free(Training *run) {
-    activations_free(&run->acts);
+    activations_free(run->acts);
+    free(run->acts);
     network_free(&run->network);
     dataset_free(&run->train);
     dataset_free(&run->val);
@@ -696,23 +698,35 @@ static int training_calibrate(Training *run, int height, int width, Error *error
     return readable ? 0 : fail(error, "none of %d training pictures can be read, the first: %s", count, why.text);
 }
 
+// How many pictures of a batch run side by side, by the rule of --micro_batch: one on each thread, or one on all of
+// them. other: bytes that will be taken besides their activations.
+static int pictures_in_flight(const Settings *settings, const Model *model, int height, int width, double other) {
+    const int threads = omp_get_max_threads(), most = flag_int(settings, "micro_batch");
+    if (flag_int(settings, "batch_size") < threads || (most && most < threads)) return 1;
+    const double needed = other + (double)activations_bytes(model, height, width, 1, threads),
+                 available = memory_free();
+    return needed <= available || available == 0 ? threads : 1;
+}
+
 // Prints what will be taken, and refuses a plan that the machine has no memory for.
 static int training_plan(Training *run, int height, int width, Error *error) {
     const Model *model = &run->network.model;
     const double MiB = 1048576;
     double pictures =
         (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
+    const double followed = model->track_norms ? calibration_bytes(model, height, width) : 0;
+    run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures);
     const ReportRow rows[] = {
         {"weights", NULL, (double)model->weights.used, 0},
         {"packed weights", NULL, (double)model->packed.used, 0},
         {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
         {"average of the weights", NULL, (double)model->ema.used, 0},
-        {"activations and workspace", NULL, (double)activations_bytes(model, height, width, 1), 0},
-        {"pictures the norms follow", NULL, model->track_norms ? calibration_bytes(model, height, width) : 0, 0},
+        {"activations and workspace", NULL, (double)activations_bytes(model, height, width, 1, run->in_flight), 0},
+        {"pictures the norms follow", NULL, followed, 0},
         {"pictures read ahead", NULL, pictures, 0}};
     double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
         available = memory_free() + taken;
-    printf("\nmemory     for pictures up to %d x %d, one in flight\n", height, width);
+    printf("\nmemory     for pictures up to %d x %d, %d in flight\n", height, width, run->in_flight);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         if (rows[i].value > 0) printf("  %-30s %10.1f MiB\n", rows[i].name, rows[i].value / MiB);
         if (rows[i].value > 0) run->report.memory[run->report.num_memory++] = rows[i];
@@ -727,7 +741,8 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, 1) > 0.95 * available) continue;
+        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, 1, 1) > 0.95 * available)
+            continue;
         return fail(error,
                     "out of memory: the plan needs %.1f MiB and %.1f are free: --short_side %d --max_size %d would fit",
                     total / MiB, available / MiB, side, (int)(run->loader.max_size * scale));
@@ -776,7 +791,7 @@ static int training_end_epoch(Training *run, Error *error) {
         EvalDetection *detections;
         int num_detections;
         ema_swap(&run->network.model);
-        int stopped = evaluate(&run->network, &run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
+        int stopped = evaluate(&run->network, run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
                                &run->report, 1, &detections, &num_detections, NULL);
         ema_swap(&run->network.model);
         if (!stopped) {
@@ -831,7 +846,7 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
             fprintf(stderr, "%s: skipped\n", samples[i].error.text);
         for (int b = 0; b < samples[i].num_boxes; b++) samples[i].classes[b] = run->train_labels[samples[i].classes[b]];
     }
-    status = training_step(&run->network.model, &run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
+    status = training_step(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
                            run->step, losses, error);
     if (status != 0) {
         size_t used = strlen(error->text);
@@ -1076,7 +1091,7 @@ static int training_run(Training *run, Error *error) {
         training_calibrate(run, height, width, error) != 0)
         return -1;
     model_pack(&run->network.model);
-    activations_create(&run->acts, &run->network.model, height, width, 1);
+    activations_create(run->acts, &run->network.model, height, width, 1, run->in_flight);
     if (run->state_tree)
         printf("resume     %s at step %lld of %lld\n", run->folder, (long long)run->step, (long long)run->last_step);
     if (run->step >= run->last_step &&
@@ -1095,6 +1110,7 @@ static int training_run(Training *run, Error *error) {
 static int command_train(Settings *settings, Error *error) {
     Training run;
     memset(&run, 0, sizeof run);
+    run.acts = (Activations *)allocate((size_t)omp_get_max_threads() * sizeof(Activations));
     run.settings = settings;
     run.best.epoch = run.report.epoch = -1;
     run.report.begin = seconds_now();
@@ -1158,7 +1174,7 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
             fprintf(stderr, "warning: class \"%s\" is not in id2label: its boxes cannot be found\n",
                     set->categories[c].name);
     loader_worst_size(set, &loader, &height, &width);
-    activations_create(acts, &network->model, height, width, 0);
+    activations_create(acts, &network->model, height, width, 0, 1);
     EvalDetection *detections[MAX_DEC_LAYERS];
     evaluate(network, acts, set, loader, labels, NULL, NULL, NULL, depths, detections, num_detections, seconds);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
@@ -1339,7 +1355,7 @@ static int predict_all(Prediction *run, Error *error) {
         resized_size(w, h, run->network.short_side, run->network.max_size, &out_width, &out_height);
         widen_plan(&height, &width, out_height, out_width);
     }
-    activations_create(&run->acts, &run->network.model, height, width, 0);
+    activations_create(&run->acts, &run->network.model, height, width, 0, 1);
     if (json) fputc('[', run->json);
     if (run->pictures.count) status = predict_pictures(run, error);
     if (json) fputs("]\n", run->json);
@@ -1474,7 +1490,6 @@ static int command_bench(Settings *settings, Error *error) {
     ModelConfig config = config_from_flags(settings);
     LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss"), 1};
     Model model;
-    Activations acts;
     int height, width, used = 0, batch = flag_int(settings, "batch_size");
     if (sscanf(size, "%dx%d%n", &height, &width, &used) != 2 || size[used] || height < 1 || width < 1 ||
         height > 16384 || width > 16384)
@@ -1483,24 +1498,26 @@ static int command_bench(Settings *settings, Error *error) {
     if (model_create(&model, &config, 1, 1, 0, error) != 0) return -1;
     model_initialise(&model, 0);
     model_pack(&model);
-    activations_create(&acts, &model, height, width, 1);
+    profile.on = flag_on(settings, "profile");
+    const int in_flight = profile.on ? 1 : pictures_in_flight(settings, &model, height, width, 0);
+    Activations *acts = (Activations *)allocate((size_t)in_flight * sizeof(Activations));
+    activations_create(acts, &model, height, width, 1, in_flight);
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
-    profile.on = flag_on(settings, "profile");
     double peak = measure_peak_gflops(config.half), infer_seconds = 0,
-           train_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 1, peak, error);
+           train_seconds = bench_seconds(&model, acts, &loss, samples, batch, 1, peak, error);
     double untrained, flops = forward_flops(&model, height, width, &untrained);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    activations_free(&acts);
-    activations_create(&acts, &model, height, width, 0);
-    if (train_seconds > 0) infer_seconds = bench_seconds(&model, &acts, &loss, samples, batch, 0, peak, error);
+    activations_free(acts);
+    activations_create(acts, &model, height, width, 0, 1);
+    if (train_seconds > 0) infer_seconds = bench_seconds(&model, acts, &loss, samples, batch, 0, peak, error);
     double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {
         const char *precision = config.half ? "bf16" : sizeof(real) == 4 ? "fp32" : "fp64";
-        printf("%s %dx%d, batch %d, %d threads, %s, %s\n", flag_text(settings, "backbone"), height, width, batch,
-               omp_get_max_threads(), precision, KERNEL);
+        printf("%s %dx%d, batch %d, %d in flight, %d threads, %s, %s\n", flag_text(settings, "backbone"), height, width,
+               batch, in_flight, omp_get_max_threads(), precision, KERNEL);
         printf("training step  %8.3f s  %7.1f Gflop/s  %.2f images/s\n", train_seconds,
                train_flops / train_seconds / 1e9, batch / train_seconds);
         printf("inference      %8.3f s  %7.1f Gflop/s\n", infer_seconds, flops / infer_seconds / 1e9);
@@ -1521,7 +1538,8 @@ static int command_bench(Settings *settings, Error *error) {
     }
     for (int i = 0; i < batch; i++) sample_free(&samples[i]);
     free(samples);
-    activations_free(&acts);
+    activations_free(acts);
+    free(acts);
     model_free(&model);
     return status;
 }

@@ -42,7 +42,8 @@ static const Flag FLAGS[] = {
      "write pixel_values, logits and pred_boxes of each picture as safetensors"},
     {"threshold", NUMBER, "X", "0.5", 0, 1, PREDICT, "boxes with a higher score than this are shown"},
     {"size", TEXT, "HxW", "800x1066", 0, 0, BENCH, "height and width of the pictures, in pixels"},
-    {"profile", SWITCH, NULL, NULL, 0, 0, BENCH, "print where the time goes, by kind of work"},
+    {"profile", SWITCH, NULL, NULL, 0, 0, BENCH,
+     "print where the time goes, by kind of work; pictures are then one at a time in flight"},
 
     {"backbone", CHOICE, "resnet18|resnet34|resnet50|resnet101|tiny", "resnet50", 0, 0, TRAIN | BENCH,
      "the convolutional network in front (tiny: a third of resnet18, for small pictures)"},
@@ -97,8 +98,9 @@ static const Flag FLAGS[] = {
      "stop when so many optimizer steps have been taken in all"},
     {"batch_size", INTEGER, "N", "2", 1, 65536, TRAIN | BENCH,
      "pictures in one optimizer step; an epoch has floor(pictures / N) steps"},
-    {"micro_batch", INTEGER, "N", "0", 0, 65536, TRAIN,
-     "pictures in flight at once, 0: as many as fit; here always one, and gradients are added in batch order"},
+    {"micro_batch", INTEGER, "N", "0", 0, 65536, TRAIN | BENCH,
+     "pictures in flight at once, at most; 0: as many as there are threads. Where the batch, N and memory allow that "
+     "many, they run side by side, one thread each; else one at a time, on all threads: the same bytes"},
     {"precision", CHOICE, "fp32|bf16|fp16", "fp32", 0, 0, TRAIN | EVAL | PREDICT | BENCH | MAY_CHANGE,
      "bf16: products of 16-bit numbers, summed in 32 bits; weights, norms and losses stay in 32; fp16: GPUs only"},
     {"seed", INTEGER, "N", "42", 0, 9e18, TRAIN, "of every random number"},
