@@ -300,7 +300,7 @@ DEMO_FLAGS ?=
 
 demo: install-deps
 	@$(MAKE) --no-print-directory train_detr
-	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 5 $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 10 $(DEMO_FLAGS)
 
 # The annotations come last: where they are, the pictures are whole.
 DEMO_SHAPES ?= out/demo-shapes
