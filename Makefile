@@ -300,7 +300,7 @@ DEMO_FLAGS ?=
 
 demo: install-deps
 	@$(MAKE) --no-print-directory train_detr
-	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 5 $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 10 $(DEMO_FLAGS)
 
 # The annotations come last: where they are, the pictures are whole.
 DEMO_SHAPES ?= out/demo-shapes
@@ -309,7 +309,8 @@ SHAPES ?= out/shapes
 demo-shapes: install-deps
 	@$(MAKE) --no-print-directory train_detr make_shapes
 	@[ -d $(SHAPES)/annotations ] || ./make_shapes $(SHAPES)
-	@dev/demo.sh $(DEMO_SHAPES) $(SHAPES) train val --vflip --epochs 7 $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO_SHAPES) $(SHAPES) train val --vflip --short_side 192 --max_size 192 --num_queries 50 \
+		--epochs 9 --eval_every 3 $(DEMO_FLAGS)
 
 install-deps:
 	@$(EXPORTED) dev/install.sh

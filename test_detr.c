@@ -2139,8 +2139,8 @@ static void test_dumps(void) {
     static const struct {
         const char *folder;
         int takes_bf16;  // every number of channels that is multiplied is even
-    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},
-                 {"dev/dumps/odd", 0},   {"dev/dumps/even", 1},       {"dev/dumps/anchor", 1}};
+    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},  {"dev/dumps/odd", 0},
+                 {"dev/dumps/even", 1},  {"dev/dumps/anchor", 1},     {"dev/dumps/dense", 1}};
     for (size_t f = 0; f < sizeof dumps / sizeof dumps[0]; f++) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);
@@ -2454,6 +2454,19 @@ static void test_warn_of_data(void) {
     free(images);
 }
 
+// A preset comes before the defaults and after the user, who can switch off what it switches on.
+static void test_preset(void) {
+    for (int off = 0; off < 2; off++) {
+        const char *words[] = {"train", "--preset", "small", "--dropout", "0.1", "--dilation=off"};
+        Settings settings = settings_for("test_detr", "train", TRAIN);
+        optind = 1;
+        settings_parse(&settings, off ? 6 : 5, (char **)words);
+        check(flag_on(&settings, "dilation") == !off && flag_number(&settings, "dropout") == 0.1 &&
+                  flag_int(&settings, "enc_layers") == 0 && flag_int(&settings, "save_steps") == 0,
+              "a preset, one of its numbers changed, its switch %s", off ? "off" : "on");
+    }
+}
+
 // A made-up history of steps: what they measure at a step, and after which steps something has to be said.
 typedef struct {
     const char *name;
@@ -2481,6 +2494,7 @@ static void test_watch(void) {
         {"waiting, resumed", 700, 3000, 1e-3, 0.3, 0.41, 1, SLOW_DATA, 800, "41 % of the time"},
     };
     test_warn_of_data();
+    test_preset();
     for (size_t h = 0; h < sizeof histories / sizeof histories[0]; h++) {
         const History *history = &histories[h];
         Watch watch = watch_begin(history->last_step);

@@ -3028,7 +3028,7 @@ typedef struct {
     int depths[MAX_STAGES], widths[MAX_STAGES];  // blocks and output channels of each stage
     int stem_width;                              // 64
     int dilation;                                // DC5: the last stage dilates by 2 instead of halving the size
-    int timm_names;  // the checkpoint calls the backbone's tensors what timm calls them (always so with dilation)
+    int timm_names;  // the checkpoint calls the backbone's tensors what timm calls them (always so in a published DC5)
     // transformer
     int hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, num_queries;
     int num_labels;  // classes without "no object"

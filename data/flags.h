@@ -195,20 +195,21 @@ static inline void settings_parse(Settings *settings, int argc, char **argv) {
         settings->text[i] = settings->flags[i].default_value;
         if (!(settings->flags[i].commands & settings->command)) continue;
         options[count].name = settings->flags[i].name;
-        options[count].has_arg = settings->flags[i].kind == SWITCH ? no_argument : required_argument;
+        options[count].has_arg = settings->flags[i].kind == SWITCH ? optional_argument : required_argument;
         options[count++].val = 256 + i;
     }
     opterr = 0;
     for (int code; (code = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
         const char *word = argv[optind - 1], *program = settings->program, *command = settings->command_name;
         if (code == ':') usage_error("%s needs a value: see %s %s --help", word, program, command);
-        if (code == '?' && optopt >= 256)
-            usage_error("--%s takes no value: \"%s\"", settings->flags[optopt - 256].name, word);
         if (code == '?' && optopt) usage_error("unknown flag -%c: see %s %s --help", optopt, program, command);
         if (code == '?') usage_error("unknown flag %s for %s: see %s %s --help", word, command, program, command);
         const Flag *flag = &settings->flags[code - 256];
-        if (flag->kind != SWITCH) flag_check(flag, optarg);
-        flag_set(settings, flag->name, flag->kind == SWITCH ? "1" : optarg, FROM_USER);
+        if (flag->kind != SWITCH)
+            flag_check(flag, optarg);
+        else if (optarg && strcmp(optarg, "off") != 0)  // =off: whatever the preset says
+            usage_error("--%s takes no value but off: \"%s\"", flag->name, word);
+        flag_set(settings, flag->name, flag->kind != SWITCH ? optarg : optarg ? NULL : "1", FROM_USER);
     }
     settings->arguments = argv + optind;
     settings->num_arguments = argc - optind;
@@ -237,8 +238,11 @@ static inline void settings_print_help(const Settings *settings, int commands) {
 static inline void settings_print_presets(const Settings *settings) {
     for (int p = 0; p < settings->num_presets; p++) {
         printf("  --preset %-8s %s:\n      ", settings->presets[p].name, settings->presets[p].help);
-        for (int i = 0; settings->presets[p].values[i][0]; i++)
-            printf(" --%s %s", settings->presets[p].values[i][0], settings->presets[p].values[i][1]);
+        for (int i = 0; settings->presets[p].values[i][0]; i++) {
+            const char *const *given = settings->presets[p].values[i];
+            const int is_switch = settings->flags[flag_index(settings, given[0])].kind == SWITCH;
+            printf(" --%s%s%s", given[0], is_switch ? "" : " ", is_switch ? "" : given[1]);
+        }
         printf("\n");
     }
 }
@@ -286,7 +290,7 @@ static inline int settings_resume(Settings *settings, yajl_val saved, const char
         int free_to_change = (flag->commands & MAY_CHANGE) || (flag->kind == PATH && text && access(text, F_OK) != 0);
         if (settings->source[i] == FROM_USER && !free_to_change && !flag_same(flag, given, text))
             usage_error("--%s%s%s contradicts the run that goes on, where it is %s: leave it out", flag->name,
-                        flag->kind == SWITCH ? "" : " ", flag->kind == SWITCH ? "" : given,
+                        flag->kind == SWITCH ? "" : " ", flag->kind == SWITCH ? (given ? "" : "=off") : given,
                         text                   ? text
                         : flag->kind == SWITCH ? "off"
                                                : "unset");

@@ -331,7 +331,7 @@ def check_detections(entry, path, logits, boxes, id2label, focal):
 
 def trained_own(folder, *flags):
     """A checkpoint that is no DETR to transformers, which must say so."""
-    run("train", "--data", "data/bccd", "--output_dir", folder, "--steps", 2, "--backbone", "resnet18", *flags, *TINY)
+    run("train", "--data", "data/bccd", "--output_dir", folder, "--steps", 2, "--backbone", "resnet18", *TINY, *flags)
     for kind in (AutoModelForObjectDetection, DetrForObjectDetection):
         try:
             kind.from_pretrained(folder)
@@ -355,7 +355,8 @@ def check_checkpoints():
     yield "trained, resnet18", lambda at: agree(trained(at / "out", "--backbone", "resnet18", *TINY), at)
     yield "trained, resnet50", lambda at: agree(trained(at / "out", "--backbone", "resnet50", *TINY), at)
     yield "trained, resnet18 DC5", lambda at: agree(trained(at / "out", "--backbone", "resnet18", "--dilation", *TINY), at)
-    for flags in (["--decoder", "anchor", "--class_loss", "focal"], ["--decoder", "anchor"], ["--class_loss", "focal"]):
+    for flags in (["--decoder", "anchor", "--class_loss", "focal"], ["--decoder", "anchor"], ["--class_loss", "focal"],
+                  ["--decoder", "anchor", "--dilation", "--backbone", "tiny", "--enc_layers", "0"]):
         yield f"trained, {' '.join(flags)}", lambda at, flags=flags: agree(trained_own(at / "out", *flags), at)
     yield "trained from save_pretrained", lambda at: agree(
         trained(at / "out", "--pretrained", native_model(at / "start", "odd"), "--short_side", 64, "--max_size", 96), at)

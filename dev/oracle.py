@@ -3,7 +3,7 @@
 The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
 
     python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
-                                         under OUTDIR/basic, bottleneck, dc5, odd, even and anchor, and OUTDIR/options
+                                         under OUTDIR/basic, bottleneck, dc5, odd, even, anchor and dense, and OUTDIR/options
     python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
 
 The network is transformers' DetrForObjectDetection, and `TrainDetr` what --decoder anchor and --class_loss focal make of
@@ -47,7 +47,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig, get_c
 from transformers.models.detr import modeling_detr
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The six cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
+# The seven cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
 # has more boxes than there are queries, the second a crowd among its boxes, the third none (`SHARES` turns them round
 # in the second step). Weights other than DETR's own, so that a factor that is mixed up or left out shows.
 
@@ -86,6 +86,11 @@ CASES = dict(
         backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12, 16], depths=[1, 1, 1, 1]),
         detr=dict(d_model=32, heads=8, ffn=24, encoder_layers=1, decoder_layers=3, num_queries=7), num_classes=4,
         sizes=[[(61, 139), (101, 58), (72, 52)], [(50, 64), (97, 41), (65, 120)]]),
+    dense=dict(
+        numpy_seed=105, settings=dict(train_norms=1, train_all=1, class_loss_coef=1, aux_matches=1), decoder="anchor", class_loss="focal", dilation=True,
+        backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12], depths=[1, 1, 2]),
+        detr=dict(d_model=16, heads=4, ffn=24, encoder_layers=0, decoder_layers=2, num_queries=6), num_classes=3,
+        sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
 )
 
 SHARES = [["many", "crowd", "none"], ["none", "many", "crowd"]]  # what boxes image i of step s has
@@ -104,9 +109,9 @@ def config_of(case):
                         dilation=True, backbone_kwargs=dict(out_indices=[1, 2, 3, 4], in_chans=3, output_stride=16, **arguments))
     else:
         backbone = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
-                        backbone_config=ResNetConfig(out_features=["stage4"], **case["backbone"]))
+                        backbone_config=ResNetConfig(out_features=[f"stage{len(case['backbone']['depths'])}"], **case["backbone"]))
     names = {index: f"class {index}" for index in range(case["num_classes"])}
-    departs = {key: case[key] for key in ("decoder", "class_loss") if key in case}
+    departs = {key: case[key] for key in ("decoder", "class_loss", "dilation") if key in case}
     return (TrainDetrConfig if departs else DetrConfig)(
         d_model=detr["d_model"], encoder_layers=detr["encoder_layers"], decoder_layers=detr["decoder_layers"],
         encoder_attention_heads=detr["heads"], decoder_attention_heads=detr["heads"], encoder_ffn_dim=detr["ffn"],
@@ -226,12 +231,13 @@ def sine_positions(self, pixel_values, pixel_mask):
 
 
 class TrainDetrConfig(DetrConfig):
-    """A DetrConfig with `decoder`, "plain" or "anchor", and `class_loss`, "softmax" or "focal"."""
+    """A DetrConfig with `decoder`, "plain" or "anchor", and `class_loss`, "softmax" or "focal"; any backbone dilates."""
     model_type = "train_detr"
 
-    def __init__(self, decoder="plain", class_loss="softmax", **rest):
+    def __init__(self, decoder="plain", class_loss="softmax", dilation=False, **rest):
         self.decoder, self.class_loss = decoder, class_loss
-        super().__init__(**rest)
+        super().__init__(dilation=dilation, **rest)
+        self.dilation = dilation  # which a DetrConfig keeps only beside a backbone of timm's
 
 
 # Where head h of the anchor decoder's cross-attention looks, by h modulo 8: the Gaussian's middle (x, y) from the box's
@@ -275,7 +281,8 @@ def attend(attention, queries, keys, values, prior=0.0):
 
 class TrainDetr(DetrForObjectDetection):
     """
-    DETR with --decoder anchor and --class_loss focal, each if the configuration says so; for one picture at a time.
+    DETR with --decoder anchor, --class_loss focal, and --dilation of a native backbone, each if the configuration says so;
+    for one picture at a time.
 
     focal: the class head has no channel "no object"; a class's score is the sigmoid of its logit.
     anchor: a query is a learned state and a learned box, in logits. Its position in a decoder layer is a function of its
@@ -287,6 +294,12 @@ class TrainDetr(DetrForObjectDetection):
     def __init__(self, config):
         super().__init__(config)
         channels, model = config.d_model, self.model
+        if config.dilation and not config.use_timm_backbone:  # as timm does it
+            for module in model.backbone.conv_encoder.model.encoder.stages[-1].modules():
+                if isinstance(module, torch.nn.Conv2d) and module.stride == (2, 2):
+                    module.stride = (1, 1)
+                elif isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (2, 2)
         if config.class_loss == "focal":
             self.class_labels_classifier = torch.nn.Linear(channels, config.num_labels)
         if config.decoder == "anchor":

@@ -81,7 +81,8 @@ static ModelConfig config_from_flags(const Settings *settings) {
     ModelConfig config;
     memset(&config, 0, sizeof config);
     backbone_by_name(&config, flag_text(settings, "backbone"));
-    config.dilation = config.timm_names = flag_on(settings, "dilation");
+    config.dilation = flag_on(settings, "dilation");
+    config.timm_names = config.dilation && config.stem_width == 64;  // timm has no other stem
     config.hidden_dim = flag_int(settings, "hidden_dim");
     config.nheads = flag_int(settings, "nheads");
     config.enc_layers = flag_int(settings, "enc_layers");
@@ -94,8 +95,8 @@ static ModelConfig config_from_flags(const Settings *settings) {
     config.half = computes_in_bf16(settings);
     if (config.hidden_dim % 4 || config.hidden_dim % config.nheads)
         usage_error("--hidden_dim %d must be a multiple of 4 and of --nheads %d", config.hidden_dim, config.nheads);
-    if (config.dilation && config.stem_width != 64)
-        usage_error("--dilation needs one of the published ResNets, not --backbone %s",
+    if (config.dilation && !config.timm_names && !config.anchor)
+        usage_error("--dilation of --backbone %s needs --decoder anchor: as a plain DETR others would misread it",
                     flag_text(settings, "backbone"));
     return config;
 }
@@ -130,8 +131,8 @@ static void config_check_flags(const ModelConfig *config, const Settings *settin
         if (flag_given(settings, choices[i][0]) && strcmp(flag_text(settings, choices[i][0]), choices[i][1]) != 0)
             usage_error("--%s %s contradicts %s/config.json, which has %s: leave it out", choices[i][0],
                         flag_text(settings, choices[i][0]), folder, choices[i][1]);
-    if (flag_given(settings, "dilation") && !config->dilation)
-        usage_error("--dilation contradicts %s/config.json, which has none: leave it out", folder);
+    if (flag_given(settings, "dilation") && flag_on(settings, "dilation") != config->dilation)
+        usage_error("--dilation contradicts %s/config.json, which says otherwise: leave it out", folder);
     if (flag_given(settings, "backbone") && !same_backbone(&named, config))
         usage_error("--backbone %s contradicts %s/config.json, which has another one: leave it out",
                     flag_text(settings, "backbone"), folder);
@@ -281,7 +282,7 @@ static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tr
     if (!json_member(tree, "model_type"))
         CONFIG_FAIL(reader, "%s: has no \"model_type\", so it is no DETR", reader->path);
     config->hidden_dim = read_int(reader, tree, "d_model", 256, 4, 8192);
-    config->enc_layers = read_int(reader, tree, "encoder_layers", 6, 1, 64);
+    config->enc_layers = read_int(reader, tree, "encoder_layers", 6, 0, 64);
     config->dec_layers = read_int(reader, tree, "decoder_layers", 6, 1, MAX_DEC_LAYERS);
     config->nheads = read_int(reader, tree, "encoder_attention_heads", 8, 1, 1024);
     config->dim_feedforward = read_int(reader, tree, "encoder_ffn_dim", 2048, 1, 65536);
@@ -306,6 +307,7 @@ static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tr
         config_read_timm(reader, config, tree);
     else
         config_read_resnet(reader, config, backbone);
+    if (own && !config->timm_names) config->dilation = read_bool(reader, tree, "dilation", 0);
     if (!YAJL_IS_OBJECT(backbone) && !read_bool(reader, tree, "use_timm_backbone", 1))
         read_only(reader, tree, "backbone", "resnet50");
     config_read_labels(reader, network, tree);
@@ -360,8 +362,9 @@ static void print_int_list(FILE *file, const int *values, int count, int divisor
 }
 
 static void config_write_backbone(FILE *file, const ModelConfig *config) {
-    if (!config->dilation) {
-        fprintf(file, " \"use_timm_backbone\": false,\n \"backbone\": null,\n \"dilation\": false,\n");
+    if (!config->timm_names) {
+        fprintf(file, " \"use_timm_backbone\": false,\n \"backbone\": null,\n \"dilation\": %s,\n",
+                config->dilation ? "true" : "false");
         fprintf(file,
                 " \"backbone_config\": {\"model_type\": \"resnet\", \"num_channels\": 3, \"embedding_size\": %d, ",
                 config->stem_width);
@@ -397,7 +400,8 @@ static void config_write_backbone(FILE *file, const ModelConfig *config) {
 
 // Writes config.json, as DetrConfig.save_pretrained does, into the set of `folder`. transformers knows neither the
 // anchor decoder nor the focal loss's head: with these the model_type is another, and the shapes of the query
-// embeddings or of the class head are no DETR's, so that it refuses the folder instead of misreading it. 0, or -1.
+// embeddings or of the class head are no DETR's, so that it refuses the folder instead of misreading it. Nor has it a
+// ResNetConfig that dilates: one is written beside the anchor decoder only. 0, or -1.
 static int config_write(const Network *network, const char *folder, Error *error) {
     const ModelConfig *config = &network->config;
     FILE *file = fileset_create(folder, "config.json");

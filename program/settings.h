@@ -48,7 +48,7 @@ static const Flag FLAGS[] = {
     {"backbone", CHOICE, "resnet18|resnet34|resnet50|resnet101|tiny", "resnet50", 0, 0, TRAIN | BENCH,
      "the convolutional network in front (tiny: a third of resnet18, for small pictures)"},
     {"dilation", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH, "DC5: the last stage dilates instead of halving the size"},
-    {"enc_layers", INTEGER, "N", "6", 1, 64, TRAIN | BENCH, "encoder layers"},
+    {"enc_layers", INTEGER, "N", "6", 0, 64, TRAIN | BENCH, "encoder layers"},
     {"dec_layers", INTEGER, "N", "6", 1, MAX_DEC_LAYERS, TRAIN | BENCH, "decoder layers"},
     {"dim_feedforward", INTEGER, "N", "2048", 1, 65536, TRAIN | BENCH, "inner channels of the feed-forward layers"},
     {"hidden_dim", INTEGER, "N", "256", 4, 8192, TRAIN | BENCH,
@@ -128,12 +128,12 @@ static const Flag FLAGS[] = {
 static const Preset PRESETS[] = {
     {"small",
      "a few hundred to a few thousand pictures, no pretrained weights, a processor (doc/7-recipes.md)",
-     {{"backbone", "tiny"},  {"norm_init", "track"},  {"hidden_dim", "128"},      {"nheads", "4"},
-      {"enc_layers", "1"},   {"dec_layers", "3"},     {"dim_feedforward", "512"}, {"num_queries", "100"},
-      {"dropout", "0"},      {"decoder", "anchor"},   {"class_loss", "focal"},    {"aux_matches", "4"},
-      {"short_side", "240"}, {"max_size", "320"},     {"scales", "0.3"},          {"batch_size", "4"},
-      {"lr", "1e-3"},        {"lr_backbone", "1e-3"}, {"lr_schedule", "cosine"},  {"warmup_steps", "100"},
-      {"ema", "0.998"},      {"epochs", "40"}}},
+     {{"backbone", "tiny"},    {"dilation", "1"},     {"norm_init", "track"},  {"hidden_dim", "128"},
+      {"nheads", "4"},         {"enc_layers", "0"},   {"dec_layers", "3"},     {"dim_feedforward", "512"},
+      {"num_queries", "100"},  {"dropout", "0"},      {"decoder", "anchor"},   {"class_loss", "focal"},
+      {"aux_matches", "4"},    {"short_side", "240"}, {"max_size", "320"},     {"scales", "0.3"},
+      {"batch_size", "4"},     {"lr", "1e-3"},        {"lr_backbone", "1e-3"}, {"lr_schedule", "cosine"},
+      {"warmup_steps", "100"}, {"ema", "0.998"},      {"epochs", "60"}}},
 };
 
 // The table bound to a command (COMMANDS, below): what parsing and --help need.
