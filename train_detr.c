@@ -2083,7 +2083,7 @@ static AttentionPlan attention_plan(int Tq, int Tk, int C, int heads, int half) 
     plan.padded_dim = (int)round_up(round_up((size_t)plan.head_dim, LANES), WIDE_ROWS);  // both powers of two
     plan.dim_units = half ? (plan.head_dim + 1) / 2 : plan.head_dim;
     plan.amx = sizeof(real) == 4 && half && plan.head_dim % AMX_TILE == 0 && amx_usable();
-    plan.queries = plan.amx ? AMX_TILE : Q_BLOCK;
+    plan.queries = plan.amx ? (int)AMX_TILE : (int)Q_BLOCK;
     plan.padded_queries = (int)divide_up((size_t)Tq, plan.queries) * Q_BLOCK;
     plan.padded_keys = (int)round_up((size_t)Tk, K_BLOCK);
     plan.chunks = Tk < 512 ? 1 : Tk < 1024 ? 2 : 4;
@@ -4355,7 +4355,7 @@ static void divisors_add(LossDivisors *divisors, int num_boxes, int num_queries,
 //   I / U - (E - U) / E,  I: intersection, U: union, E: the smallest box around both.
 // d, or NULL: (4), receives its gradient with respect to a. With U = A + B - I,
 //   dGIoU = (1/U + I/U^2 - 1/E) dI + (1/E - I/U^2) dA - U/E^2 dE.
-static double generalized_iou(const double a[4], const double b[4], double d[4]) {
+HOST_DEVICE static double generalized_iou(const double a[4], const double b[4], double d[4]) {
     double intersection = 1, enclosing = 1, side[2], enclosing_side[2];
     int inner_low[2], inner_high[2];  // a's edge bounds the intersection on that side; otherwise it bounds E
     for (int axis = 0; axis < 2; axis++) {
@@ -4363,7 +4363,7 @@ static double generalized_iou(const double a[4], const double b[4], double d[4])
         double b0 = b[axis] - b[axis + 2] / 2, b1 = b[axis] + b[axis + 2] / 2;
         inner_low[axis] = a0 > b0;
         inner_high[axis] = a1 < b1;
-        side[axis] = fmax((inner_high[axis] ? a1 : b1) - (inner_low[axis] ? a0 : b0), 0);
+        side[axis] = fmax((inner_high[axis] ? a1 : b1) - (inner_low[axis] ? a0 : b0), 0.0);
         enclosing_side[axis] = (inner_high[axis] ? b1 : a1) - (inner_low[axis] ? b0 : a0);
         intersection *= side[axis];
         enclosing *= enclosing_side[axis];
@@ -4447,9 +4447,9 @@ static double softmax_row(double *probabilities, const real *logits, int classes
 //   yes: 0.25 (1 - p)^2 (-log p),   no: 0.75 p^2 (-log (1 - p)).
 // derivative, or NULL: receives d/dz. With x = -z for yes, x = z for no, q = sigmoid(x) and softplus(x) = -log(1 - q)
 // both are alpha q^2 softplus(x), whose derivative by x is alpha q^2 (2 (1 - q) softplus(x) + q).
-static double focal_loss(double z, int positive, double *derivative) {
+HOST_DEVICE static double focal_loss(double z, int positive, double *derivative) {
     const double alpha = positive ? 0.25 : 0.75, x = positive ? -z : z;
-    const double q = 1 / (1 + exp(-x)), softplus = fmax(x, 0) + log1p(exp(-fabs(x)));
+    const double q = 1 / (1 + exp(-x)), softplus = fmax(x, 0.0) + log1p(exp(-fabs(x)));
     if (derivative) *derivative = (positive ? -1 : 1) * alpha * q * q * (2 * (1 - q) * softplus + q);
     return alpha * q * q * softplus;
 }

@@ -161,7 +161,13 @@ enum RandomPurpose {
     RANDOM_SHAPES = 6,   // generated pictures (make_shapes.c). site: split; (part of the picture, picture)
 };
 
-static inline void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__  // the CUDA version calls it in its kernels too
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; round++) {
         uint64_t product0 = (uint64_t)0xD2511F53u * counter[0];
         uint64_t product1 = (uint64_t)0xCD9E8D57u * counter[2];
@@ -177,8 +183,8 @@ static inline void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
 }
 
 // Four words at once, for elements 4 * group .. 4 * group + 3.
-static inline void random_words(uint32_t words[4], uint64_t seed, uint32_t purpose, uint32_t site, uint32_t step,
-                                uint32_t image, uint32_t group) {
+HOST_DEVICE static inline void random_words(uint32_t words[4], uint64_t seed, uint32_t purpose, uint32_t site,
+                                            uint32_t step, uint32_t image, uint32_t group) {
     words[0] = group;
     words[1] = purpose | site << 8;
     words[2] = step;
