@@ -798,7 +798,7 @@ static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
     const long rows = (long)p->grid_height * p->grid_width, inner = (long)p->num_taps * p->run;
     const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (inner * AMX_TILE);
-    const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : AMX_GROUPS);
+    const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : (int)AMX_GROUPS);
     const int columns = (int)divide_up(p->out_channels, AMX_TILE), wanted = 4 * omp_get_max_threads();
     const int shares = (int)divide_up(wanted, blocks), parts = shares < columns ? shares : columns;
 #pragma omp parallel for collapse(2) schedule(dynamic)
