@@ -302,7 +302,7 @@ build/emu/self_test build/emu/test_detr: build/emu/%: build/emu/%-kernels.o $(EM
 
 .PRECIOUS: build/emu/%.cpp build/emu/%.o
 
-NVCC_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra
+NVCC_FLAGS := -std=c++17 -Werror all-warnings -Xcompiler -Wall,-Wextra
 emu-nvcc:
 	@[ -n "$(NVCC)" ] || { echo "emu-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/emu

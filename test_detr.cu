@@ -355,6 +355,111 @@ static void test_dropout() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Attention
+
+// out (Tq, C) and lse (heads, Tq) of one image in double. bounds: (Tq, C), the sum of probability * |v|.
+static void plain_attention(double *out, double *bounds, double *lse, const double *q, const double *k, const double *v,
+                            int Tq, int Tk, int C, int heads, Dropout dropout) {
+    const int D = C / heads;
+    double *p = (double *)allocate((size_t)Tk * sizeof(double));
+    for (int head = 0; head < heads; head++) {
+        for (int i = 0; i < Tq; i++) {
+            double top = -INFINITY, sum = 0;
+            for (int j = 0; j < Tk; j++) {
+                p[j] = 0;
+                for (int d = head * D; d < (head + 1) * D; d++) p[j] += q[i * C + d] * k[j * C + d] / sqrt((double)D);
+                top = fmax(top, p[j]);
+            }
+            for (int j = 0; j < Tk; j++) sum += p[j] = exp(p[j] - top);
+            lse[head * Tq + i] = top + log(sum);
+            for (int d = head * D; d < (head + 1) * D; d++) out[i * C + d] = bounds[i * C + d] = 0;
+            for (int j = 0; j < Tk; j++) {
+                const uint64_t element = ((uint64_t)head * (uint64_t)Tq + (uint64_t)i) * (uint64_t)Tk + (uint64_t)j;
+                const uint32_t word =
+                    random_word(dropout.seed, RANDOM_DROPOUT, dropout.site, dropout.step, dropout.image, element);
+                const double factor = word >= dropout_threshold(dropout) ? 1 / (1 - dropout.p) : 0;
+                for (int d = head * D; d < (head + 1) * D; d++) {
+                    out[i * C + d] += p[j] / sum * factor * v[j * C + d];
+                    bounds[i * C + d] += p[j] / sum * factor * fabs(v[j * C + d]);
+                }
+            }
+        }
+    }
+    free(p);
+}
+
+// cross: the queries are nine an image, else the image's own tokens.
+template <class T>
+static void test_attention_of(int C, int heads, double p, int cross) {
+    Segment nine[NUM_PICTURES];
+    for (int i = 0; i < NUM_PICTURES; i++) nine[i] = {0, 9, 1, PICTURES[i].image};
+    Batch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
+    const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
+    const size_t nl = (size_t)(heads * queries.map.rows);
+    Array<T> q(nq, 32), k(nk, 33), v(nk, 34), out(nq);
+    Array<float> lse(nl);
+    for (size_t i = 0; i < nq; i++) q[i] = to_type<T>(4 * to_float(q[i]));  // probabilities that are not all alike
+    q.upload();
+    AttentionParams<T> a = {out.device, lse.device,  q.device, k.device,
+                            v.device,   queries.map, keys.map, dropout_mask(a_dropout(p)),
+                            C,          heads};
+    gpu_attention_forward(a, attention_blocks(queries.table.host, NUM_PICTURES));
+    out.download(), lse.download();
+    double *truth = (double *)allocate((3 * nq + nl + 2 * nk) * sizeof(double)), *bounds = truth + nq;
+    double *true_lse = bounds + nq, *true_q = true_lse + nl, *true_k = true_q + nq, *true_v = true_k + nk;
+    float *cpu = (float *)allocate((2 * nq + nl + 2 * nk) * sizeof(float)), *cpu_lse = cpu + nq, *cpu_q = cpu_lse + nl;
+    float *cpu_k = cpu_q + nq, *cpu_v = cpu_k + nk;
+    for (size_t i = 0; i < nq; i++) true_q[i] = cpu_q[i] = to_float(q[i]);
+    for (size_t i = 0; i < nk; i++) true_k[i] = cpu_k[i] = to_float(k[i]), true_v[i] = cpu_v[i] = to_float(v[i]);
+    int wrong = 0, wrong_lse = 0;
+    for (int i = 0; i < NUM_PICTURES; i++) {
+        const Segment from = queries.table[(size_t)i], to = keys.table[(size_t)i];
+        const int Tq = from.height * from.width, Tk = to.height * to.width, first = from.first * C;
+        Dropout dropout = a_dropout(p);
+        dropout.image = (uint32_t)from.image;
+        plain_attention(truth + first, bounds + first, true_lse, true_q + first, true_k + to.first * C,
+                        true_v + to.first * C, Tq, Tk, C, heads, dropout);
+        for (int head = 0; head < heads; head++)
+            for (int row = 0; row < Tq; row++)
+                wrong_lse += !(fabs(lse[(size_t)(head * queries.map.rows + from.first + row)] -
+                                    true_lse[head * Tq + row]) <= 2e-6);
+        if (std::is_same<T, float>::value) {
+            const size_t needed = attention_workspace(Tq, Tk, C, heads, omp_get_max_threads());
+            float *workspace = (float *)aligned_alloc(64, round_up(needed * sizeof(float), 64));
+            attention_forward(cpu + first, NULL, cpu_lse, cpu_q + first, cpu_k + to.first * C, cpu_v + to.first * C, Tq,
+                              Tk, C, heads, dropout, NO_PRIOR, 0, workspace);
+            free(workspace);
+        }
+    }
+    if (std::is_same<T, float>::value) {
+        check_error((const float *)(const void *)out.host, cpu, truth, nq, "attention", queries.map.rows, C);
+    } else {
+        // A probability is rounded to T before its product, and the result is; sums of floats are nearer than a tenth.
+        // fp16 has nothing between 0 and 2^-24: there a probability is off by 2^-25, of at most 108 keys with |v| < 1.
+        const double u = std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
+        const double tiny = std::is_same<T, __half>::value ? 108 * 0x1p-25 : 0;
+        for (size_t i = 0; i < nq; i++)
+            wrong += !(fabs(to_float(out[i]) - truth[i]) <= 1.1 * (u * (bounds[i] + fabs(truth[i])) + tiny));
+        check(wrong == 0, "attention in %s, %d channels, %d heads, dropout %g: %d of %zu are wrong", type_name<T>(), C,
+              heads, p, wrong, nq);
+    }
+    check(wrong_lse == 0, "attention in %s, %d channels, %d heads: %d of lse are wrong", type_name<T>(), C, heads,
+          wrong_lse);
+    free(truth);
+    free(cpu);
+}
+
+static void test_attention() {
+    test_attention_of<float>(64, 2, 0, 0);
+    test_attention_of<float>(64, 1, 0.1, 1);
+    test_attention_of<__nv_bfloat16>(64, 2, 0.3, 0);
+    test_attention_of<__nv_bfloat16>(128, 2, 0, 0);
+    test_attention_of<__nv_bfloat16>(64, 1, 0.1, 1);
+    test_attention_of<__half>(64, 2, 0.1, 0);
+    test_attention_of<__half>(64, 1, 0, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Layer norm
 
 // y, dsum (rows, C), dweight, dbias (C) of a layer norm of `sum`, in double.
@@ -725,10 +830,10 @@ static void test_optimizer() {
 static const struct {
     const char *name;
     void (*run)();
-} TESTS[] = {{"ragged", test_ragged},      {"rows", test_rows},       {"pixels", test_pixels},
-             {"epilogue", test_epilogue},  {"maxpool", test_maxpool}, {"positions", test_positions},
-             {"dropout", test_dropout},    {"norm", test_norm},       {"set_loss", test_set_loss},
-             {"optimizer", test_optimizer}};
+} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
+             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
 
 int main(int argc, char **argv) {
     cudaDeviceProp device;

@@ -1,9 +1,9 @@
 /*
 train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
 is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
-reference that each kernel here is held against (test_detr.cu). Convolutions, linear layers and attention are not here
-yet, so this trains nothing by itself; and it has run on dev/emu only, never on a GPU. doc/8-the-cuda-version.md says
-what is there and what each kernel costs.
+reference that each kernel here is held against (test_detr.cu). Convolutions, linear layers and the way back through
+attention are not here yet, so this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
+doc/8-the-cuda-version.md says what is there and what each kernel costs.
 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
 
@@ -17,6 +17,7 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Max pooling   forward and backward
     Positions     of tokens and of queries
     Dropout       masks that are asked for again, never stored
+    Attention     forward, in one kernel
     Layer norm    with the residual sum before it, forward and backward
     Set loss      matching, losses and their gradients
     Optimizer     norm of the gradient, AdamW
@@ -55,6 +56,12 @@ enum { THREADS = 256, WARPS = THREADS / 32 };  // of nearly all blocks
 
 // Blocks of a launch in which each does `per_block` of `count` things.
 static unsigned blocks(size_t count, size_t per_block) { return (unsigned)divide_up(count, per_block); }
+
+// More shared memory than every kernel has, 48 KB, has to be asked for.
+template <class K>
+static void allow_shared(K *kernel, size_t bytes) {
+    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
 
 // arena_allocate() of train_detr.c on the device: a walk that took from an Arena without memory is followed by this and
 // the same walk again. Nothing is allocated after it.
@@ -735,6 +742,276 @@ static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores and asynchronous copies: the instructions, which dev/emu/emu.h has twins of
+
+#ifndef CUDA_EMU
+__device__ static unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// d = a b + c: a is 16 x 16, b 16 x 8, c and d 16 x 8 floats. Lane l has of c and d the elements (l / 4, 2 (l % 4)) and
+// the next, and the same 8 rows further down; of a those of its left half, then those of its right half, as pairs; of b
+// (2 (l % 4), l / 4) and the one below, and the same 8 rows further down.
+#define MMA(name, type)                                                                                           \
+    __device__ static void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                             \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
+                       "f"(c[2]), "f"(c[3]));                                                                     \
+    }
+MMA(mma_bf16, "bf16")
+MMA(mma_f16, "f16")
+
+// Four matrices of 8 x 8 numbers of 16 bits: lane l has the address of row l % 8 of matrix l / 8 and receives of each
+// the elements (l / 4, 2 (l % 4)) and the next; with _trans, of each matrix transposed.
+#define LDMATRIX(name, trans)                                                                 \
+    __device__ static void name(uint32_t(&d)[4], const void *row) {                           \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
+    }
+LDMATRIX(ldmatrix_x4, "")
+LDMATRIX(ldmatrix_x4_trans, ".trans")
+
+// 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them, then zeros.
+__device__ static void cp_async_16(void *shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+__device__ static void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending_groups>
+__device__ static void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
+}
+#endif
+
+template <class T>
+__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    if constexpr (std::is_same<T, __half>::value)
+        mma_f16(sum, a, b, sum);
+    else
+        mma_bf16(sum, a, b, sum);
+}
+
+// Two floats as a pair of T, the first in the lower half.
+template <class T>
+__device__ static inline uint32_t pair(float first, float second) {
+    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
+    uint32_t bits;
+    memcpy(&bits, (const void *)numbers, sizeof bits);
+    return bits;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention (train_detr.c has the formula and what it is named after). A block has 64 queries of a head of an image, 16
+// a warp, and goes through the image's keys: keys and values come by asynchronous copies, one tile ahead; scores and
+// sums are in registers, in the layout that mma gives them, and the probabilities of one product are the operand of the
+// next as they are. With T float there is no such instruction: the same elements are summed one by one.
+
+enum { QUERY_BLOCK = 64, ATTENTION_THREADS = 128 };
+
+template <class T>
+struct AttentionParams {
+    T *out;                // (queries.rows, C)
+    float *lse;            // (heads, queries.rows): as attention_forward() has it
+    const T *q, *k, *v;    // (queries.rows, C), (keys.rows, C): a head has C / heads adjacent channels
+    Ragged queries, keys;  // the same images
+    Mask mask;             // element (head * Tq + query) * Tk + key of an image with Tq queries and Tk keys
+    int C, heads;
+};
+
+// Blocks of queries that the images of a batch have; segments: host.
+static int attention_blocks(const Segment *segments, int count) {
+    int sum = 0;
+    for (int i = 0; i < count; i++)
+        sum += (int)divide_up((size_t)segments[i].height * (size_t)segments[i].width, QUERY_BLOCK);
+    return sum;
+}
+
+// Which of the elements element .. element + 63 dropout keeps, a bit each; the four lanes of a quad ask together, for
+// the same elements, and each makes a quarter of the words.
+__device__ static inline uint64_t dropout_keep64(Mask mask, int image, uint64_t element) {
+    const int quarter = (int)threadIdx.x % 4, shift = (int)(element % 4);
+    uint64_t low = 0, high = 0;
+#pragma unroll
+    for (int i = 0; i < 5; i++) {  // what does not begin with a group of four words ends in a 17th
+        if (i == 4 && shift == 0) break;
+        uint32_t words[4];
+        random_words(words, mask.seed, RANDOM_DROPOUT, mask.site, mask.step, (uint32_t)image,
+                     (uint32_t)(element / 4) + (uint32_t)(4 * i + (i < 4 ? quarter : 0)));
+        uint64_t bits = 0;
+        for (int j = 0; j < 4; j++) bits |= (uint64_t)(words[j] >= mask.threshold) << j;
+        if (i < 4)
+            low |= bits << (16 * i + 4 * quarter);
+        else
+            high = bits;
+    }
+    low |= __shfl_xor_sync(~0u, low, 1);
+    low |= __shfl_xor_sync(~0u, low, 2);
+    return shift ? low >> shift | high << (64 - shift) : low;
+}
+
+template <class T, int D>
+struct AttentionTile {  // of keys and values in shared memory
+    static constexpr int KEYS = sizeof(T) == 2 ? 64 : 32;
+    static constexpr int STRIDE = D + 16 / (int)sizeof(T);  // eight rows that lie in different banks
+    T keys[KEYS][STRIDE], values[KEYS][STRIDE];
+};
+
+template <class T, int D>
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionParams<T> p) {
+    typedef AttentionTile<T, D> Tile;
+    constexpr int KEYS = Tile::KEYS, PIECE = 16 / (int)sizeof(T);
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile *stages = (Tile *)smem;  // two
+    int block = (int)blockIdx.x, image = 0;
+    for (;; image++) {
+        const Segment s = p.queries.segments[image];
+        const int of_image = (s.height * s.width + QUERY_BLOCK - 1) / QUERY_BLOCK;
+        if (block < of_image) break;
+        block -= of_image;
+    }
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width, head = (int)blockIdx.y;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, column = lane % 4 * 2;
+    const int rows[2] = {block * QUERY_BLOCK + 16 * warp + lane / 4, block * QUERY_BLOCK + 16 * warp + lane / 4 + 8};
+    const T *q[2];  // past the last query nothing is written, whatever is computed
+    for (int i = 0; i < 2; i++) q[i] = p.q + (size_t)(of_queries.first + (rows[i] < Tq ? rows[i] : 0)) * p.C + head * D;
+    const int tiles = (Tk + KEYS - 1) / KEYS;
+    auto fetch = [&](int tile) {
+        Tile *to = &stages[tile % 2];
+        for (int i = (int)threadIdx.x; i < KEYS * D / PIECE; i += ATTENTION_THREADS) {
+            const int key = i / (D / PIECE), d = i % (D / PIECE) * PIECE, inside = tile * KEYS + key < Tk;
+            const size_t at = (size_t)(of_keys.first + (inside ? tile * KEYS + key : 0)) * p.C + head * D + d;
+            cp_async_16(&to->keys[key][d], p.k + at, inside ? 16 : 0);
+            cp_async_16(&to->values[key][d], p.v + at, inside ? 16 : 0);
+        }
+    };
+    uint32_t query[D / 16][4];
+    if constexpr (sizeof(T) == 2) {
+        for (int i = 0; i < D / 16; i++)
+            for (int j = 0; j < 4; j++) query[i][j] = *(const uint32_t *)(q[j % 2] + 16 * i + j / 2 * 8 + column);
+    }
+    const float factor = 1.4426950408889634f / sqrtf((float)D);  // scores are logarithms of base 2
+    float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    fetch(0);
+    cp_async_commit();
+    for (int tile = 0; tile < tiles; tile++) {
+        if (tile + 1 < tiles) fetch(tile + 1);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        const Tile *now = &stages[tile % 2];
+        float score[KEYS / 8][4] = {};
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            if constexpr (sizeof(T) == 2) {
+#pragma unroll
+                for (int d = 0; d < D; d += 32) {
+                    uint32_t b[4];
+                    ldmatrix_x4(b, &now->keys[8 * j + lane % 8][d + lane / 8 * 8]);
+                    mma<T>(score[j], query[d / 16], b[0], b[1]);
+                    mma<T>(score[j], query[d / 16 + 1], b[2], b[3]);
+                }
+            } else {
+                for (int i = 0; i < 4; i++)
+                    for (int d = 0; d < D; d++) score[j][i] += q[i / 2][d] * now->keys[8 * j + column + i % 2][d];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                score[j][i] = tile * KEYS + 8 * j + column + i % 2 < Tk ? score[j][i] * factor : -INFINITY;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float top = highest[r];
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            const float shrink = exp2f(highest[r] - top);
+            highest[r] = top;
+            sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) out[j][2 * r] *= shrink, out[j][2 * r + 1] *= shrink;
+            uint64_t keep = 0;
+            if (p.mask.threshold)
+                keep = dropout_keep64(p.mask, of_queries.image,
+                                      ((uint64_t)head * Tq + rows[r]) * Tk + (uint64_t)tile * KEYS);
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; i++) {
+                    score[j][i] = exp2f(score[j][i] - top);
+                    sum[r] += score[j][i];
+                    if (p.mask.threshold)
+                        score[j][i] = keep >> (8 * j + column + i % 2) & 1 ? score[j][i] * p.mask.scale : 0;
+                }
+            }
+        }
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int j = 0; j < KEYS / 16; j++) {
+                const uint32_t a[4] = {pair<T>(score[2 * j][0], score[2 * j][1]),
+                                       pair<T>(score[2 * j][2], score[2 * j][3]),
+                                       pair<T>(score[2 * j + 1][0], score[2 * j + 1][1]),
+                                       pair<T>(score[2 * j + 1][2], score[2 * j + 1][3])};
+#pragma unroll
+                for (int d = 0; d < D; d += 16) {
+                    uint32_t b[4];
+                    ldmatrix_x4_trans(b, &now->values[16 * j + lane % 16][d + lane / 16 * 8]);
+                    mma<T>(out[d / 8], a, b[0], b[1]);
+                    mma<T>(out[d / 8 + 1], a, b[2], b[3]);
+                }
+            }
+        } else {  // a lane's probabilities are needed by its quad, for other channels
+            float(*probability)[KEYS] = (float(*)[KEYS])(stages + 2) + 16 * warp;
+            for (int j = 0; j < KEYS / 8; j++)
+                for (int i = 0; i < 4; i++) probability[lane / 4 + i / 2 * 8][8 * j + column + i % 2] = score[j][i];
+            __syncwarp();
+            for (int j = 0; j < D / 8; j++)
+                for (int i = 0; i < 4; i++)
+                    for (int key = 0; key < KEYS; key++)
+                        out[j][i] += probability[lane / 4 + i / 2 * 8][key] * now->values[key][8 * j + column + i % 2];
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        if (rows[r] >= Tq) continue;
+        const size_t row = (size_t)(of_queries.first + rows[r]);
+        T *to = p.out + row * p.C + head * D + column;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            for (int i = 0; i < 2; i++) to[8 * j + i] = to_type<T>(out[j][2 * r + i] / sum[r]);
+        if (column == 0)
+            p.lse[(size_t)head * p.queries.rows + row] = (highest[r] + log2f(sum[r])) * 0.69314718055994531f;
+    }
+}
+
+template <class T, int D>
+static void launch_attention_forward(const AttentionParams<T> &p, int query_blocks) {
+    const dim3 grid((unsigned)query_blocks, (unsigned)p.heads);
+    const size_t shared = 2 * sizeof(AttentionTile<T, D>) +
+                          (sizeof(T) == 4 ? sizeof(float) * QUERY_BLOCK * AttentionTile<T, D>::KEYS : 0);
+    allow_shared(attention_forward_kernel<T, D>, shared);
+    attention_forward_kernel<T, D><<<grid, ATTENTION_THREADS, shared, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// attention_forward() without a prior, for every image. query_blocks: attention_blocks() of p.queries. Heads have 32 or
+// 64 channels.
+template <class T>
+static void gpu_attention_forward(const AttentionParams<T> &p, int query_blocks) {
+    if (p.C / p.heads == 32)
+        launch_attention_forward<T, 32>(p, query_blocks);
+    else
+        launch_attention_forward<T, 64>(p, query_blocks);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Layer norm, with what stands around it in a transformer: sum = residual + dropout(x), y = norm(sum). A warp has a row
 // and keeps it in registers, PIECES times 8 channels a lane.
 
@@ -928,12 +1205,6 @@ typedef struct {
     unsigned char *answers;        // (rows)
     double *sums;                  // (layers, LOSS_SUMS), added to
 } SetLoss;
-
-// More shared memory than every kernel has, 48 KB, has to be asked for.
-template <class K>
-static void allow_shared(K *kernel, size_t bytes) {
-    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
 
 // softmax_row() by a warp. probabilities: (classes), shared memory of the warp.
 __device__ static double warp_softmax(double *probabilities, const float *logits, int classes) {
