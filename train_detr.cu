@@ -915,7 +915,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
                     mma<T>(score[j], query[d / 16 + 1], b[2], b[3]);
                 }
             } else {
+#pragma unroll
                 for (int i = 0; i < 4; i++)
+#pragma unroll 4
                     for (int d = 0; d < D; d++) score[j][i] += q[i / 2][d] * now->keys[8 * j + column + i % 2][d];
             }
 #pragma unroll
@@ -966,11 +968,16 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
             }
         } else {  // a lane's probabilities are needed by its quad, for other channels
             float(*probability)[KEYS] = (float(*)[KEYS])(stages + 2) + 16 * warp;
+#pragma unroll
             for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
                 for (int i = 0; i < 4; i++) probability[lane / 4 + i / 2 * 8][8 * j + column + i % 2] = score[j][i];
             __syncwarp();
+#pragma unroll
             for (int j = 0; j < D / 8; j++)
+#pragma unroll
                 for (int i = 0; i < 4; i++)
+#pragma unroll 4
                     for (int key = 0; key < KEYS; key++)
                         out[j][i] += probability[lane / 4 + i / 2 * 8][key] * now->values[key][8 * j + column + i % 2];
         }
@@ -985,6 +992,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
         T *to = p.out + row * p.C + head * D + column;
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
+#pragma unroll
             for (int i = 0; i < 2; i++) to[8 * j + i] = to_type<T>(out[j][2 * r + i] / sum[r]);
         if (column == 0)
             p.lse[(size_t)head * p.queries.rows + row] = (highest[r] + log2f(sum[r])) * 0.69314718055994531f;
@@ -1100,7 +1108,7 @@ struct NormBackward {
 };
 
 template <class T, int PIECES>
-__global__ static void __launch_bounds__(THREADS) norm_backward_kernel(NormBackward<T> p) {
+__global__ static void __launch_bounds__(THREADS, PIECES == 1 ? 2 : 1) norm_backward_kernel(NormBackward<T> p) {
     __shared__ float totals[2][256 * PIECES];
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, first = (int)blockIdx.x * CHUNK_ROWS;
     Eight weight[PIECES], of_weight[PIECES], of_bias[PIECES];
