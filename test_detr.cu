@@ -357,35 +357,69 @@ static void test_dropout() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
 
-// out (Tq, C) and lse (heads, Tq) of one image in double. bounds: (Tq, C), the sum of probability * |v|.
-static void plain_attention(double *out, double *bounds, double *lse, const double *q, const double *k, const double *v,
-                            int Tq, int Tk, int C, int heads, Dropout dropout) {
+// What attention makes of one image, in double: rows of C channels, lse (heads, Tq).
+struct AttentionTruth {
+    double *out, *dq, *dk, *dv, *lse;
+    double *out_bound, *dq_bound, *dk_bound, *dv_bound;  // NULL, or how far an implementation in 16 bits may be off
+    const double *q, *k, *v, *dout;
+};
+
+// Bounds, with u the relative and t the absolute error of rounding to T, A = P M, and the symbols of train_detr.cu:
+// rounded are A, dS, and the results, so
+//   |out error| <= (u A + t) |v| + u |out|,           |dv error| <= (u A + t)^T |dout| + u |dv|,
+//   |D error| <= |dout| |out error|,                  |dS error| <= u |dS| + t + P |D error| / sqrt(head_dim),
+//   |dq error| <= |dS error| |k| + u |dq|,            |dk error| <= |dS error|^T |q| + u |dk|.
+// A here is as large as it is before it is divided by the sum over keys, at least 1 where P is largest, so that t
+// counts no more than it would in P. Errors of floats are left out.
+static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int heads, Dropout dropout, double u,
+                            double t) {
     const int D = C / heads;
-    double *p = (double *)allocate((size_t)Tk * sizeof(double));
+    double *P = (double *)allocate((size_t)Tk * 3 * sizeof(double)), *M = P + Tk, *dP = M + Tk;
     for (int head = 0; head < heads; head++) {
+        const int low = head * D, high = low + D;
         for (int i = 0; i < Tq; i++) {
-            double top = -INFINITY, sum = 0;
-            for (int j = 0; j < Tk; j++) {
-                p[j] = 0;
-                for (int d = head * D; d < (head + 1) * D; d++) p[j] += q[i * C + d] * k[j * C + d] / sqrt((double)D);
-                top = fmax(top, p[j]);
-            }
-            for (int j = 0; j < Tk; j++) sum += p[j] = exp(p[j] - top);
-            lse[head * Tq + i] = top + log(sum);
-            for (int d = head * D; d < (head + 1) * D; d++) out[i * C + d] = bounds[i * C + d] = 0;
+            double top = -INFINITY, sum = 0, dot = 0, dot_bound = 0;
             for (int j = 0; j < Tk; j++) {
                 const uint64_t element = ((uint64_t)head * (uint64_t)Tq + (uint64_t)i) * (uint64_t)Tk + (uint64_t)j;
                 const uint32_t word =
                     random_word(dropout.seed, RANDOM_DROPOUT, dropout.site, dropout.step, dropout.image, element);
-                const double factor = word >= dropout_threshold(dropout) ? 1 / (1 - dropout.p) : 0;
-                for (int d = head * D; d < (head + 1) * D; d++) {
-                    out[i * C + d] += p[j] / sum * factor * v[j * C + d];
-                    bounds[i * C + d] += p[j] / sum * factor * fabs(v[j * C + d]);
+                M[j] = word >= dropout_threshold(dropout) ? 1 / (1 - dropout.p) : 0;
+                P[j] = dP[j] = 0;
+                for (int d = low; d < high; d++) P[j] += a.q[i * C + d] * a.k[j * C + d] / sqrt((double)D);
+                top = fmax(top, P[j]);
+            }
+            for (int j = 0; j < Tk; j++) sum += P[j] = exp(P[j] - top);
+            a.lse[head * Tq + i] = top + log(sum);
+            for (int d = low; d < high; d++) {
+                double out = 0, bound = 0;
+                for (int j = 0; j < Tk; j++) {
+                    out += P[j] / sum * M[j] * a.v[j * C + d];
+                    bound += (u * P[j] / sum * M[j] + t) * fabs(a.v[j * C + d]);
+                }
+                a.out[i * C + d] = out;
+                a.out_bound[i * C + d] = bound + u * fabs(out);
+                dot += a.dout[i * C + d] * out;
+                dot_bound += fabs(a.dout[i * C + d]) * a.out_bound[i * C + d];
+            }
+            for (int j = 0; j < Tk; j++) {
+                P[j] /= sum;
+                for (int d = low; d < high; d++) {
+                    dP[j] += M[j] * a.dout[i * C + d] * a.v[j * C + d];
+                    a.dv[j * C + d] += P[j] * M[j] * a.dout[i * C + d];
+                    a.dv_bound[j * C + d] += (u * P[j] * M[j] + t) * fabs(a.dout[i * C + d]);
+                }
+                const double dS = P[j] * (dP[j] - dot) / sqrt((double)D);
+                const double bound = u * fabs(dS) + t + P[j] * dot_bound / sqrt((double)D);
+                for (int d = low; d < high; d++) {
+                    a.dq[i * C + d] += dS * a.k[j * C + d], a.dq_bound[i * C + d] += bound * fabs(a.k[j * C + d]);
+                    a.dk[j * C + d] += dS * a.q[i * C + d], a.dk_bound[j * C + d] += bound * fabs(a.q[i * C + d]);
                 }
             }
         }
     }
-    free(p);
+    for (int i = 0; i < Tq * C; i++) a.dq_bound[i] += u * fabs(a.dq[i]);
+    for (int i = 0; i < Tk * C; i++) a.dk_bound[i] += u * fabs(a.dk[i]), a.dv_bound[i] += u * fabs(a.dv[i]);
+    free(P);
 }
 
 // cross: the queries are nine an image, else the image's own tokens.
@@ -396,52 +430,71 @@ static void test_attention_of(int C, int heads, double p, int cross) {
     Batch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
     const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
     const size_t nl = (size_t)(heads * queries.map.rows);
-    Array<T> q(nq, 32), k(nk, 33), v(nk, 34), out(nq);
-    Array<float> lse(nl);
+    Array<T> q(nq, 32), k(nk, 33), v(nk, 34), dout(nq, 35), out(nq), dq(nq), dk(nk), dv(nk);
+    Array<float> lse(nl), dots(nl);
     for (size_t i = 0; i < nq; i++) q[i] = to_type<T>(4 * to_float(q[i]));  // probabilities that are not all alike
     q.upload();
-    AttentionParams<T> a = {out.device, lse.device,  q.device, k.device,
-                            v.device,   queries.map, keys.map, dropout_mask(a_dropout(p)),
-                            C,          heads};
-    gpu_attention_forward(a, attention_blocks(queries.table.host, NUM_PICTURES));
-    out.download(), lse.download();
-    double *truth = (double *)allocate((3 * nq + nl + 2 * nk) * sizeof(double)), *bounds = truth + nq;
-    double *true_lse = bounds + nq, *true_q = true_lse + nl, *true_k = true_q + nq, *true_v = true_k + nk;
-    float *cpu = (float *)allocate((2 * nq + nl + 2 * nk) * sizeof(float)), *cpu_lse = cpu + nq, *cpu_q = cpu_lse + nl;
-    float *cpu_k = cpu_q + nq, *cpu_v = cpu_k + nk;
-    for (size_t i = 0; i < nq; i++) true_q[i] = cpu_q[i] = to_float(q[i]);
-    for (size_t i = 0; i < nk; i++) true_k[i] = cpu_k[i] = to_float(k[i]), true_v[i] = cpu_v[i] = to_float(v[i]);
-    int wrong = 0, wrong_lse = 0;
+    const AttentionParams<T> params = {
+        out.device, lse.device, q.device,    k.device,  v.device,  queries.map, keys.map,   dropout_mask(a_dropout(p)),
+        C,          heads,      dout.device, dq.device, dk.device, dv.device,   dots.device};
+    const int query_parts = attention_parts(queries.table.host, NUM_PICTURES);
+    gpu_attention_forward(params, query_parts);
+    gpu_attention_backward(params, query_parts, attention_parts(keys.table.host, NUM_PICTURES));
+    const T *ours[4] = {out.download(), dq.download(), dk.download(), dv.download()};
+    lse.download();
+
+    // In the order out, dq, dk, dv: the truth, its bounds, and the CPU's; then q, dout, k, v, and lse of an image.
+    const size_t counts[4] = {nq, nq, nk, nk}, all = 2 * nq + 2 * nk;
+    double *truth = (double *)allocate((3 * all + nl) * sizeof(double)), *bounds = truth + all, *inputs = bounds + all;
+    float *cpu = (float *)allocate((2 * all + nl) * sizeof(float)), *cpu_inputs = cpu + all;
+    for (size_t i = 0; i < all; i++)
+        inputs[i] = cpu_inputs[i] = to_float(i < nq            ? q[i]
+                                             : i < 2 * nq      ? dout[i - nq]
+                                             : i < 2 * nq + nk ? k[i - 2 * nq]
+                                                               : v[i - 2 * nq - nk]);
+    const bool fp16 = std::is_same<T, __half>::value;
+    int wrong_lse = 0;
     for (int i = 0; i < NUM_PICTURES; i++) {
         const Segment from = queries.table[(size_t)i], to = keys.table[(size_t)i];
-        const int Tq = from.height * from.width, Tk = to.height * to.width, first = from.first * C;
+        const int Tq = from.height * from.width, Tk = to.height * to.width;
+        const size_t at = (size_t)(from.first * C), at_keys = (size_t)(to.first * C);
+        const size_t first[4] = {at, nq + at, 2 * nq + at_keys, 2 * nq + nk + at_keys};
         Dropout dropout = a_dropout(p);
         dropout.image = (uint32_t)from.image;
-        plain_attention(truth + first, bounds + first, true_lse, true_q + first, true_k + to.first * C,
-                        true_v + to.first * C, Tq, Tk, C, heads, dropout);
+        const AttentionTruth a = {truth + first[0],  truth + first[1],  truth + first[2],  truth + first[3],
+                                  inputs + all,      bounds + first[0], bounds + first[1], bounds + first[2],
+                                  bounds + first[3], inputs + first[0], inputs + first[2], inputs + first[3],
+                                  inputs + first[1]};
+        // fp16 has nothing between 0 and 2^-24
+        plain_attention(a, Tq, Tk, C, heads, dropout, fp16 ? 0x1p-11 : 0x1p-8, fp16 ? 0x1p-25 : 0);
         for (int head = 0; head < heads; head++)
             for (int row = 0; row < Tq; row++)
-                wrong_lse += !(fabs(lse[(size_t)(head * queries.map.rows + from.first + row)] -
-                                    true_lse[head * Tq + row]) <= 2e-6);
-        if (std::is_same<T, float>::value) {
-            const size_t needed = attention_workspace(Tq, Tk, C, heads, omp_get_max_threads());
-            float *workspace = (float *)aligned_alloc(64, round_up(needed * sizeof(float), 64));
-            attention_forward(cpu + first, NULL, cpu_lse, cpu_q + first, cpu_k + to.first * C, cpu_v + to.first * C, Tq,
-                              Tk, C, heads, dropout, NO_PRIOR, 0, workspace);
-            free(workspace);
-        }
+                wrong_lse +=
+                    !(fabs(lse[(size_t)(head * queries.map.rows + from.first + row)] - a.lse[head * Tq + row]) <= 2e-6);
+        if (!std::is_same<T, float>::value) continue;
+        float *cpu_lse = cpu + 2 * all, *q_i = cpu_inputs + first[0], *k_i = cpu_inputs + first[2],
+              *v_i = cpu_inputs + first[3];
+        const size_t needed = attention_workspace(Tq, Tk, C, heads, omp_get_max_threads());
+        float *workspace = (float *)aligned_alloc(64, round_up(needed * sizeof(float), 64));
+        attention_forward(cpu + first[0], NULL, cpu_lse, q_i, k_i, v_i, Tq, Tk, C, heads, dropout, NO_PRIOR, 0,
+                          workspace);
+        attention_backward(cpu + first[1], cpu + first[2], cpu + first[3], cpu_inputs + first[1], q_i, k_i, v_i,
+                           cpu + first[0], cpu_lse, Tq, Tk, C, heads, dropout, NO_PRIOR, 0, workspace);
+        free(workspace);
     }
-    if (std::is_same<T, float>::value) {
-        check_error((const float *)(const void *)out.host, cpu, truth, nq, "attention", queries.map.rows, C);
-    } else {
-        // A probability is rounded to T before its product, and the result is; sums of floats are nearer than a tenth.
-        // fp16 has nothing between 0 and 2^-24: there a probability is off by 2^-25, of at most 108 keys with |v| < 1.
-        const double u = std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
-        const double tiny = std::is_same<T, __half>::value ? 108 * 0x1p-25 : 0;
-        for (size_t i = 0; i < nq; i++)
-            wrong += !(fabs(to_float(out[i]) - truth[i]) <= 1.1 * (u * (bounds[i] + fabs(truth[i])) + tiny));
-        check(wrong == 0, "attention in %s, %d channels, %d heads, dropout %g: %d of %zu are wrong", type_name<T>(), C,
-              heads, p, wrong, nq);
+    static const char *const names[4] = {"attention's out", "attention's dq", "attention's dk", "attention's dv"};
+    size_t first = 0;
+    for (int n = 0; n < 4; first += counts[n], n++) {
+        if (std::is_same<T, float>::value) {
+            check_error((const float *)(const void *)ours[n], cpu + first, truth + first, counts[n], names[n],
+                        (int)counts[n] / C, C);
+            continue;
+        }
+        int wrong = 0;
+        for (size_t i = 0; i < counts[n]; i++)  // a tenth for the errors of floats
+            wrong += !(fabs(to_float(ours[n][i]) - truth[first + i]) <= 1.1 * bounds[first + i]);
+        check(wrong == 0, "%s in %s, %d channels, %d heads, dropout %g: %d of %zu are wrong", names[n], type_name<T>(),
+              C, heads, p, wrong, counts[n]);
     }
     check(wrong_lse == 0, "attention in %s, %d channels, %d heads: %d of lse are wrong", type_name<T>(), C, heads,
           wrong_lse);

@@ -1,8 +1,8 @@
 /*
 train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
 is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
-reference that each kernel here is held against (test_detr.cu). Convolutions, linear layers and the way back through
-attention are not here yet, so this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
+reference that each kernel here is held against (test_detr.cu). Convolutions and linear layers are not here yet, so
+this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
 doc/8-the-cuda-version.md says what is there and what each kernel costs.
 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
@@ -17,7 +17,7 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Max pooling   forward and backward
     Positions     of tokens and of queries
     Dropout       masks that are asked for again, never stored
-    Attention     forward, in one kernel
+    Attention     forward and backward, scores never in memory
     Layer norm    with the residual sum before it, forward and backward
     Set loss      matching, losses and their gradients
     Optimizer     norm of the gradient, AdamW
@@ -712,13 +712,17 @@ static Mask dropout_mask(Dropout dropout) {
     return mask;
 }
 
+// The words of elements 4 * group .. 4 * group + 3 of an image.
+__device__ static inline void mask_words(uint32_t (&words)[4], Mask mask, int image, uint64_t group) {
+    random_words(words, mask.seed, RANDOM_DROPOUT, mask.site, mask.step, (uint32_t)image, (uint32_t)group);
+}
+
 // Dropout of eight numbers from `element`, a multiple of 8, on.
 __device__ static inline Eight dropout8(Eight value, Mask mask, int image, uint64_t element) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
         uint32_t words[4];
-        random_words(words, mask.seed, RANDOM_DROPOUT, mask.site, mask.step, (uint32_t)image,
-                     (uint32_t)((element + i) / 4));
+        mask_words(words, mask, image, (element + i) / 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) value.x[i + j] = words[j] >= mask.threshold ? value.x[i + j] * mask.scale : 0;
     }
@@ -804,42 +808,46 @@ __device__ static inline uint32_t pair(float first, float second) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention (train_detr.c has the formula and what it is named after). A block has 64 queries of a head of an image, 16
-// a warp, and goes through the image's keys: keys and values come by asynchronous copies, one tile ahead; scores and
-// sums are in registers, in the layout that mma gives them, and the probabilities of one product are the operand of the
-// next as they are. With T float there is no such instruction: the same elements are summed one by one.
+// Attention (train_detr.c has the formula and what it is named after). A block has 64 rows of a head of an image, 16 a
+// warp, and goes through the rows of the other side, queries against keys: these come by asynchronous copies, one tile
+// ahead; products and sums are in registers, in the layout that mma gives them, and the probabilities of one product
+// are the operand of the next as they are. With T float there is no such instruction: the same elements are summed one
+// by one.
 
-enum { QUERY_BLOCK = 64, ATTENTION_THREADS = 128 };
+enum { PART_ROWS = 64, ATTENTION_THREADS = 128 };
 
 template <class T>
 struct AttentionParams {
-    T *out;                // (queries.rows, C)
-    float *lse;            // (heads, queries.rows): as attention_forward() has it
+    T *out;                // (queries.rows, C): written
+    float *lse;            // (heads, queries.rows): written, as attention_forward() has it
     const T *q, *k, *v;    // (queries.rows, C), (keys.rows, C): a head has C / heads adjacent channels
-    Ragged queries, keys;  // the same images
+    Ragged queries, keys;  // of the same images
     Mask mask;             // element (head * Tq + query) * Tk + key of an image with Tq queries and Tk keys
     int C, heads;
+    // the way back, which reads all of the above
+    const T *dout;
+    T *dq, *dk, *dv;  // written, as operands
+    float *dots;      // (heads, queries.rows): room
 };
 
-// Blocks of queries that the images of a batch have; segments: host.
-static int attention_blocks(const Segment *segments, int count) {
+// Blocks that the rows of a batch's images make; segments: host.
+static int attention_parts(const Segment *segments, int count) {
     int sum = 0;
     for (int i = 0; i < count; i++)
-        sum += (int)divide_up((size_t)segments[i].height * (size_t)segments[i].width, QUERY_BLOCK);
+        sum += (int)divide_up((size_t)segments[i].height * (size_t)segments[i].width, PART_ROWS);
     return sum;
 }
 
 // Which of the elements element .. element + 63 dropout keeps, a bit each; the four lanes of a quad ask together, for
 // the same elements, and each makes a quarter of the words.
-__device__ static inline uint64_t dropout_keep64(Mask mask, int image, uint64_t element) {
+__device__ static inline uint64_t quad_keeps(Mask mask, int image, uint64_t element) {
     const int quarter = (int)threadIdx.x % 4, shift = (int)(element % 4);
     uint64_t low = 0, high = 0;
 #pragma unroll
-    for (int i = 0; i < 5; i++) {  // what does not begin with a group of four words ends in a 17th
+    for (int i = 0; i < 5; i++) {  // what does not begin with a group of four ends in a 17th
         if (i == 4 && shift == 0) break;
         uint32_t words[4];
-        random_words(words, mask.seed, RANDOM_DROPOUT, mask.site, mask.step, (uint32_t)image,
-                     (uint32_t)(element / 4) + (uint32_t)(4 * i + (i < 4 ? quarter : 0)));
+        mask_words(words, mask, image, element / 4 + 4 * i + (i < 4 ? quarter : 0));
         uint64_t bits = 0;
         for (int j = 0; j < 4; j++) bits |= (uint64_t)(words[j] >= mask.threshold) << j;
         if (i < 4)
@@ -852,83 +860,183 @@ __device__ static inline uint64_t dropout_keep64(Mask mask, int image, uint64_t 
     return shift ? low >> shift | high << (64 - shift) : low;
 }
 
+// The same for elements element .. element + 15 by one thread.
+__device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t element) {
+    const int shift = (int)(element % 4);
+    uint32_t keeps = 0;
+#pragma unroll
+    for (int i = 0; i < 5; i++) {
+        if (i == 4 && shift == 0) break;
+        uint32_t words[4];
+        mask_words(words, mask, image, element / 4 + i);
+        for (int j = 0; j < 4; j++) keeps |= (uint32_t)(words[j] >= mask.threshold) << (4 * i + j);
+    }
+    return keeps >> shift & 0xFFFF;
+}
+
+// Rows of two tensors that come to shared memory together: keys and values, or queries and gradients.
 template <class T, int D>
-struct AttentionTile {  // of keys and values in shared memory
-    static constexpr int KEYS = sizeof(T) == 2 ? 64 : 32;
+struct Tile {
+    static constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
     static constexpr int STRIDE = D + 16 / (int)sizeof(T);  // eight rows that lie in different banks
-    T keys[KEYS][STRIDE], values[KEYS][STRIDE];
+    T first[ROWS][STRIDE], second[ROWS][STRIDE];
 };
+
+// Asks for the tile of a segment's rows from `from` on; those past its last are zero. first, second: (rows, C) at the
+// head's first channel.
+template <class T, int D>
+__device__ static inline void fetch_tile(Tile<T, D> *to, const T *first, const T *second, Segment segment, int from,
+                                         int C) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    for (int i = (int)threadIdx.x; i < Tile<T, D>::ROWS * D / PIECE; i += ATTENTION_THREADS) {
+        const int row = i / (D / PIECE), d = i % (D / PIECE) * PIECE;
+        const bool inside = from + row < segment.height * segment.width;
+        const size_t at = (size_t)(segment.first + (inside ? from + row : 0)) * C + d;
+        cp_async_16(&to->first[row][d], first + at, inside ? 16 : 0);
+        cp_async_16(&to->second[row][d], second + at, inside ? 16 : 0);
+    }
+}
+
+// Sixteen rows of D channels as a warp has them for products: a lane those at rows[0] and rows[1] that mma gives it.
+template <class T, int D>
+struct WarpRows {
+    const T *rows[2];
+    uint32_t fragment[D / 16][4];  // if T has 16 bits
+
+    // The segment's rows `from` and from + 8, or its first where there are no such: what comes of those is not used.
+    __device__ WarpRows(const T *x, Segment segment, int from, int C) {
+        const int count = segment.height * segment.width;
+        for (int i = 0; i < 2; i++)
+            rows[i] = x + (size_t)(segment.first + (from + 8 * i < count ? from + 8 * i : 0)) * C;
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    fragment[i][j] = *(const uint32_t *)(rows[j % 2] + 16 * i + j / 2 * 8 + threadIdx.x % 4 * 2);
+        }
+    }
+};
+
+// product (16, ROWS) = a (16, D) times the transpose of b (ROWS, D).
+template <class T, int D, int ROWS, int STRIDE>
+__device__ static inline void multiply_transposed(float (&product)[ROWS / 8][4], const WarpRows<T, D> &a,
+                                                  const T (&b)[ROWS][STRIDE]) {
+    const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++) {
+        for (int i = 0; i < 4; i++) product[j][i] = 0;
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int d = 0; d < D; d += 32) {
+                uint32_t columns[4];
+                ldmatrix_x4(columns, &b[8 * j + lane % 8][d + lane / 8 * 8]);
+                mma<T>(product[j], a.fragment[d / 16], columns[0], columns[1]);
+                mma<T>(product[j], a.fragment[d / 16 + 1], columns[2], columns[3]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll 4
+                for (int d = 0; d < D; d++) product[j][i] += a.rows[i / 2][d] * b[8 * j + lane % 4 * 2 + i % 2][d];
+        }
+    }
+}
+
+// sum (16, D) += a (16, ROWS), which multiply_transposed() made, rounded to T, times b (ROWS, D). scratch: the warp's,
+// if T is float.
+template <class T, int D, int ROWS, int STRIDE>
+__device__ static inline void multiply_add(float (&sum)[D / 8][4], const float (&a)[ROWS / 8][4],
+                                           const T (&b)[ROWS][STRIDE], float (*scratch)[ROWS]) {
+    const int lane = (int)threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; j++) {
+            const uint32_t fragment[4] = {pair<T>(a[2 * j][0], a[2 * j][1]), pair<T>(a[2 * j][2], a[2 * j][3]),
+                                          pair<T>(a[2 * j + 1][0], a[2 * j + 1][1]),
+                                          pair<T>(a[2 * j + 1][2], a[2 * j + 1][3])};
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                uint32_t rows[4];
+                ldmatrix_x4_trans(rows, &b[16 * j + lane % 16][d + lane / 16 * 8]);
+                mma<T>(sum[d / 8], fragment, rows[0], rows[1]);
+                mma<T>(sum[d / 8 + 1], fragment, rows[2], rows[3]);
+            }
+        }
+    } else {  // what a lane has is needed by its quad, for other channels
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scratch[lane / 4 + i / 2 * 8][8 * j + lane % 4 * 2 + i % 2] = a[j][i];
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll 4
+                for (int row = 0; row < ROWS; row++)
+                    sum[j][i] += scratch[lane / 4 + i / 2 * 8][row] * b[row][8 * j + lane % 4 * 2 + i % 2];
+        __syncwarp();
+    }
+}
+
+// Writes factor times a lane's part of row r (0: the upper) of what multiply_add() has summed; to: the row at the
+// head's first channel.
+template <class T, int D>
+__device__ static inline void store_row(T *to, const float (&sum)[D / 8][4], int r, float factor) {
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) to[8 * j + threadIdx.x % 4 * 2 + i] = to_type<T>(sum[j][2 * r + i] * factor);
+}
+
+// Turns the number of a block into that of its part of a segment, which is returned.
+__device__ static inline int find_part(int *block, Ragged map) {
+    *block = (int)blockIdx.x;
+    for (int image = 0;; image++) {
+        const int parts = (map.segments[image].height * map.segments[image].width + PART_ROWS - 1) / PART_ROWS;
+        if (*block < parts) return image;
+        *block -= parts;
+    }
+}
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.69314718055994531f
 
 template <class T, int D>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionParams<T> p) {
-    typedef AttentionTile<T, D> Tile;
-    constexpr int KEYS = Tile::KEYS, PIECE = 16 / (int)sizeof(T);
+    constexpr int ROWS = Tile<T, D>::ROWS;
     extern __shared__ __align__(128) unsigned char smem[];
-    Tile *stages = (Tile *)smem;  // two
-    int block = (int)blockIdx.x, image = 0;
-    for (;; image++) {
-        const Segment s = p.queries.segments[image];
-        const int of_image = (s.height * s.width + QUERY_BLOCK - 1) / QUERY_BLOCK;
-        if (block < of_image) break;
-        block -= of_image;
-    }
+    Tile<T, D> *stages = (Tile<T, D> *)smem;  // two
+    int part;
+    const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
     const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
-    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width, head = (int)blockIdx.y;
-    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, column = lane % 4 * 2;
-    const int rows[2] = {block * QUERY_BLOCK + 16 * warp + lane / 4, block * QUERY_BLOCK + 16 * warp + lane / 4 + 8};
-    const T *q[2];  // past the last query nothing is written, whatever is computed
-    for (int i = 0; i < 2; i++) q[i] = p.q + (size_t)(of_queries.first + (rows[i] < Tq ? rows[i] : 0)) * p.C + head * D;
-    const int tiles = (Tk + KEYS - 1) / KEYS;
-    auto fetch = [&](int tile) {
-        Tile *to = &stages[tile % 2];
-        for (int i = (int)threadIdx.x; i < KEYS * D / PIECE; i += ATTENTION_THREADS) {
-            const int key = i / (D / PIECE), d = i % (D / PIECE) * PIECE, inside = tile * KEYS + key < Tk;
-            const size_t at = (size_t)(of_keys.first + (inside ? tile * KEYS + key : 0)) * p.C + head * D + d;
-            cp_async_16(&to->keys[key][d], p.k + at, inside ? 16 : 0);
-            cp_async_16(&to->values[key][d], p.v + at, inside ? 16 : 0);
-        }
-    };
-    uint32_t query[D / 16][4];
-    if constexpr (sizeof(T) == 2) {
-        for (int i = 0; i < D / 16; i++)
-            for (int j = 0; j < 4; j++) query[i][j] = *(const uint32_t *)(q[j % 2] + 16 * i + j / 2 * 8 + column);
-    }
-    const float factor = 1.4426950408889634f / sqrtf((float)D);  // scores are logarithms of base 2
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, first = part * PART_ROWS + 16 * warp + (int)threadIdx.x % 32 / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
+    const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
     float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    fetch(0);
+    fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
-    for (int tile = 0; tile < tiles; tile++) {
-        if (tile + 1 < tiles) fetch(tile + 1);
+    for (int key = 0; key < Tk; key += ROWS) {
+        Tile<T, D> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const Tile *now = &stages[tile % 2];
-        float score[KEYS / 8][4] = {};
+        float score[ROWS / 8][4];
+        multiply_transposed(score, q, now->first);
 #pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            if constexpr (sizeof(T) == 2) {
-#pragma unroll
-                for (int d = 0; d < D; d += 32) {
-                    uint32_t b[4];
-                    ldmatrix_x4(b, &now->keys[8 * j + lane % 8][d + lane / 8 * 8]);
-                    mma<T>(score[j], query[d / 16], b[0], b[1]);
-                    mma<T>(score[j], query[d / 16 + 1], b[2], b[3]);
-                }
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll 4
-                    for (int d = 0; d < D; d++) score[j][i] += q[i / 2][d] * now->keys[8 * j + column + i % 2][d];
-            }
+        for (int j = 0; j < ROWS / 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                score[j][i] = tile * KEYS + 8 * j + column + i % 2 < Tk ? score[j][i] * factor : -INFINITY;
-        }
+                score[j][i] = key + 8 * j + column + i % 2 < Tk ? score[j][i] * factor : -INFINITY;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float top = highest[r];
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+            for (int j = 0; j < ROWS / 8; j++) top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
             const float shrink = exp2f(highest[r] - top);
@@ -938,10 +1046,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
             for (int j = 0; j < D / 8; j++) out[j][2 * r] *= shrink, out[j][2 * r + 1] *= shrink;
             uint64_t keep = 0;
             if (p.mask.threshold)
-                keep = dropout_keep64(p.mask, of_queries.image,
-                                      ((uint64_t)head * Tq + rows[r]) * Tk + (uint64_t)tile * KEYS);
+                keep = quad_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
+            for (int j = 0; j < ROWS / 8; j++) {
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; i++) {
                     score[j][i] = exp2f(score[j][i] - top);
@@ -951,72 +1058,210 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
                 }
             }
         }
-        if constexpr (sizeof(T) == 2) {
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++) {
-                const uint32_t a[4] = {pair<T>(score[2 * j][0], score[2 * j][1]),
-                                       pair<T>(score[2 * j][2], score[2 * j][3]),
-                                       pair<T>(score[2 * j + 1][0], score[2 * j + 1][1]),
-                                       pair<T>(score[2 * j + 1][2], score[2 * j + 1][3])};
-#pragma unroll
-                for (int d = 0; d < D; d += 16) {
-                    uint32_t b[4];
-                    ldmatrix_x4_trans(b, &now->values[16 * j + lane % 16][d + lane / 16 * 8]);
-                    mma<T>(out[d / 8], a, b[0], b[1]);
-                    mma<T>(out[d / 8 + 1], a, b[2], b[3]);
-                }
-            }
-        } else {  // a lane's probabilities are needed by its quad, for other channels
-            float(*probability)[KEYS] = (float(*)[KEYS])(stages + 2) + 16 * warp;
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) probability[lane / 4 + i / 2 * 8][8 * j + column + i % 2] = score[j][i];
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < D / 8; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll 4
-                    for (int key = 0; key < KEYS; key++)
-                        out[j][i] += probability[lane / 4 + i / 2 * 8][key] * now->values[key][8 * j + column + i % 2];
-        }
+        multiply_add<T, D>(out, score, now->second, scratch);
         __syncthreads();
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
         sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-        if (rows[r] >= Tq) continue;
-        const size_t row = (size_t)(of_queries.first + rows[r]);
-        T *to = p.out + row * p.C + head * D + column;
+        const int query = first + 8 * r;
+        if (query >= Tq) continue;
+        const size_t row = (size_t)(of_queries.first + query);
+        store_row<T, D>(p.out + row * p.C + head * D, out, r, 1 / sum[r]);
+        if (column == 0) p.lse[(size_t)head * p.queries.rows + row] = (highest[r] + log2f(sum[r])) * LN2;
+    }
+}
+
+// Shared memory of attention's kernels: two tiles, and for floats the warps' scratch.
+template <class T, int D>
+static size_t attention_shared() {
+    return 2 * sizeof(Tile<T, D>) + (sizeof(T) == 4 ? sizeof(float) * PART_ROWS * Tile<T, D>::ROWS : 0);
+}
+
+template <class T, int D>
+static void launch_attention_forward(const AttentionParams<T> &p, int query_parts) {
+    const dim3 grid((unsigned)query_parts, (unsigned)p.heads);
+    allow_shared(attention_forward_kernel<T, D>, attention_shared<T, D>());
+    attention_forward_kernel<T, D><<<grid, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// attention_forward() without a prior, for every image. query_parts: attention_parts() of p.queries. Heads have 32 or
+// 64 channels.
+template <class T>
+static void gpu_attention_forward(const AttentionParams<T> &p, int query_parts) {
+    if (p.C / p.heads == 32)
+        launch_attention_forward<T, 32>(p, query_parts);
+    else
+        launch_attention_forward<T, 64>(p, query_parts);
+}
+
+// The way back. With P the probabilities, M dropout's factors, S the scores and D = sum over channels of dout * out:
+//   dv = (P M)^T dout,   dS = P (dout v^T M - D) / sqrt(head_dim),   dq = dS k,   dk = dS^T q.
+// P is made again from the scores and lse. Two kernels, so that every sum has one owner: a warp of the first has 16
+// queries and sums over the keys, a warp of the second has 16 keys and sums over the queries.
+
+// A warp has a row: D of its heads.
+template <class T>
+__global__ static void __launch_bounds__(THREADS) attention_dots_kernel(AttentionParams<T> p) {
+    const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (row >= p.queries.rows) return;
+    const int lanes = p.C / p.heads / 8;  // of a head: 4 or 8
+    for (int first = 0; first < p.C; first += 256) {
+        const int c = first + 8 * lane;
+        float sum = 0;
+        if (c < p.C) {
+            const Eight out = load8(p.out + (size_t)row * p.C + c), dout = load8(p.dout + (size_t)row * p.C + c);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) to[8 * j + i] = to_type<T>(out[j][2 * r + i] / sum[r]);
-        if (column == 0)
-            p.lse[(size_t)head * p.queries.rows + row] = (highest[r] + log2f(sum[r])) * 0.69314718055994531f;
+            for (int j = 0; j < 8; j++) sum += out.x[j] * dout.x[j];
+        }
+        for (int distance = 1; distance < lanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (c < p.C && lane % lanes == 0) p.dots[(size_t)(c / 8 / lanes) * p.queries.rows + row] = sum;
     }
 }
 
 template <class T, int D>
-static void launch_attention_forward(const AttentionParams<T> &p, int query_blocks) {
-    const dim3 grid((unsigned)query_blocks, (unsigned)p.heads);
-    const size_t shared = 2 * sizeof(AttentionTile<T, D>) +
-                          (sizeof(T) == 4 ? sizeof(float) * QUERY_BLOCK * AttentionTile<T, D>::KEYS : 0);
-    allow_shared(attention_forward_kernel<T, D>, shared);
-    attention_forward_kernel<T, D><<<grid, ATTENTION_THREADS, shared, stream>>>(p);
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_queries_kernel(AttentionParams<T> p) {
+    constexpr int ROWS = Tile<T, D>::ROWS;
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile<T, D> *stages = (Tile<T, D> *)smem;
+    int part;
+    const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, first = part * PART_ROWS + 16 * warp + (int)threadIdx.x % 32 / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C), dout(p.dout + head * D, of_queries, first, p.C);
+    const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
+    float dq[D / 8][4] = {}, lse[2], dots[2];
+    for (int r = 0; r < 2; r++) {
+        const int query = first + 8 * r < Tq ? first + 8 * r : 0;
+        const size_t at = (size_t)head * p.queries.rows + of_queries.first + query;
+        lse[r] = p.lse[at] * LOG2E, dots[r] = p.dots[at];
+    }
+    fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
+    cp_async_commit();
+    for (int key = 0; key < Tk; key += ROWS) {
+        Tile<T, D> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float score[ROWS / 8][4], dp[ROWS / 8][4];
+        multiply_transposed(score, q, now->first);
+        multiply_transposed(dp, dout, now->second);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            uint64_t keep = 0;
+            if (p.mask.threshold)
+                keep = quad_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; i++) {
+                    const bool inside = key + 8 * j + column + i % 2 < Tk;
+                    const float P = inside ? exp2f(score[j][i] * factor - lse[r]) : 0;
+                    if (p.mask.threshold) dp[j][i] = keep >> (8 * j + column + i % 2) & 1 ? dp[j][i] * p.mask.scale : 0;
+                    score[j][i] = P * (dp[j][i] - dots[r]) * scale;
+                }
+            }
+        }
+        multiply_add<T, D>(dq, score, now->first, scratch);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        if (first + 8 * r < Tq)
+            store_row<T, D>(p.dq + (size_t)(of_queries.first + first + 8 * r) * p.C + head * D, dq, r, 1);
+}
+
+template <class T, int D>
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_keys_kernel(AttentionParams<T> p) {
+    constexpr int ROWS = Tile<T, D>::ROWS;
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile<T, D> *stages = (Tile<T, D> *)smem;
+    int part;
+    const int image = find_part(&part, p.keys), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int first_of_warp = part * PART_ROWS + 16 * warp, first = first_of_warp + lane / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> k(p.k + head * D, of_keys, first, p.C), v(p.v + head * D, of_keys, first, p.C);
+    const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
+    const float *lse = p.lse + (size_t)head * p.queries.rows + of_queries.first;
+    const float *dots = p.dots + (size_t)head * p.queries.rows + of_queries.first;
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    fetch_tile(&stages[0], p.q + head * D, p.dout + head * D, of_queries, 0, p.C);
+    cp_async_commit();
+    for (int query = 0; query < Tq; query += ROWS) {
+        Tile<T, D> *now = &stages[query / ROWS % 2], *next = &stages[(query / ROWS + 1) % 2];
+        if (query + ROWS < Tq) fetch_tile(next, p.q + head * D, p.dout + head * D, of_queries, query + ROWS, p.C);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        uint32_t keeps[ROWS / 32] = {};  // of queries query + lane and, in 16 bits, those 32 on: the warp's 16 keys
+        if (p.mask.threshold) {
+#pragma unroll
+            for (int i = 0; i < ROWS / 32; i++)
+                keeps[i] = thread_keeps(p.mask, of_queries.image,
+                                        ((uint64_t)head * Tq + query + lane + 32 * i) * Tk + first_of_warp);
+        }
+        float score[ROWS / 8][4], dp[ROWS / 8][4];
+        multiply_transposed(score, k, now->first);
+        multiply_transposed(dp, v, now->second);
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int i = 8 * j + column + c, inside = query + i < Tq;
+                const float base = inside ? lse[query + i] * LOG2E : 0, dot = inside ? dots[query + i] : 0;
+                const uint32_t keep = __shfl_sync(~0u, keeps[j / 4], i % 32);
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float *s = &score[j][2 * r + c], *d = &dp[j][2 * r + c];
+                    const float P = inside ? exp2f(*s * factor - base) : 0;
+                    const float M = !p.mask.threshold ? 1 : keep >> (lane / 4 + 8 * r) & 1 ? p.mask.scale : 0;
+                    *s = P * M;
+                    *d = P * (*d * M - dot) * scale;
+                }
+            }
+        }
+        multiply_add<T, D>(dv, score, now->second, scratch);
+        multiply_add<T, D>(dk, dp, now->first, scratch);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        if (first + 8 * r >= Tk) continue;
+        const size_t at = (size_t)(of_keys.first + first + 8 * r) * p.C + head * D;
+        store_row<T, D>(p.dk + at, dk, r, 1);
+        store_row<T, D>(p.dv + at, dv, r, 1);
+    }
+}
+
+template <class T, int D>
+static void launch_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
+    const dim3 of_queries((unsigned)query_parts, (unsigned)p.heads), of_keys((unsigned)key_parts, (unsigned)p.heads);
+    attention_dots_kernel<T><<<blocks((size_t)p.queries.rows, WARPS), THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+    allow_shared(attention_backward_queries_kernel<T, D>, attention_shared<T, D>());
+    attention_backward_queries_kernel<T, D><<<of_queries, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
+    CUDA(cudaGetLastError());
+    allow_shared(attention_backward_keys_kernel<T, D>, attention_shared<T, D>());
+    attention_backward_keys_kernel<T, D><<<of_keys, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
     CUDA(cudaGetLastError());
 }
 
-// attention_forward() without a prior, for every image. query_blocks: attention_blocks() of p.queries. Heads have 32 or
-// 64 channels.
+// attention_backward() without a prior, for every image; dq, dk and dv are written. key_parts: attention_parts() of
+// p.keys.
 template <class T>
-static void gpu_attention_forward(const AttentionParams<T> &p, int query_blocks) {
+static void gpu_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
     if (p.C / p.heads == 32)
-        launch_attention_forward<T, 32>(p, query_blocks);
+        launch_attention_backward<T, 32>(p, query_parts, key_parts);
     else
-        launch_attention_forward<T, 64>(p, query_blocks);
+        launch_attention_backward<T, 64>(p, query_parts, key_parts);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
