@@ -256,25 +256,24 @@ build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: $(EMU_TRAINER)
 build/emu/test_detr build/emu/test_detr-checked: LDLIBS = $(EMU_LIBS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: EMU_KERNELS += -Wno-unused-function
 
+# emu-test: the emulator's own tests. test-cuda-emu: the kernels of train_detr.cu against train_detr.c. Both plain and
+# with the checker.
 ifeq ($(CUDA),)
-emu-test:
-	@echo "emu-test: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
+emu-test test-cuda-emu:
+	@echo "$@: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
 	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB):" >&2
 	@echo "  $(PYTHON) -m pip install --no-deps --target build/cuda-headers nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*" >&2
 	@echo "They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then." >&2
 	@exit 1
 else
 emu-test: build/emu/self_test build/emu/self_test-checked
-	@build/emu/self_test >build/emu/plain.txt; build/emu/self_test-checked >build/emu/checked.txt; \
-	    sed '/ passed, /d' build/emu/plain.txt build/emu/checked.txt; \
-	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/plain.txt build/emu/checked.txt | \
+test-cuda-emu: build/emu/test_detr build/emu/test_detr-checked
+emu-test test-cuda-emu:
+	@$(word 1,$^) >build/emu/$@.txt; $(word 2,$^) >build/emu/$@-checked.txt; \
+	    sed '/ passed, /d' build/emu/$@.txt build/emu/$@-checked.txt; \
+	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/$@.txt build/emu/$@-checked.txt | \
 	    awk '{ p += $$1; f += $$2 } END { if (NR < 2) f++; print p + 0 " passed, " f " failed"; exit f > 0 }'
 endif
-
-# The kernels of train_detr.cu against train_detr.c, plain and with the checker.
-test-cuda-emu: build/emu/test_detr build/emu/test_detr-checked
-	build/emu/test_detr
-	build/emu/test_detr-checked
 
 build/emu/rewrite: dev/emu/rewrite.c
 	@mkdir -p build/emu

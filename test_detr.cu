@@ -312,11 +312,46 @@ static void test_positions_of(int C) {
     free(sum);
 }
 
+// The angle is rounded three times (2 pi, the product, the quotient) and its period once, each by 2^-24 of it; then the
+// sine, which is off by two roundings, while the CPU's is rounded once.
+static void test_box_features() {
+    const int count = 20, values = 37;
+    Array<float> boxes(values, 36), periods(count / 2), features((size_t)(values * count));
+    for (size_t i = 0; i < values; i++) boxes[i] = i ? fabsf(boxes[i]) : 1;
+    boxes.upload();
+    box_periods(periods.host, count);
+    periods.upload();
+    gpu_box_features(features.device, boxes.device, periods.device, (size_t)values, count);
+    features.download();
+    int wrong = 0;
+    for (int v = 0; v < values; v++) {
+        float expected[count];
+        sine_features(expected, count, 2 * 3.14159265358979323846 * (double)boxes[(size_t)v]);
+        for (int i = 0; i < count; i++)
+            wrong += !(fabsf(features[(size_t)(v * count + i)] - expected[i]) <=
+                       0x1p-24f * (4 * 6.2832f * boxes[(size_t)v] / periods[(size_t)i / 2] + 3));
+    }
+    check(wrong == 0, "%d box features are wrong", wrong);
+}
+
+static void test_sigmoid() {
+    Array<float> x(1001, 37), y(1001);
+    float *expected = (float *)allocate(x.count * sizeof(float));
+    for (size_t i = 0; i < x.count; i++) x[i] *= 20;
+    x.upload();
+    sigmoid(expected, x.host, x.count);
+    gpu_sigmoid(y.device, x.device, x.count);
+    check(different(y.download(), expected, x.count) == 0, "sigmoid");
+    free(expected);
+}
+
 static void test_positions() {
     test_positions_of<float>(8);
     test_positions_of<float>(40);
     test_positions_of<__nv_bfloat16>(256);
     test_positions_of<__half>(24);
+    test_box_features();
+    test_sigmoid();
 }
 
 static Dropout a_dropout(double p) {
@@ -369,8 +404,8 @@ struct AttentionTruth {
 //   |out error| <= (u A + t) |v| + u |out|,           |dv error| <= (u A + t)^T |dout| + u |dv|,
 //   |D error| <= |dout| |out error|,                  |dS error| <= u |dS| + t + P |D error| / sqrt(head_dim),
 //   |dq error| <= |dS error| |k| + u |dq|,            |dk error| <= |dS error|^T |q| + u |dk|.
-// A here is as large as it is before it is divided by the sum over keys, at least 1 where P is largest, so that t
-// counts no more than it would in P. Errors of floats are left out.
+// The forward pass rounds P before it is divided by its sum, which is at least 1, so t counts no more there. Errors of
+// floats are left out.
 static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int heads, Dropout dropout, double u,
                             double t) {
     const int D = C / heads;

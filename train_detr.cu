@@ -694,6 +694,29 @@ static void gpu_add_queries_backward(float *dembeddings, const float *dy, int im
     CUDA(cudaGetLastError());
 }
 
+// Frequencies of box_features: (count / 2) of sine_features() with so many features, host.
+static void box_periods(float *periods, int count) {
+    for (int i = 0; i < count; i += 2) periods[i / 2] = (float)pow(10000, (double)i / count);
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    box_features_kernel(float *features, const float *boxes, const float *periods, size_t values, int count) {
+    const size_t pair = (size_t)blockIdx.x * THREADS + threadIdx.x, value = pair / (count / 2);
+    if (value >= values) return;
+    const int i = (int)(pair % (count / 2));
+    float2 of_pair;
+    sincosf(6.28318530717958648f * boxes[value] / periods[i], &of_pair.x, &of_pair.y);
+    ((float2 *)features)[pair] = of_pair;
+}
+
+// What --decoder anchor makes its queries' positions from: features (values, count), sine_features() of 2 pi times each
+// of the numbers of boxes, (values) in 0..1. count: half of the channels; periods: box_periods(), on the device.
+static void gpu_box_features(float *features, const float *boxes, const float *periods, size_t values, int count) {
+    const unsigned grid = blocks(values * (size_t)count / 2, THREADS);
+    box_features_kernel<<<grid, THREADS, 0, stream>>>(features, boxes, periods, values, count);
+    CUDA(cudaGetLastError());
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Dropout. Element e of an image's (rows, C) has the mask that the CPU gives it, whichever images it is in company
 // with.
@@ -838,29 +861,31 @@ static int attention_parts(const Segment *segments, int count) {
     return sum;
 }
 
-// Which of the elements element .. element + 63 dropout keeps, a bit each; the four lanes of a quad ask together, for
-// the same elements, and each makes a quarter of the words.
+// Which of the elements element .. element + COUNT - 1 dropout keeps, a bit each, COUNT 32 or 64; the four lanes of a
+// quad ask together, for the same elements, and each makes a quarter of the words.
+template <int COUNT>
 __device__ static inline uint64_t quad_keeps(Mask mask, int image, uint64_t element) {
+    constexpr int turns = COUNT / 16;
     const int quarter = (int)threadIdx.x % 4, shift = (int)(element % 4);
     uint64_t low = 0, high = 0;
 #pragma unroll
-    for (int i = 0; i < 5; i++) {  // what does not begin with a group of four ends in a 17th
-        if (i == 4 && shift == 0) break;
+    for (int i = 0; i <= turns; i++) {  // what does not begin with a group of four ends in another one
+        if (i == turns && shift == 0) break;
         uint32_t words[4];
-        mask_words(words, mask, image, element / 4 + 4 * i + (i < 4 ? quarter : 0));
+        mask_words(words, mask, image, element / 4 + 4 * i + (i < turns ? quarter : 0));
         uint64_t bits = 0;
         for (int j = 0; j < 4; j++) bits |= (uint64_t)(words[j] >= mask.threshold) << j;
-        if (i < 4)
+        if (i < turns)
             low |= bits << (16 * i + 4 * quarter);
         else
             high = bits;
     }
     low |= __shfl_xor_sync(~0u, low, 1);
     low |= __shfl_xor_sync(~0u, low, 2);
-    return shift ? low >> shift | high << (64 - shift) : low;
+    return shift ? low >> shift | high << (COUNT - shift) : low;
 }
 
-// The same for elements element .. element + 15 by one thread.
+// The same for 16 elements, by one thread.
 __device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t element) {
     const int shift = (int)(element % 4);
     uint32_t keeps = 0;
@@ -875,20 +900,19 @@ __device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t el
 }
 
 // Rows of two tensors that come to shared memory together: keys and values, or queries and gradients.
-template <class T, int D>
+template <class T, int D, int ROWS>
 struct Tile {
-    static constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
     static constexpr int STRIDE = D + 16 / (int)sizeof(T);  // eight rows that lie in different banks
     T first[ROWS][STRIDE], second[ROWS][STRIDE];
 };
 
 // Asks for the tile of a segment's rows from `from` on; those past its last are zero. first, second: (rows, C) at the
 // head's first channel.
-template <class T, int D>
-__device__ static inline void fetch_tile(Tile<T, D> *to, const T *first, const T *second, Segment segment, int from,
-                                         int C) {
+template <class T, int D, int ROWS>
+__device__ static inline void fetch_tile(Tile<T, D, ROWS> *to, const T *first, const T *second, Segment segment,
+                                         int from, int C) {
     constexpr int PIECE = 16 / (int)sizeof(T);
-    for (int i = (int)threadIdx.x; i < Tile<T, D>::ROWS * D / PIECE; i += ATTENTION_THREADS) {
+    for (int i = (int)threadIdx.x; i < ROWS * D / PIECE; i += ATTENTION_THREADS) {
         const int row = i / (D / PIECE), d = i % (D / PIECE) * PIECE;
         const bool inside = from + row < segment.height * segment.width;
         const size_t at = (size_t)(segment.first + (inside ? from + row : 0)) * C + d;
@@ -1003,11 +1027,10 @@ __device__ static inline int find_part(int *block, Ragged map) {
 #define LOG2E 1.4426950408889634f
 #define LN2 0.69314718055994531f
 
-template <class T, int D>
+template <class T, int D, int ROWS>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionParams<T> p) {
-    constexpr int ROWS = Tile<T, D>::ROWS;
     extern __shared__ __align__(128) unsigned char smem[];
-    Tile<T, D> *stages = (Tile<T, D> *)smem;  // two
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;  // two
     int part;
     const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
     const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
@@ -1020,7 +1043,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
     for (int key = 0; key < Tk; key += ROWS) {
-        Tile<T, D> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
         if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
         cp_async_commit();
         cp_async_wait<1>();
@@ -1046,7 +1069,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
             for (int j = 0; j < D / 8; j++) out[j][2 * r] *= shrink, out[j][2 * r + 1] *= shrink;
             uint64_t keep = 0;
             if (p.mask.threshold)
-                keep = quad_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
+                keep = quad_keeps<ROWS>(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++) {
 #pragma unroll
@@ -1074,16 +1097,18 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
 }
 
 // Shared memory of attention's kernels: two tiles, and for floats the warps' scratch.
-template <class T, int D>
+template <class T, int D, int ROWS>
 static size_t attention_shared() {
-    return 2 * sizeof(Tile<T, D>) + (sizeof(T) == 4 ? sizeof(float) * PART_ROWS * Tile<T, D>::ROWS : 0);
+    return 2 * sizeof(Tile<T, D, ROWS>) + (sizeof(T) == 4 ? sizeof(float) * PART_ROWS * ROWS : 0);
 }
 
 template <class T, int D>
 static void launch_attention_forward(const AttentionParams<T> &p, int query_parts) {
+    constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
     const dim3 grid((unsigned)query_parts, (unsigned)p.heads);
-    allow_shared(attention_forward_kernel<T, D>, attention_shared<T, D>());
-    attention_forward_kernel<T, D><<<grid, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
+    const size_t shared = attention_shared<T, D, ROWS>();
+    allow_shared(attention_forward_kernel<T, D, ROWS>, shared);
+    attention_forward_kernel<T, D, ROWS><<<grid, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
 }
 
@@ -1121,11 +1146,10 @@ __global__ static void __launch_bounds__(THREADS) attention_dots_kernel(Attentio
     }
 }
 
-template <class T, int D>
+template <class T, int D, int ROWS>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_queries_kernel(AttentionParams<T> p) {
-    constexpr int ROWS = Tile<T, D>::ROWS;
     extern __shared__ __align__(128) unsigned char smem[];
-    Tile<T, D> *stages = (Tile<T, D> *)smem;
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
     int part;
     const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
     const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
@@ -1143,7 +1167,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
     for (int key = 0; key < Tk; key += ROWS) {
-        Tile<T, D> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
         if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
         cp_async_commit();
         cp_async_wait<1>();
@@ -1155,7 +1179,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
         for (int r = 0; r < 2; r++) {
             uint64_t keep = 0;
             if (p.mask.threshold)
-                keep = quad_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
+                keep = quad_keeps<ROWS>(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++) {
 #pragma unroll
@@ -1176,11 +1200,10 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
             store_row<T, D>(p.dq + (size_t)(of_queries.first + first + 8 * r) * p.C + head * D, dq, r, 1);
 }
 
-template <class T, int D>
+template <class T, int D, int ROWS>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_keys_kernel(AttentionParams<T> p) {
-    constexpr int ROWS = Tile<T, D>::ROWS;
     extern __shared__ __align__(128) unsigned char smem[];
-    Tile<T, D> *stages = (Tile<T, D> *)smem;
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
     int part;
     const int image = find_part(&part, p.keys), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
     const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
@@ -1196,18 +1219,15 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
     fetch_tile(&stages[0], p.q + head * D, p.dout + head * D, of_queries, 0, p.C);
     cp_async_commit();
     for (int query = 0; query < Tq; query += ROWS) {
-        Tile<T, D> *now = &stages[query / ROWS % 2], *next = &stages[(query / ROWS + 1) % 2];
+        Tile<T, D, ROWS> *now = &stages[query / ROWS % 2], *next = &stages[(query / ROWS + 1) % 2];
         if (query + ROWS < Tq) fetch_tile(next, p.q + head * D, p.dout + head * D, of_queries, query + ROWS, p.C);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t keeps[ROWS / 32] = {};  // of queries query + lane and, in 16 bits, those 32 on: the warp's 16 keys
-        if (p.mask.threshold) {
-#pragma unroll
-            for (int i = 0; i < ROWS / 32; i++)
-                keeps[i] = thread_keeps(p.mask, of_queries.image,
-                                        ((uint64_t)head * Tq + query + lane + 32 * i) * Tk + first_of_warp);
-        }
+        uint32_t keeps = 0;  // of the query `query + lane`, the warp's 16 keys
+        static_assert(ROWS == 32, "a lane has a query's words");
+        if (p.mask.threshold)
+            keeps = thread_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + query + lane) * Tk + first_of_warp);
         float score[ROWS / 8][4], dp[ROWS / 8][4];
         multiply_transposed(score, k, now->first);
         multiply_transposed(dp, v, now->second);
@@ -1217,7 +1237,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
             for (int c = 0; c < 2; c++) {
                 const int i = 8 * j + column + c, inside = query + i < Tq;
                 const float base = inside ? lse[query + i] * LOG2E : 0, dot = inside ? dots[query + i] : 0;
-                const uint32_t keep = __shfl_sync(~0u, keeps[j / 4], i % 32);
+                const uint32_t keep = __shfl_sync(~0u, keeps, i);
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     float *s = &score[j][2 * r + c], *d = &dp[j][2 * r + c];
@@ -1244,13 +1264,14 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
 template <class T, int D>
 static void launch_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
     const dim3 of_queries((unsigned)query_parts, (unsigned)p.heads), of_keys((unsigned)key_parts, (unsigned)p.heads);
+    const size_t shared = attention_shared<T, D, 32>();
     attention_dots_kernel<T><<<blocks((size_t)p.queries.rows, WARPS), THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
-    allow_shared(attention_backward_queries_kernel<T, D>, attention_shared<T, D>());
-    attention_backward_queries_kernel<T, D><<<of_queries, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
+    allow_shared(attention_backward_queries_kernel<T, D, 32>, shared);
+    attention_backward_queries_kernel<T, D, 32><<<of_queries, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
-    allow_shared(attention_backward_keys_kernel<T, D>, attention_shared<T, D>());
-    attention_backward_keys_kernel<T, D><<<of_keys, ATTENTION_THREADS, attention_shared<T, D>(), stream>>>(p);
+    allow_shared(attention_backward_keys_kernel<T, D, 32>, shared);
+    attention_backward_keys_kernel<T, D, 32><<<of_keys, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
 }
 
@@ -1458,6 +1479,17 @@ typedef struct {
     unsigned char *answers;        // (rows)
     double *sums;                  // (layers, LOSS_SUMS), added to
 } SetLoss;
+
+__global__ static void __launch_bounds__(THREADS) sigmoid_kernel(float *y, const float *x, size_t count) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) y[i] = (float)(1 / (1 + exp(-(double)x[i])));
+}
+
+// y = sigmoid(x), (count): boxes from what the box head says. The way back is in set_loss_kernel.
+static void gpu_sigmoid(float *y, const float *x, size_t count) {
+    sigmoid_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(y, x, count);
+    CUDA(cudaGetLastError());
+}
 
 // softmax_row() by a warp. probabilities: (classes), shared memory of the warp.
 __device__ static double warp_softmax(double *probabilities, const float *logits, int classes) {
