@@ -705,7 +705,7 @@ __global__ static void __launch_bounds__(THREADS)
     if (value >= values) return;
     const int i = (int)(pair % (count / 2));
     float2 of_pair;
-    sincosf(6.28318530717958648f * boxes[value] / periods[i], &of_pair.x, &of_pair.y);
+    sincospif(2 * boxes[value] / periods[i], &of_pair.x, &of_pair.y);
     ((float2 *)features)[pair] = of_pair;
 }
 
