@@ -56,7 +56,7 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
-        bench-data ladder emu-test emu-nvcc demo demo-shapes install-deps format check-format clean FORCE
+        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-nvcc demo demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -80,6 +80,8 @@ help:
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
+	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
+	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, and the registers they take; not run (needs nvcc)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
@@ -244,18 +246,32 @@ EMU_CHECKED := -fsanitize=thread --param tsan-instrument-func-entry-exit=0
 EMU_PARTS := build/emu/emu.o build/emu/cublaslt.o
 vpath %.cu . dev/emu
 
+# The trainer has no pragmas of OpenMP here: a process of the emulator has one thread.
+EMU_LIBS := -lgomp $(LIBS)
+build/emu/train_detr.cu: train_detr.cu build/emu/rewrite
+	build/emu/rewrite $< > $@
+
+EMU_TRAINER := build/emu/train_detr.cu train_detr.c $(HEADERS)
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: $(EMU_TRAINER)
+build/emu/test_detr build/emu/test_detr-checked: LDLIBS = $(EMU_LIBS)
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: EMU_KERNELS += -Wno-unused-function
+
+# emu-test: the emulator's own tests. test-cuda-emu: the kernels of train_detr.cu against train_detr.c. Both plain and
+# with the checker.
 ifeq ($(CUDA),)
-emu-test:
-	@echo "emu-test: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
+emu-test test-cuda-emu:
+	@echo "$@: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
 	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB):" >&2
 	@echo "  $(PYTHON) -m pip install --no-deps --target build/cuda-headers nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*" >&2
 	@echo "They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then." >&2
 	@exit 1
 else
 emu-test: build/emu/self_test build/emu/self_test-checked
-	@build/emu/self_test >build/emu/plain.txt; build/emu/self_test-checked >build/emu/checked.txt; \
-	    sed '/ passed, /d' build/emu/plain.txt build/emu/checked.txt; \
-	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/plain.txt build/emu/checked.txt | \
+test-cuda-emu: build/emu/test_detr build/emu/test_detr-checked
+emu-test test-cuda-emu:
+	@$(word 1,$^) >build/emu/$@.txt; $(word 2,$^) >build/emu/$@-checked.txt; \
+	    sed '/ passed, /d' build/emu/$@.txt build/emu/$@-checked.txt; \
+	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/$@.txt build/emu/$@-checked.txt | \
 	    awk '{ p += $$1; f += $$2 } END { if (NR < 2) f++; print p + 0 " passed, " f " failed"; exit f > 0 }'
 endif
 
@@ -278,19 +294,32 @@ build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h
 	objcopy --redefine-sym memcpy=emu_memcpy --redefine-sym memmove=emu_memmove --redefine-sym memset=emu_memset $@
 
 build/emu/%-checked: build/emu/%-checked.o build/emu/check.o $(EMU_PARTS)
-	$(CXX) -no-pie $^ -o $@
+	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
-build/emu/self_test: build/emu/self_test-kernels.o $(EMU_PARTS)
-	$(CXX) -no-pie $^ -o $@
+build/emu/self_test build/emu/test_detr: build/emu/%: build/emu/%-kernels.o $(EMU_PARTS)
+	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
 .PRECIOUS: build/emu/%.cpp build/emu/%.o
 
+NVCC_FLAGS := -std=c++17 -Werror all-warnings -Xcompiler -Wall,-Wextra
 emu-nvcc:
 	@[ -n "$(NVCC)" ] || { echo "emu-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/emu
 	for sm in 80 90; do \
-	    $(NVCC) -std=c++17 -arch=sm_$$sm -Werror all-warnings -Xcompiler -Wall,-Wextra -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
+	    $(NVCC) $(NVCC_FLAGS) -arch=sm_$$sm -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
 	done
+
+# Through nvcc for SM, any warning an error; not run. Prints what each kernel takes, an instance a line.
+SM ?= 80
+cuda-nvcc:
+	@[ -n "$(NVCC)" ] || { echo "cuda-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+	@mkdir -p build/cuda
+	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -Xptxas -v -I. -c test_detr.cu \
+	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas.txt || { cat build/cuda/ptxas.txt >&2; exit 1; }
+	@c++filt <build/cuda/ptxas.txt | awk '/Function properties for/ { sub(/.*properties for (void )?/, ""); sub(/\(.*/, ""); name = $$0 } \
+	    /stack frame/ { stack = $$1 + $$5 + $$9 } \
+	    /Used/ { match($$0, /[0-9]+ bytes smem/); shared = RSTART ? substr($$0, RSTART) + 0 : 0; match($$0, /[0-9]+ registers/); \
+	             printf "%-40s %3d registers, %5d bytes of shared memory, %d of stack and spills\n", name, substr($$0, RSTART), shared, stack }' | sort
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo. A run that is there already goes on where it stopped; nothing there is ever removed.
@@ -318,7 +347,7 @@ install-deps:
 # ----------------------------------------------------------------------------------------------------------------------
 # House-keeping
 
-EMU_SOURCES := $(wildcard dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu)
+EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu)
 
 format:
 	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)

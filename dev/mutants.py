@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Do the tests notice an error? Plants one-line errors, one at a time, and runs the quick tests on each.
 
-    dev/mutants.py [--jobs N] [--minutes M] [--only TEXT] [--list]
+    dev/mutants.py [--cuda] [--jobs N] [--minutes M] [--only TEXT] [--list]
 
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
-flags in a folder of its own under build/mutants/. An error is caught when a test fails, crashes or does not come to an
+flags in a folder of its own under build/mutants/. With --cuda it is those that the table marks so: errors in kernels,
+tried on the emulator (needs CUDA's headers; minutes). An error is caught when a test fails, crashes or does not come to an
 end; one that survives shows that something is not tested. Exit status 0 when every error of the table was planted and
 caught. With --minutes, errors that have not begun when the time is up are only compiled, and counted; which come first
 depends on the sources, so that each change has another part of the table tried.
@@ -26,7 +27,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "mutants"
-SOURCES = ["train_detr.c", "test_detr.c"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
+SOURCES = ["train_detr.c", "test_detr.c", "train_detr.cu", "test_detr.cu"] + sorted(f"{folder}/{path.name}" for folder in ("data", "program")
                                                    for path in (ROOT / folder).glob("*.h")) + ["data/report.html", "data/make_shapes.c"]
 FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenmp -pthread -w".split()
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
@@ -40,12 +41,13 @@ TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"],
          "data/report.h": ["eval"], "data/flags.h": ["report"],
          None: HEART + ["image", "dataset", "eval", "report"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
+EMULATOR = ["rewrite", "emu.o", "cublaslt.o"]  # what the folder of an error in a kernel need not build again
 BF16 = ["bf16", "attention", "dumps", "same_bytes", "company"]  # in float, which has bf16
 
 
 def read_table(path):
     """
-    [(number of the line, file, original, replacement, real)] from lines `@ file` or `@ file float`, `- original`,
+    [(number of the line, file, original, replacement, real)] from lines `@ file`, `@ file float` or `@ file cuda`, `- original`,
     `+ replacement`.
     """
     table, file, original, real = [], None, None, "double"
@@ -100,15 +102,22 @@ def build_and_test(name, file, original, replacement, real, limit):
     command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
     command += [f"-DREAL={real}", "test_detr.c"] + (["-o", "test_detr"] if limit else ["-fsyntax-only"])
     command += shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
+    program, tests = "./test_detr", BF16 if real == "float" else TESTS.get(file, OTHER)
+    if real == "cuda":
+        (folder / "Makefile").symlink_to(ROOT / "Makefile")
+        shutil.copytree(ROOT / "build" / "emu", folder / "build" / "emu", ignore=lambda _, names: set(names) - set(EMULATOR))
+        (folder / "build" / "cuda-headers").symlink_to(ROOT / "build" / "cuda-headers")
+        command = ["make", "EMU_OPTIMIZE=-O0", "build/emu/test_detr"]
+        program, tests = "build/emu/test_detr", [""]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if built.returncode != 0:
         return "does not compile", time.monotonic() - start, built.stderr[-2000:]
     if not limit:
         return "not planted", time.monotonic() - start, ""
     verdict, output = "survives", ""
-    for test in BF16 if real == "float" else TESTS.get(file, OTHER):
+    for test in tests:
         try:
-            run = subprocess.run(["./test_detr", test], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            run = subprocess.run([program, test], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  timeout=limit, env=environment)
             output = run.stdout.decode(errors="replace")
         except subprocess.TimeoutExpired:
@@ -137,6 +146,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="errors tried at the same time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="only compile what has not begun by then")
     parser.add_argument("--only", default="", help="only entries that contain this text")
+    parser.add_argument("--cuda", action="store_true", help="errors in CUDA kernels instead of the others")
     parser.add_argument("--list", action="store_true", help="check the table against the sources and print it")
     arguments = parser.parse_args()
 
@@ -151,6 +161,9 @@ def main():
         print(f"{len(table)} errors in the table, {len(complaints)} of them not as the sources are")
         return 1 if complaints else 0
 
+    table = [entry for entry in table if (entry[-1] == "cuda") == arguments.cuda]
+    if arguments.cuda:
+        subprocess.run(["make", "-s", "-C", str(ROOT), "EMU_OPTIMIZE=-O0"] + [f"build/emu/{name}" for name in EMULATOR], check=True)
     end = time.monotonic() + 60 * arguments.minutes
     longest = 0
     for real in sorted({entry[-1] for entry in table}):

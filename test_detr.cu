@@ -1,0 +1,954 @@
+/*
+test_detr.cu: every kernel of train_detr.cu against the CPU's function, or against a plain loop where there is none.
+
+    make test-cuda-emu         on dev/emu, which needs no GPU, plain and with its checker
+    build/emu/test_detr NAME   only the tests whose names begin so
+
+Where a kernel's arithmetic is the CPU's, its result must be the CPU's bits; that holds on the emulator, which fuses no
+products, and different() allows for them on a GPU. Where sums are in another order, the bound stands beside the check:
+it is derived, or it is four times the CPU's own error, the truth being computed in double. All tests run under several
+schedules of the emulator, and each must give the same bytes.
+The last line is "N passed, N failed"; the exit status is 1 when anything failed.
+*/
+#define TRAIN_DETR_NO_MAIN
+#include "train_detr.cu"
+
+static int num_passed, num_failed;
+static uint64_t all_bytes;  // fingerprint of all results so far
+
+// Counts a check; a failed one is printed with its name.
+__attribute__((format(printf, 2, 3))) static void check(int condition, const char *format, ...) {
+    condition ? num_passed++ : num_failed++;
+    if (condition) return;
+    va_list arguments;
+    va_start(arguments, format);
+    printf("  FAILED: ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+// In (-1, 1).
+static float number(uint32_t site, uint64_t element) {
+    return (float)(2 * random_uniform(7, RANDOM_TEST, site, 0, 0, element) - 1);
+}
+
+// An array in host and in device memory. What nobody wrote is NaN on the emulator's device.
+template <class T>
+struct Array {
+    size_t count;
+    T *host, *device;
+    explicit Array(size_t count) : count(count), host((T *)allocate((count + 1) * sizeof(T))) {
+        CUDA(cudaMalloc((void **)&device, (count + 1) * sizeof(T)));
+    }
+    Array(size_t count, uint32_t site) : Array(count) {  // random numbers
+        for (size_t i = 0; i < count; i++) host[i] = to_type<T>(number(site, i));
+        upload();
+    }
+    ~Array() {
+        CUDA(cudaFree(device));
+        free(host);
+    }
+    Array(const Array &) = delete;
+    T &operator[](size_t i) { return host[i]; }
+    void upload() { CUDA(cudaMemcpy(device, host, count * sizeof(T), cudaMemcpyHostToDevice)); }
+    T *download() {
+        CUDA(cudaMemcpy(host, device, count * sizeof(T), cudaMemcpyDeviceToHost));
+        const unsigned char *bytes = (const unsigned char *)host;
+        for (size_t i = 0; i < count * sizeof(T); i++) all_bytes = (all_bytes ^ bytes[i]) * 1099511628211u;
+        return host;
+    }
+};
+
+template <class T>
+static const char *type_name() {
+    return std::is_same<T, float>::value ? "float" : std::is_same<T, __half>::value ? "fp16" : "bf16";
+}
+
+// How many numbers of `ours`, rounded results, are not `expected` rounded to T. On a GPU, which fuses products, they
+// may differ by four roundings of the largest one, and of T's last bit.
+template <class T>
+static int different(const T *ours, const float *expected, size_t count) {
+    int wrong = 0;
+    float largest = 0;  // for a GPU
+    for (size_t i = 0; i < count; i++) largest = fmaxf(largest, isfinite(expected[i]) ? fabsf(expected[i]) : 0);
+    for (size_t i = 0; i < count; i++) {
+        const T wanted = to_type<T>(expected[i]);
+        const float ours_i = to_float(ours[i]), wanted_i = to_float(wanted);
+#ifdef CUDA_EMU
+        const bool same = memcmp(ours + i, &wanted, sizeof wanted) == 0;
+#else
+        const float last_bit = std::is_same<T, float>::value    ? 0x1p-23f
+                               : std::is_same<T, __half>::value ? 0x1p-10f
+                                                                : 0x1p-7f;
+        const bool same =
+            ours_i == wanted_i || fabsf(ours_i - wanted_i) <= last_bit * fabsf(wanted_i) + 0x1p-22f * largest;
+#endif
+        wrong += !same && !(isnan(ours_i) && isnan(wanted_i));
+    }
+    return wrong;
+}
+
+// Counts how far `ours` and the CPU's result are from the truth, in the norm of the whole array: ours may be four times
+// as far, but never has to be nearer than the rounding of the last bit.
+static void check_error(const float *ours, const float *cpu, const double *truth, size_t count, const char *name,
+                        int rows, int C) {
+    double our_error = 0, cpu_error = 0, norm = 0;
+    for (size_t i = 0; i < count; i++) {
+        our_error += (ours[i] - truth[i]) * (ours[i] - truth[i]);
+        cpu_error += (cpu[i] - truth[i]) * (cpu[i] - truth[i]);
+        norm += truth[i] * truth[i];
+    }
+    const double bound = 4 * fmax(sqrt(cpu_error), 0x1p-24 * sqrt(norm));
+    check(sqrt(our_error) <= bound, "%s of %dx%d: error %.3g, may be %.3g", name, rows, C, sqrt(our_error), bound);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ragged batches
+
+// Images as they come from the loader: of any size, and the third could not be read.
+static const Segment PICTURES[] = {{0, 7, 10, 0}, {0, 1, 1, 1}, {0, 12, 9, 3}, {0, 5, 16, 4}};
+enum { NUM_PICTURES = 4 };
+
+struct Batch {
+    Array<Segment> table;
+    Ragged map;
+    Batch(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
+        map.count = count, map.rows = ragged_segments(table.host, from, count, shape), map.segments = table.device;
+        table.upload();
+    }
+};
+
+static void test_ragged() {
+    const ConvShape stem = {3, 8, 7, 2, 3, 1};
+    Segment after[NUM_PICTURES], huge[2] = {{0, 40000, 40000, 0}, {0, 40000, 40000, 1}};
+    const int rows = ragged_segments(after, PICTURES, NUM_PICTURES, &stem);
+    check(rows == 4 * 5 + 1 + 6 * 5 + 3 * 8, "the stem makes %d rows", rows);
+    check(after[2].first == 21 && after[2].height == 6 && after[2].width == 5 && after[2].image == 3,
+          "the third picture's segment behind the stem");
+    check(ragged_segments(huge, huge, 2, NULL) == -1, "more rows than an int can count are refused");
+    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    check(batch.map.rows == 70 + 1 + 108 + 80 && batch.table[3].first == 179, "segments lie side by side");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows
+
+template <class T>
+static void test_round_to() {
+    const float special[8] = {0, -0.0f, 1, -1.00390625f, 65504, INFINITY, -INFINITY, NAN};
+    Array<float> x(2048 + 8, 1);
+    for (int i = 0; i < 8; i++) x[(size_t)i] = special[i];
+    x.upload();
+    Array<T> y(x.count);
+    gpu_round(y.device, x.device, x.count);
+    check(different(y.download(), x.host, x.count) == 0, "rounding to %s", type_name<T>());
+}
+
+template <class T>
+static void test_sums_of(int rows, int C) {
+    Array<T> x((size_t)rows * (size_t)C, 2);
+    Array<float> sums((size_t)C, 3), before((size_t)C, 3), partials(divide_up((size_t)rows, CHUNK_ROWS) * (size_t)C);
+    gpu_column_sums(sums.device, partials.device, x.device, rows, C);
+    sums.download();
+    int wrong = 0;
+    for (int c = 0; c < C; c++) {
+        double sum = before[(size_t)c], magnitude = fabs(sum);
+        for (int row = 0; row < rows; row++) {
+            const double value = to_float(x[(size_t)row * (size_t)C + (size_t)c]);
+            sum += value, magnitude += fabs(value);
+        }
+        // A warp adds 8 rows, then 8 warps are added: 14 roundings; one to a float, one in the addition to what is
+        // there.
+        wrong += !(fabs(sums[(size_t)c] - sum) <= 16 * 0x1p-24 * magnitude);
+    }
+    check(wrong == 0, "column sums of %s, %dx%d: %d are wrong", type_name<T>(), rows, C, wrong);
+}
+
+template <class T>
+static void test_rows_of() {
+    test_round_to<T>();
+    test_sums_of<T>(1, 8);
+    test_sums_of<T>(63, 264);
+    test_sums_of<T>(700, 40);
+}
+
+static void test_rows() {
+    test_rows_of<float>();
+    test_rows_of<__nv_bfloat16>();
+    test_rows_of<__half>();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pixels, epilogue, max pooling
+
+template <class T>
+static void test_pixels_to() {
+    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    const size_t count = 3 * (size_t)batch.map.rows;  // 777: the last thread has one
+    Array<unsigned char> bytes(count);
+    Array<float> table(3 * 256);
+    Array<T> y(count);
+    float *expected = (float *)allocate(count * sizeof(float));
+    for (size_t i = 0; i < count; i++) bytes[i] = (unsigned char)random_word(7, RANDOM_TEST, 4, 0, 0, i);
+    bytes.upload();
+    pixel_table(table.host);
+    table.upload();
+    Image image = {batch.map.rows, 1, bytes.host};
+    normalise_pixels(expected, &image);
+    gpu_pixels(y.device, bytes.device, table.device, count);
+    check(different(y.download(), expected, count) == 0, "pixels to %s", type_name<T>());
+    free(expected);
+}
+
+static void test_pixels() {
+    test_pixels_to<float>();
+    test_pixels_to<__nv_bfloat16>();
+    test_pixels_to<__half>();
+}
+
+template <class T>
+static void test_epilogue_of() {
+    const int rows = 37, C = 72;
+    const size_t count = (size_t)(rows * C);
+    Array<float> sums(count, 5), bias((size_t)C, 6);
+    Array<T> add(count, 7), mask(count, 8), y(count);
+    mask[3] = mask[100] = to_type<T>(0);
+    sums[7] = NAN, sums[8] = -INFINITY;
+    sums.upload(), mask.upload();
+    for (int parts = 0; parts < 16; parts++) {
+        const Epilogue epilogue = {parts & 1 ? bias.device : NULL, parts & 2 ? add.device : NULL, parts & 4,
+                                   parts & 8 ? mask.device : NULL, 0};
+        float *expected = (float *)allocate(count * sizeof(float));
+        for (size_t i = 0; i < count; i++) {
+            float value = sums[i];
+            if (parts & 1) value += bias[i % (size_t)C];
+            if (parts & 2) value += to_float(add[i]);
+            if (parts & 4 && value < 0) value = 0;
+            if (parts & 8 && !(to_float(mask[i]) > 0)) value = 0;
+            expected[i] = value;
+        }
+        gpu_finish(y.device, sums.device, epilogue, rows, C);
+        check(different(y.download(), expected, count) == 0, "epilogue %d in %s", parts, type_name<T>());
+        free(expected);
+    }
+}
+
+static void test_epilogue() {
+    test_epilogue_of<float>();
+    test_epilogue_of<__nv_bfloat16>();
+    test_epilogue_of<__half>();
+}
+
+template <class T>
+static void test_maxpool_of(int C) {
+    Batch in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
+    const size_t n = (size_t)(in.map.rows * C), m = (size_t)(out.map.rows * C);
+    Array<T> x(n), y(m), dy(m, 10), dx(n);
+    Array<unsigned char> argmax(m);
+    float *plain = (float *)allocate((2 * n + 2 * m) * sizeof(float)), *plain_dx = plain + n, *plain_y = plain_dx + n,
+          *plain_dy = plain_y + m;
+    unsigned char *plain_argmax = (unsigned char *)allocate(m);
+    for (size_t i = 0; i < n; i++)  // few values: ties everywhere
+        x[i] = to_type<T>((float)((int)random_below(1, RANDOM_TEST, 9, 0, 0, i, 4) - 5));
+    x[(size_t)(13 * C)] = to_type<T>(NAN), x[(size_t)(90 * C + 1)] = to_type<T>(-INFINITY);
+    x.upload();
+    for (size_t i = 0; i < n; i++) plain[i] = to_float(x[i]);
+    for (size_t i = 0; i < m; i++) plain_dy[i] = to_float(dy[i]);
+    for (int i = 0; i < NUM_PICTURES; i++) {
+        const Segment *from = &in.table[(size_t)i];
+        const size_t at = (size_t)(from->first * C), to = (size_t)(out.table[(size_t)i].first * C);
+        maxpool_forward(plain_y + to, plain_argmax + to, plain + at, from->height, from->width, C, 0);
+        maxpool_backward(plain_dx + at, plain_dy + to, plain_argmax + to, from->height, from->width, C, 0);
+    }
+    gpu_maxpool_forward(y.device, argmax.device, x.device, out.map, in.map, C);
+    gpu_maxpool_backward(dx.device, dy.device, argmax.device, out.map, in.map, C);
+    check(different(y.download(), plain_y, m) == 0, "maxpool of %s, %d channels: y", type_name<T>(), C);
+    check(memcmp(argmax.download(), plain_argmax, m) == 0, "maxpool of %s, %d channels: argmax", type_name<T>(), C);
+    check(different(dx.download(), plain_dx, n) == 0, "maxpool of %s, %d channels: dx", type_name<T>(), C);
+    free(plain);
+    free(plain_argmax);
+}
+
+static void test_maxpool() {
+    test_maxpool_of<float>(8);
+    test_maxpool_of<float>(64);
+    test_maxpool_of<__nv_bfloat16>(24);
+    test_maxpool_of<__half>(24);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Positions, dropout
+
+template <class T>
+static void test_positions_of(int C) {
+    enum { PLACES = 16 };  // the widest picture
+    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    const size_t count = (size_t)(batch.map.rows * C);
+    Array<float> x(count, 11), table(position_table_rows(PLACES) * (size_t)C / 2);
+    Array<T> y(count);
+    float *expected = (float *)allocate(count * sizeof(float));
+    position_table(table.host, PLACES, C / 2);
+    table.upload();
+    for (int i = 0; i < NUM_PICTURES; i++)
+        sine_positions(expected + batch.table[(size_t)i].first * C, PICTURES[i].height, PICTURES[i].width, C);
+    for (size_t i = 0; i < count; i++) expected[i] = x[i] + expected[i];
+    gpu_add_positions(y.device, x.device, table.device, batch.map, C);
+    check(different(y.download(), expected, count) == 0, "positions to %s, %d channels", type_name<T>(), C);
+    free(expected);
+
+    const int images = 3, Q = 5;
+    const size_t period = (size_t)(Q * C), queries = 3 * period;
+    Array<float> target(queries, 12), embeddings(period, 13), dembeddings(period, 14), dquery(queries, 15);
+    Array<T> query(queries);
+    float *sum = (float *)allocate(queries * sizeof(float));
+    for (size_t i = 0; i < queries; i++) sum[i] = target[i] + embeddings[i % period];
+    gpu_add_queries(query.device, target.device, embeddings.device, images, Q, C);
+    check(different(query.download(), sum, queries) == 0, "query positions to %s, %d channels", type_name<T>(), C);
+    for (size_t i = 0; i < period; i++)
+        sum[i] = dembeddings[i] + dquery[i] + dquery[i + period] + dquery[i + 2 * period];
+    gpu_add_queries_backward(dembeddings.device, dquery.device, images, Q, C);
+    check(different(dembeddings.download(), sum, period) == 0, "gradient of query positions, %d channels", C);
+    free(sum);
+}
+
+// The angle in half turns is rounded once and its period once, each by 2^-24 of it; then the sine, which is off by two
+// roundings, while the CPU's is rounded once.
+static void test_box_features() {
+    const int count = 20, values = 37;
+    Array<float> boxes(values, 36), periods(count / 2), features((size_t)(values * count));
+    for (size_t i = 0; i < values; i++) boxes[i] = i ? fabsf(boxes[i]) : 1;
+    boxes.upload();
+    box_periods(periods.host, count);
+    periods.upload();
+    gpu_box_features(features.device, boxes.device, periods.device, (size_t)values, count);
+    features.download();
+    int wrong = 0;
+    for (int v = 0; v < values; v++) {
+        float expected[count];
+        sine_features(expected, count, 2 * 3.14159265358979323846 * (double)boxes[(size_t)v]);
+        for (int i = 0; i < count; i++)
+            wrong += !(fabsf(features[(size_t)(v * count + i)] - expected[i]) <=
+                       0x1p-24f * (2 * 6.2832f * boxes[(size_t)v] / periods[(size_t)i / 2] + 3));
+    }
+    check(wrong == 0, "%d box features are wrong", wrong);
+}
+
+static void test_sigmoid() {
+    Array<float> x(1001, 37), y(1001);
+    float *expected = (float *)allocate(x.count * sizeof(float));
+    for (size_t i = 0; i < x.count; i++) x[i] *= 20;
+    x.upload();
+    sigmoid(expected, x.host, x.count);
+    gpu_sigmoid(y.device, x.device, x.count);
+    check(different(y.download(), expected, x.count) == 0, "sigmoid");
+    free(expected);
+}
+
+static void test_positions() {
+    test_positions_of<float>(8);
+    test_positions_of<float>(40);
+    test_positions_of<__nv_bfloat16>(256);
+    test_positions_of<__half>(24);
+    test_box_features();
+    test_sigmoid();
+}
+
+static Dropout a_dropout(double p) {
+    Dropout dropout;
+    memset(&dropout, 0, sizeof dropout);
+    dropout.p = p, dropout.seed = 0xFEDCBA9876543210ull, dropout.site = 9, dropout.step = 1000;
+    return dropout;
+}
+
+template <class T>
+static void test_dropout_of(double p, int C) {
+    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    const size_t count = (size_t)(batch.map.rows * C);
+    Array<T> x(count, 16), y(count);
+    float *plain = (float *)allocate(count * sizeof(float));
+    for (size_t i = 0; i < count; i++) plain[i] = to_float(x[i]);
+    for (int i = 0; i < NUM_PICTURES; i++) {
+        Dropout dropout = a_dropout(p);
+        dropout.image = (uint32_t)PICTURES[i].image;
+        float *of_image = plain + batch.table[(size_t)i].first * C;
+        dropout_forward(of_image, 0, of_image, 0, NULL, (size_t)(PICTURES[i].height * PICTURES[i].width), (size_t)C,
+                        dropout);
+    }
+    gpu_dropout(y.device, x.device, dropout_mask(a_dropout(p)), batch.map, C);
+    check(different(y.download(), plain, count) == 0, "dropout %g of %s, %d channels", p, type_name<T>(), C);
+    gpu_dropout(x.device, x.device, dropout_mask(a_dropout(p)), batch.map, C);
+    check(different(x.download(), plain, count) == 0, "dropout %g in place of %s, %d channels", p, type_name<T>(), C);
+    free(plain);
+}
+
+static void test_dropout() {
+    test_dropout_of<float>(0.3, 8);
+    test_dropout_of<float>(0, 24);
+    test_dropout_of<__nv_bfloat16>(0.1, 40);
+    test_dropout_of<__half>(0.5, 24);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention
+
+// What attention makes of one image, in double: rows of C channels, lse (heads, Tq).
+struct AttentionTruth {
+    double *out, *dq, *dk, *dv, *lse;
+    double *out_bound, *dq_bound, *dk_bound, *dv_bound;  // NULL, or how far an implementation in 16 bits may be off
+    const double *q, *k, *v, *dout;
+};
+
+// Bounds, with u the relative and t the absolute error of rounding to T, A = P M, and the symbols of train_detr.cu:
+// rounded are A, dS, and the results, so
+//   |out error| <= (u A + t) |v| + u |out|,           |dv error| <= (u A + t)^T |dout| + u |dv|,
+//   |D error| <= |dout| |out error|,                  |dS error| <= u |dS| + t + P |D error| / sqrt(head_dim),
+//   |dq error| <= |dS error| |k| + u |dq|,            |dk error| <= |dS error|^T |q| + u |dk|.
+// The forward pass rounds P before it is divided by its sum, which is at least 1, so t counts no more there. Errors of
+// floats are left out.
+static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int heads, Dropout dropout, double u,
+                            double t) {
+    const int D = C / heads;
+    double *P = (double *)allocate((size_t)Tk * 3 * sizeof(double)), *M = P + Tk, *dP = M + Tk;
+    for (int head = 0; head < heads; head++) {
+        const int low = head * D, high = low + D;
+        for (int i = 0; i < Tq; i++) {
+            double top = -INFINITY, sum = 0, dot = 0, dot_bound = 0;
+            for (int j = 0; j < Tk; j++) {
+                const uint64_t element = ((uint64_t)head * (uint64_t)Tq + (uint64_t)i) * (uint64_t)Tk + (uint64_t)j;
+                const uint32_t word =
+                    random_word(dropout.seed, RANDOM_DROPOUT, dropout.site, dropout.step, dropout.image, element);
+                M[j] = word >= dropout_threshold(dropout) ? 1 / (1 - dropout.p) : 0;
+                P[j] = dP[j] = 0;
+                for (int d = low; d < high; d++) P[j] += a.q[i * C + d] * a.k[j * C + d] / sqrt((double)D);
+                top = fmax(top, P[j]);
+            }
+            for (int j = 0; j < Tk; j++) sum += P[j] = exp(P[j] - top);
+            a.lse[head * Tq + i] = top + log(sum);
+            for (int d = low; d < high; d++) {
+                double out = 0, bound = 0;
+                for (int j = 0; j < Tk; j++) {
+                    out += P[j] / sum * M[j] * a.v[j * C + d];
+                    bound += (u * P[j] / sum * M[j] + t) * fabs(a.v[j * C + d]);
+                }
+                a.out[i * C + d] = out;
+                a.out_bound[i * C + d] = bound + u * fabs(out);
+                dot += a.dout[i * C + d] * out;
+                dot_bound += fabs(a.dout[i * C + d]) * a.out_bound[i * C + d];
+            }
+            for (int j = 0; j < Tk; j++) {
+                P[j] /= sum;
+                for (int d = low; d < high; d++) {
+                    dP[j] += M[j] * a.dout[i * C + d] * a.v[j * C + d];
+                    a.dv[j * C + d] += P[j] * M[j] * a.dout[i * C + d];
+                    a.dv_bound[j * C + d] += (u * P[j] * M[j] + t) * fabs(a.dout[i * C + d]);
+                }
+                const double dS = P[j] * (dP[j] - dot) / sqrt((double)D);
+                const double bound = u * fabs(dS) + t + P[j] * dot_bound / sqrt((double)D);
+                for (int d = low; d < high; d++) {
+                    a.dq[i * C + d] += dS * a.k[j * C + d], a.dq_bound[i * C + d] += bound * fabs(a.k[j * C + d]);
+                    a.dk[j * C + d] += dS * a.q[i * C + d], a.dk_bound[j * C + d] += bound * fabs(a.q[i * C + d]);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < Tq * C; i++) a.dq_bound[i] += u * fabs(a.dq[i]);
+    for (int i = 0; i < Tk * C; i++) a.dk_bound[i] += u * fabs(a.dk[i]), a.dv_bound[i] += u * fabs(a.dv[i]);
+    free(P);
+}
+
+// cross: the queries are nine an image, else the image's own tokens.
+template <class T>
+static void test_attention_of(int C, int heads, double p, int cross) {
+    Segment nine[NUM_PICTURES];
+    for (int i = 0; i < NUM_PICTURES; i++) nine[i] = {0, 9, 1, PICTURES[i].image};
+    Batch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
+    const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
+    const size_t nl = (size_t)(heads * queries.map.rows);
+    Array<T> q(nq, 32), k(nk, 33), v(nk, 34), dout(nq, 35), out(nq), dq(nq), dk(nk), dv(nk);
+    Array<float> lse(nl), dots(nl);
+    for (size_t i = 0; i < nq; i++) q[i] = to_type<T>(4 * to_float(q[i]));  // probabilities that are not all alike
+    for (size_t i = 0; i < nk; i += (size_t)C) k[i] = to_type<T>(1);
+    q[(size_t)(3 * C)] = to_type<T>(-1200);  // a query all of whose scores are below -100: exp() of them is 0
+    q.upload(), k.upload();
+    const AttentionParams<T> params = {
+        out.device, lse.device, q.device,    k.device,  v.device,  queries.map, keys.map,   dropout_mask(a_dropout(p)),
+        C,          heads,      dout.device, dq.device, dk.device, dv.device,   dots.device};
+    const int query_parts = attention_parts(queries.table.host, NUM_PICTURES);
+    gpu_attention_forward(params, query_parts);
+    gpu_attention_backward(params, query_parts, attention_parts(keys.table.host, NUM_PICTURES));
+    const T *ours[4] = {out.download(), dq.download(), dk.download(), dv.download()};
+    lse.download();
+
+    // In the order out, dq, dk, dv: the truth, its bounds, and the CPU's; then q, dout, k, v, and lse of an image.
+    const size_t counts[4] = {nq, nq, nk, nk}, all = 2 * nq + 2 * nk;
+    double *truth = (double *)allocate((3 * all + nl) * sizeof(double)), *bounds = truth + all, *inputs = bounds + all;
+    float *cpu = (float *)allocate((2 * all + nl) * sizeof(float)), *cpu_inputs = cpu + all;
+    for (size_t i = 0; i < all; i++)
+        inputs[i] = cpu_inputs[i] = to_float(i < nq            ? q[i]
+                                             : i < 2 * nq      ? dout[i - nq]
+                                             : i < 2 * nq + nk ? k[i - 2 * nq]
+                                                               : v[i - 2 * nq - nk]);
+    const bool fp16 = std::is_same<T, __half>::value;
+    int wrong_lse = 0;
+    for (int i = 0; i < NUM_PICTURES; i++) {
+        const Segment from = queries.table[(size_t)i], to = keys.table[(size_t)i];
+        const int Tq = from.height * from.width, Tk = to.height * to.width;
+        const size_t at = (size_t)(from.first * C), at_keys = (size_t)(to.first * C);
+        const size_t first[4] = {at, nq + at, 2 * nq + at_keys, 2 * nq + nk + at_keys};
+        Dropout dropout = a_dropout(p);
+        dropout.image = (uint32_t)from.image;
+        const AttentionTruth a = {truth + first[0],  truth + first[1],  truth + first[2],  truth + first[3],
+                                  inputs + all,      bounds + first[0], bounds + first[1], bounds + first[2],
+                                  bounds + first[3], inputs + first[0], inputs + first[2], inputs + first[3],
+                                  inputs + first[1]};
+        // fp16 has nothing between 0 and 2^-24
+        plain_attention(a, Tq, Tk, C, heads, dropout, fp16 ? 0x1p-11 : 0x1p-8, fp16 ? 0x1p-25 : 0);
+        for (int head = 0; head < heads; head++)
+            for (int row = 0; row < Tq; row++)
+                wrong_lse += !(fabs(lse[(size_t)(head * queries.map.rows + from.first + row)] -
+                                    a.lse[head * Tq + row]) <= 2e-6 * (1 + fabs(a.lse[head * Tq + row])));
+        if (!std::is_same<T, float>::value) continue;
+        float *cpu_lse = cpu + 2 * all, *q_i = cpu_inputs + first[0], *k_i = cpu_inputs + first[2],
+              *v_i = cpu_inputs + first[3];
+        const size_t needed = attention_workspace(Tq, Tk, C, heads, omp_get_max_threads());
+        float *workspace = (float *)aligned_alloc(64, round_up(needed * sizeof(float), 64));
+        attention_forward(cpu + first[0], NULL, cpu_lse, q_i, k_i, v_i, Tq, Tk, C, heads, dropout, NO_PRIOR, 0,
+                          workspace);
+        attention_backward(cpu + first[1], cpu + first[2], cpu + first[3], cpu_inputs + first[1], q_i, k_i, v_i,
+                           cpu + first[0], cpu_lse, Tq, Tk, C, heads, dropout, NO_PRIOR, 0, workspace);
+        free(workspace);
+    }
+    static const char *const names[4] = {"attention's out", "attention's dq", "attention's dk", "attention's dv"};
+    size_t first = 0;
+    for (int n = 0; n < 4; first += counts[n], n++) {
+        if (std::is_same<T, float>::value) {
+            check_error((const float *)(const void *)ours[n], cpu + first, truth + first, counts[n], names[n],
+                        (int)counts[n] / C, C);
+            continue;
+        }
+        int wrong = 0;
+        for (size_t i = 0; i < counts[n]; i++)  // a tenth for the errors of floats
+            wrong += !(fabs(to_float(ours[n][i]) - truth[first + i]) <= 1.1 * bounds[first + i]);
+        check(wrong == 0, "%s in %s, %d channels, %d heads, dropout %g: %d of %zu are wrong", names[n], type_name<T>(),
+              C, heads, p, wrong, counts[n]);
+    }
+    check(wrong_lse == 0, "attention in %s, %d channels, %d heads: %d of lse are wrong", type_name<T>(), C, heads,
+          wrong_lse);
+    free(truth);
+    free(cpu);
+}
+
+static void test_attention() {
+    test_attention_of<float>(64, 2, 0, 0);
+    test_attention_of<float>(64, 1, 0.1, 1);
+    test_attention_of<__nv_bfloat16>(64, 2, 0.3, 0);
+    test_attention_of<__nv_bfloat16>(128, 2, 0, 0);
+    test_attention_of<__nv_bfloat16>(64, 1, 0.1, 1);
+    test_attention_of<__half>(64, 2, 0.1, 0);
+    test_attention_of<__half>(64, 1, 0, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layer norm
+
+// y, dsum (rows, C), dweight, dbias (C) of a layer norm of `sum`, in double.
+static void plain_norm(double *y, double *dsum, double *dweight, double *dbias, const float *sum, const float *weight,
+                       const float *bias, const float *dy, int rows, int C) {
+    for (int row = 0; row < rows; row++, y += C, dsum += C, sum += C, dy += C) {
+        double mean = 0, variance = 0, mean_g = 0, mean_gn = 0;
+        for (int c = 0; c < C; c++) mean += (double)sum[c] / C;
+        for (int c = 0; c < C; c++) variance += (sum[c] - mean) * (sum[c] - mean) / C;
+        const double rstd = 1 / sqrt(variance + 1e-5);
+        for (int c = 0; c < C; c++) {
+            const double n = (sum[c] - mean) * rstd, g = (double)dy[c] * weight[c];
+            y[c] = n * weight[c] + bias[c];
+            mean_g += g / C, mean_gn += g * n / C;
+            dweight[c] += dy[c] * n, dbias[c] += dy[c];
+        }
+        for (int c = 0; c < C; c++)
+            dsum[c] = rstd * ((double)dy[c] * weight[c] - mean_g - (sum[c] - mean) * rstd * mean_gn);
+    }
+}
+
+template <class T>
+static void test_norm_of(int C, double p) {
+    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    const int rows = batch.map.rows;
+    const size_t count = (size_t)(rows * C), width = (size_t)C;
+    Array<float> x(count, 17), residual(count, 18), weight(width, 19), bias(width, 20), dy(count, 21);
+    Array<float> sum(count), y(count), mean((size_t)rows), rstd((size_t)rows), dsum(count);
+    Array<float> dweight(width, 22), dbias(width, 23), partials(divide_up((size_t)rows, CHUNK_ROWS) * 2 * width);
+    Array<T> operand(count), dx(count);
+    for (size_t i = 0; i < count; i++) residual[i] += 3;  // a mean that has to be subtracted
+    residual.upload();
+
+    // The CPU, image by image
+    float *cpu = (float *)allocate((4 * count + 2 * (size_t)rows + 4 * width) * sizeof(float)), *cpu_sum = cpu,
+          *cpu_y = cpu_sum + count, *cpu_dsum = cpu_y + count, *cpu_dx = cpu_dsum + count, *cpu_mean = cpu_dx + count,
+          *cpu_rstd = cpu_mean + rows, *cpu_dweight = cpu_rstd + rows, *cpu_dbias = cpu_dweight + C;
+    double *truth = (double *)allocate((2 * count + 2 * width) * sizeof(double)), *true_dsum = truth + count,
+           *true_dweight = true_dsum + count, *true_dbias = true_dweight + C;
+    for (int i = 0; i < NUM_PICTURES; i++) {
+        const int first = batch.table[(size_t)i].first, size = PICTURES[i].height * PICTURES[i].width;
+        Dropout dropout = a_dropout(p);
+        dropout.image = (uint32_t)PICTURES[i].image;
+        dropout_forward(cpu_sum + first * C, 0, x.host + first * C, 0, residual.host + first * C, (size_t)size, width,
+                        dropout);
+    }
+    layernorm_forward(cpu_y, NULL, cpu_mean, cpu_rstd, cpu_sum, weight.host, bias.host, rows, C);
+    layernorm_backward(cpu_dsum, cpu_dweight, cpu_dbias, dy.host, cpu_sum, cpu_mean, cpu_rstd, weight.host, rows, C);
+    plain_norm(truth, true_dsum, true_dweight, true_dbias, cpu_sum, weight.host, bias.host, dy.host, rows, C);
+
+    NormForward<T> forward;
+    memset((void *)&forward, 0, sizeof forward);
+    forward.sum = sum.device, forward.y = y.device, forward.operand = operand.device;
+    forward.mean = mean.device, forward.rstd = rstd.device;
+    forward.x = x.device, forward.residual = residual.device, forward.weight = weight.device;
+    forward.bias = bias.device, forward.mask = dropout_mask(a_dropout(p)), forward.map = batch.map, forward.C = C;
+    gpu_norm_forward(forward);
+    check(different(sum.download(), cpu_sum, count) == 0, "norm of %dx%d, dropout %g: the sum", rows, C, p);
+    check_error(y.download(), cpu_y, truth, count, "norm's y", rows, C);
+    check(different(operand.download(), y.host, count) == 0, "norm of %dx%d: y rounded to %s", rows, C, type_name<T>());
+    mean.download(), rstd.download();
+
+    NormBackward<T> backward;
+    memset((void *)&backward, 0, sizeof backward);
+    backward.dsum = dsum.device, backward.dx = dx.device, backward.dweight = dweight.device;
+    backward.dbias = dbias.device, backward.partials = partials.device, backward.dy = dy.device;
+    backward.sum = sum.device, backward.mean = mean.device, backward.rstd = rstd.device;
+    backward.weight = weight.device, backward.mask = forward.mask, backward.map = batch.map, backward.C = C;
+    gpu_norm_backward(backward);
+    check_error(dsum.download(), cpu_dsum, true_dsum, count, "norm's dsum", rows, C);
+    for (int i = 0; i < NUM_PICTURES; i++) {  // the mask on our own dsum
+        const int first = batch.table[(size_t)i].first, size = PICTURES[i].height * PICTURES[i].width;
+        Dropout dropout = a_dropout(p);
+        dropout.image = (uint32_t)PICTURES[i].image;
+        dropout_forward(cpu_dx + first * C, 0, dsum.host + first * C, 0, NULL, (size_t)size, width, dropout);
+    }
+    check(different(dx.download(), cpu_dx, count) == 0, "norm of %dx%d: dx in %s", rows, C, type_name<T>());
+    // Each term has the errors of mean and rstd, which are near 2^-24 of what they are, and its own three roundings;
+    // then the sums as in test_sums_of().
+    int wrong = 0;
+    dweight.download(), dbias.download();
+    for (int c = 0; c < C; c++) {
+        double magnitude = 1, magnitude_bias = 1;
+        for (int row = 0; row < rows; row++) {
+            const size_t at = (size_t)(row * C + c);
+            magnitude += fabs(dy[at]) * (fabs(((double)cpu_sum[at] - cpu_mean[row]) * cpu_rstd[row]) + 4);
+            magnitude_bias += fabs(dy[at]);
+        }
+        wrong +=
+            !(fabs(dweight[(size_t)c] - (double)number(22, (uint64_t)c) - true_dweight[c]) <= 21 * 0x1p-24 * magnitude);
+        wrong += !(fabs(dbias[(size_t)c] - (double)number(23, (uint64_t)c) - true_dbias[c]) <=
+                   16 * 0x1p-24 * magnitude_bias);
+    }
+    check(wrong == 0, "norm of %dx%d: %d gradients of weight and bias are wrong", rows, C, wrong);
+
+    if (p > 0) {  // a frozen norm that nothing stands before: residual alone, no operands
+        forward.x = NULL, forward.operand = NULL, forward.sum = NULL;
+        backward.dx = NULL, backward.dweight = NULL, backward.sum = forward.residual = sum.device;
+        const float first = y[0], last = dsum[count - 1];
+        gpu_norm_forward(forward);
+        gpu_norm_backward(backward);
+        y.download(), dsum.download();
+        check(y[0] == first && dsum[count - 1] == last, "norm of %dx%d without what stands around it", rows, C);
+    }
+    free(cpu);
+    free(truth);
+}
+
+static void test_norm() {
+    test_norm_of<float>(8, 0);
+    test_norm_of<float>(256, 0.1);
+    test_norm_of<__nv_bfloat16>(40, 0.3);
+    test_norm_of<__half>(264, 0.1);
+    test_norm_of<__nv_bfloat16>(MAX_NORM_CHANNELS, 0);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set loss
+
+static const LossSettings LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1, 2};
+
+// What the CPU makes of the same logits and boxes; rows in its order, (image, layer, query).
+struct CpuLoss {
+    Model model;
+    Activations acts;
+    Losses losses;
+};
+
+// ties: logits and boxes of few values, and the same target twice.
+static void test_set_loss_of(int focal, int num_labels, int aux_loss, int ties) {
+    enum { LAYERS = 4, IMAGES = 4, Q = 9, MOST = 12 };
+    static const int counts[IMAGES] = {3, 0, MOST, 5};  // MOST, and twice 5, are more than there are queries
+    Model model;
+    Activations acts;
+    Losses losses;
+    memset(&model, 0, sizeof model), memset(&acts, 0, sizeof acts), memset(&losses, 0, sizeof losses);
+    model.config.dec_layers = LAYERS, model.config.num_queries = Q, model.config.num_labels = num_labels;
+    model.config.focal = focal;
+    LossSettings settings = LOSS;
+    settings.aux_loss = aux_loss;
+    const int classes = num_logits(&model.config);
+    const size_t rows = LAYERS * IMAGES * Q, width = (size_t)classes, of_image = LAYERS * Q;
+
+    SetLoss p;
+    memset(&p, 0, sizeof p);
+    p.layers = LAYERS, p.images = IMAGES, p.Q = Q, p.classes = classes, p.num_labels = num_labels, p.focal = focal;
+    p.settings = settings;
+    Array<int> first(IMAGES + 1);
+    for (int i = 0; i < IMAGES; i++) {
+        first[(size_t)i + 1] = first[(size_t)i] + counts[i];
+        divisors_add(&p.divisors, counts[i], Q, &settings);
+    }
+    p.num_targets = first[IMAGES], p.most_targets = MOST;
+    const size_t targets = (size_t)p.num_targets;
+    Array<double> boxes(4 * targets), costs(LAYERS * targets * Q), terms(3 * rows), sums(LAYERS * LOSS_SUMS);
+    Array<int> target_classes(targets), match(rows);
+    Array<float> logits(rows * width), pred_boxes(4 * rows), dlogits(rows * width), dbox_logits(4 * rows);
+    Array<unsigned char> answers(rows);
+    for (size_t t = 0; t < targets; t++) {
+        const size_t as = ties ? t / 2 : t;
+        for (size_t i = 0; i < 4; i++)
+            boxes[4 * t + i] = (i < 2 ? 0.3 : 0.05) + 0.2 * (1 + (double)number(24, 4 * as + i));
+        target_classes[t] = (int)(as * 7 % (size_t)num_labels);
+    }
+    for (size_t i = 0; i < rows * width; i++) logits[i] = ties ? floorf(2 * number(25, i)) : 4 * number(25, i);
+    for (size_t i = 0; i < 4 * rows; i++)
+        pred_boxes[i] = 0.4f + 0.3f * (ties ? floorf(2 * number(26, i)) / 2 : number(26, i));
+    for (size_t i = 0; i < LAYERS * LOSS_SUMS; i++) sums[i] = 1;
+    first.upload(), boxes.upload(), target_classes.upload(), logits.upload(), pred_boxes.upload(), sums.upload();
+    p.target_boxes = boxes.device, p.target_classes = target_classes.device, p.first_target = first.device;
+    p.logits = logits.device, p.boxes = pred_boxes.device, p.costs = costs.device, p.match = match.device;
+    p.dlogits = dlogits.device, p.dbox_logits = dbox_logits.device, p.terms = terms.device;
+    p.answers = answers.device, p.sums = sums.device;
+    gpu_match(p);
+    gpu_set_loss(p);
+    match.download(), dlogits.download(), dbox_logits.download(), sums.download(), answers.download();
+
+    // The CPU, image by image: its rows are in the order (layer, query).
+    float *memory = (float *)allocate(of_image * (2 * width + 8) * sizeof(float));
+    acts.logits = memory, acts.dlogits = memory + of_image * width, acts.boxes = acts.dlogits + of_image * width;
+    acts.dboxes = acts.boxes + 4 * of_image;
+    acts.match = (int *)allocate(of_image * sizeof(int));
+    acts.probabilities = (double *)allocate((width + 1) * sizeof(double));
+    int wrong_match = 0, wrong_logits = 0, wrong_boxes = 0;
+    for (int image = 0; image < IMAGES; image++) {
+        for (size_t r = 0; r < of_image; r++) {
+            const size_t row = (r / Q * IMAGES + (size_t)image) * Q + r % Q;
+            memcpy(acts.logits + r * width, logits.host + row * width, width * sizeof(float));
+            memcpy(acts.boxes + 4 * r, pred_boxes.host + 4 * row, 4 * sizeof(float));
+        }
+        const Targets of = {counts[image], boxes.host + 4 * first[(size_t)image],
+                            target_classes.host + first[(size_t)image]};
+        set_loss(&model, &acts, of, p.divisors, &settings, &losses);
+        for (size_t r = 0; r < of_image; r++) {
+            const size_t row = (r / Q * IMAGES + (size_t)image) * Q + r % Q;
+            float through[4];
+            for (int i = 0; i < 4; i++) {
+                const float b = acts.boxes[4 * r + (size_t)i];
+                through[i] = acts.dboxes[4 * r + (size_t)i] * (b * (1 - b));  // as heads_backward() does
+            }
+            wrong_match += match[row] != acts.match[r];
+            wrong_logits += different(dlogits.host + row * width, acts.dlogits + r * width, width);
+            wrong_boxes += different(dbox_logits.host + 4 * row, through, 4);
+        }
+    }
+    const char *loss = focal ? "focal" : "softmax";
+    check(wrong_match == 0, "%s, %d classes, ties %d: %d matches are not the CPU's", loss, classes, ties, wrong_match);
+    check(wrong_logits == 0, "%s, %d classes: %d gradients of logits", loss, classes, wrong_logits);
+    check(wrong_boxes == 0, "%s, %d classes: %d gradients of boxes", loss, classes, wrong_boxes);
+    for (int l = 0; l < LAYERS; l++) {
+        const double *ours = sums.host + l * LOSS_SUMS;
+        const int last = l == LAYERS - 1;
+        int matched = 0;
+        for (size_t r = 0; r < IMAGES * Q; r++) matched += match[(size_t)l * IMAGES * Q + r] >= 0;
+        // sums of at most 36 numbers, in another order: 36 roundings of a double at most
+        check(fabs(ours[SUM_CE] - 1 - losses.loss_ce[l]) <= 1e-14 * (1 + losses.loss_ce[l]) &&
+                  fabs(ours[SUM_BBOX] - 1 - losses.loss_bbox[l]) <= 1e-14 * (1 + losses.loss_bbox[l]) &&
+                  fabs(ours[SUM_GIOU] - 1 - losses.loss_giou[l]) <= 1e-14 * (1 + losses.loss_giou[l]),
+              "%s: losses of layer %d: %g %g %g instead of %g %g %g", loss, l, ours[SUM_CE] - 1, ours[SUM_BBOX] - 1,
+              ours[SUM_GIOU] - 1, losses.loss_ce[l], losses.loss_bbox[l], losses.loss_giou[l]);
+        check(fabs(ours[SUM_CARDINALITY] - 1 - losses.cardinality_error[l]) < 1e-14 * (1 + losses.cardinality_error[l]),
+              "%s: cardinality error of layer %d: %g instead of %g", loss, l, ours[SUM_CARDINALITY] - 1,
+              losses.cardinality_error[l]);
+        check((int)ours[SUM_MATCHED] - 1 == (last ? losses.matched : matched) &&
+                  (!last || (int)ours[SUM_RIGHT] - 1 == losses.matched_right),
+              "%s: matched queries of layer %d: %g, %g right", loss, l, ours[SUM_MATCHED] - 1, ours[SUM_RIGHT] - 1);
+    }
+    free(memory);
+    free(acts.match);
+    free(acts.probabilities);
+    free(acts.costs);
+}
+
+static void test_set_loss() {
+    for (int ties = 0; ties < 2; ties++) {
+        test_set_loss_of(0, 3, 1, ties);
+        test_set_loss_of(0, 40, 0, ties);
+        test_set_loss_of(1, 40, 1, ties);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters and optimizer
+
+// Compares one field of all trained tensors (or of all, where the CPU has it) with the device's array; how many differ.
+static int compare_field(const DeviceParams *d, const Model *model, const float *array, real *Param::*field) {
+    Array<float> ours(d->count);
+    int wrong = 0;
+    for (int i = 0; i < model->num_params; i++) {
+        const Param *param = model->params[i];
+        if (!(param->*field)) continue;
+        CUDA(cudaMemcpy(ours.host, array + d->place[i], param->count * sizeof(float), cudaMemcpyDeviceToHost));
+        wrong += different(ours.host, param->*field, param->count);
+    }
+    return wrong;
+}
+
+// The operands: values rounded to T, those of convolutions with their scale.
+template <class T>
+static int compare_operands(const DeviceParams *d, const Model *model) {
+    Array<T> ours(d->count);
+    int wrong = 0;
+    CUDA(cudaMemcpy(ours.host, d->operand, d->count * sizeof(T), cudaMemcpyDeviceToHost));
+    for (int i = 0; i < model->num_layers; i++) {
+        const Layer *layer = model->layers[i];
+        const size_t place = device_place(d, model, layer->weight), count = layer->weight->count;
+        float *expected = (float *)allocate(count * sizeof(float));
+        for (size_t k = 0; k < count; k++)
+            expected[k] = layer->weight->value[k] *
+                          (layer->scale ? layer->scale[k / (count / (size_t)layer->shape.out_channels)] : 1);
+        wrong += different(ours.host + place, expected, count);
+        free(expected);
+    }
+    return wrong;
+}
+
+template <class T>
+static void test_optimizer_of(int from_scratch, double ema_decay, double clip_max_norm) {
+    ModelConfig config;
+    Model model;
+    Error error;
+    memset(&config, 0, sizeof config);
+    config.bottleneck = 1, config.num_stages = 2, config.stem_width = 8, config.hidden_dim = 32, config.nheads = 4;
+    for (int s = 0; s < 2; s++) config.depths[s] = 1, config.widths[s] = 32 << s;
+    config.enc_layers = config.dec_layers = 1, config.dim_feedforward = 40, config.num_queries = 9,
+    config.num_labels = 3;
+    if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+    model_initialise(&model, 3);
+    for (int i = 0; i < model.num_params; i++) {
+        Param *param = model.params[i];
+        for (size_t k = 0; k < param->count; k++) {
+            if (param->init == INIT_ONE) param->value[k] = 1 + 0.5f * number(27, k);
+            if (param->init == INIT_ZERO) param->value[k] = 0.1f * number(28, k);
+        }
+    }
+    model_pack(&model);
+    if (ema_decay > 0) ema_create(&model);
+    DeviceParams d;
+    device_params_create<T>(&d, &model);
+    check(compare_field(&d, &model, d.value, &Param::value) == 0 && compare_operands<T>(&d, &model) == 0,
+          "parameters and their operands in %s are those of the model", type_name<T>());
+    int wrong_bias = 0;
+    Array<float> bias((size_t)d.num_filters);
+    CUDA(cudaMemcpy(bias.host, d.bias, bias.count * sizeof(float), cudaMemcpyDeviceToHost));
+    for (int i = 0, filters = 0; i < model.num_layers; i++) {
+        if (!model.layers[i]->norm_weight) continue;
+        wrong_bias +=
+            different(bias.host + filters, model.layers[i]->folded_bias, (size_t)model.layers[i]->shape.out_channels);
+        filters += model.layers[i]->shape.out_channels;
+    }
+    check(wrong_bias == 0, "%d folded biases are wrong", wrong_bias);
+
+    const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, clip_max_norm, ema_decay};
+    for (int64_t step = 0; step < 3; step++) {
+        for (int i = 0; i < model.num_params; i++)
+            for (size_t k = 0; model.params[i]->trained && k < model.params[i]->count; k++)
+                model.params[i]->grad[k] = number(29 + (uint32_t)step, (uint64_t)i << 20 | k);
+        device_params_copy(&d, &model, d.grad, &Param::grad, cudaMemcpyHostToDevice);
+        unfold_norms(&model);
+        gpu_unfold(&d);
+        int wrong = 0;  // a norm's gradient is a sum in double, whose other order may be rounded otherwise
+        for (int i = 0; i < model.num_params; i++) {
+            Param *param = model.params[i];
+            if (!param->trained) continue;
+            Array<float> ours(param->count);
+            CUDA(cudaMemcpy(ours.host, d.grad + d.place[i], param->count * sizeof(float), cudaMemcpyDeviceToHost));
+            for (size_t k = 0; k < param->count; k++)
+                wrong +=
+                    !(fabsf(ours[k] - param->grad[k]) <= (param->count > 64 ? 0 : 0x1p-23f * fabsf(param->grad[k])));
+        }
+        check(wrong == 0, "%d unfolded gradients of step %d are wrong", wrong, (int)step);
+        device_params_copy(&d, &model, d.grad, &Param::grad, cudaMemcpyHostToDevice);  // the CPU's, to go on from
+        const double norm = gradient_norm(&model);
+        gpu_gradient_norm(&d);
+        Array<double> ours(1);
+        CUDA(cudaMemcpy(ours.host, d.grad_norm, sizeof(double), cudaMemcpyDeviceToHost));
+        // squares are exact in double; 32 + 13 additions of a thread and its block, and at most as many again
+        check(fabs(ours[0] - norm) <= 1e-14 * norm, "norm of the gradient: %.17g instead of %.17g", ours[0], norm);
+        optimizer_step(&model, &settings, step, norm);
+        gpu_optimizer_step<T>(&d, &settings, step);
+        check(compare_field(&d, &model, d.value, &Param::value) == 0, "values after step %d", (int)step);
+        check(compare_field(&d, &model, d.exp_avg, &Param::exp_avg) == 0 &&
+                  compare_field(&d, &model, d.exp_avg_sq, &Param::exp_avg_sq) == 0,
+              "moments after step %d", (int)step);
+        check(!d.ema || compare_field(&d, &model, d.ema, &Param::ema) == 0, "averages after step %d", (int)step);
+        check(compare_operands<T>(&d, &model) == 0, "operands in %s after step %d", type_name<T>(), (int)step);
+    }
+    const float bad = NAN;
+    CUDA(cudaMemcpy(d.grad + d.trained - PARAM_CHUNK, &bad, sizeof bad, cudaMemcpyHostToDevice));
+    gpu_gradient_norm(&d);
+    gpu_optimizer_step<T>(&d, &settings, 3);
+    check(compare_field(&d, &model, d.value, &Param::value) == 0 &&
+              compare_field(&d, &model, d.exp_avg, &Param::exp_avg) == 0,
+          "a gradient that is not finite changes nothing");
+    device_params_copy(&d, &model, d.value, &Param::value, cudaMemcpyDeviceToHost);
+    device_params_free(&d);
+    model_free(&model);
+}
+
+static void test_optimizer() {
+    test_optimizer_of<float>(1, 0.9, 0.1);
+    test_optimizer_of<__nv_bfloat16>(0, 0, 0);
+    test_optimizer_of<__half>(1, 0, 1e9);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+static const struct {
+    const char *name;
+    void (*run)();
+} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
+             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+
+int main(int argc, char **argv) {
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    printf("kernels run on: %s\n", device.name);
+    for (size_t i = 0; i < sizeof TESTS / sizeof TESTS[0]; i++) {
+        int wanted = argc < 2;
+        for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;
+        if (!wanted) continue;
+        const int passed = num_passed, failed = num_failed;
+        const double start = seconds_now();
+        uint64_t bytes = 0;
+        for (int schedule = 0; schedule < 3; schedule++) {
+#ifdef CUDA_EMU
+            emu::reseed((uint64_t)schedule + 1);
+#endif
+            all_bytes = 0;
+            TESTS[i].run();
+            if (schedule == 0) bytes = all_bytes;
+            check(bytes == all_bytes, "%s: run %d gives other bytes", TESTS[i].name, schedule);
+        }
+        printf("%-12s %5d passed, %d failed, %.1f s\n", TESTS[i].name, num_passed - passed, num_failed - failed,
+               seconds_now() - start);
+        fflush(stdout);
+    }
+    printf("%d passed, %d failed\n", num_passed, num_failed);
+    return num_failed > 0;
+}

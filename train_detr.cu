@@ -1,0 +1,1811 @@
+/*
+train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
+is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
+reference that each kernel here is held against (test_detr.cu). Convolutions and linear layers are not here yet, so
+this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
+doc/8-the-cuda-version.md says what is there and what each kernel costs.
+
+Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
+
+    Device        errors, memory that is planned before it is used
+    Numbers       how a kernel reads and writes: eight at a time, stored as float, bf16 or fp16
+    Ragged        a micro-batch: the rows of all its images one after another
+    Sums          the two passes that every sum over rows takes
+    Parameters    where they lie, and what products read instead of them
+    Pixels        bytes to numbers
+    Epilogue      what happens to a product's sums before they are written
+    Max pooling   forward and backward
+    Positions     of tokens and of queries
+    Dropout       masks that are asked for again, never stored
+    Attention     forward and backward, scores never in memory
+    Layer norm    with the residual sum before it, forward and backward
+    Set loss      matching, losses and their gradients
+    Optimizer     norm of the gradient, AdamW
+
+Conventions. A kernel is called NAME_kernel, and the function that launches it gpu_NAME: that one has the contract. All
+launches go to `stream`. Every channel count is a multiple of 8, but for the picture's three colours, the classes and
+the four numbers of a box; so a row of any type is whole pieces of 16 bytes, and a thread has eight channels of one row.
+T is the type that activations and operands are stored as: float, __nv_bfloat16 or __half; sums are floats, and doubles
+where there are few of them. No atomics on floats: every sum has an order that depends on shapes alone.
+*/
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 1675  // nvcc does not know `#pragma GCC unroll`; the host's compiler, which gets it, does
+#endif
+#include "train_detr.c"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <type_traits>
+
+static_assert(std::is_same<real, float>::value, "the CUDA version is built with REAL=float");
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device
+
+static void cuda_check(cudaError_t error, const char *file, int line) {
+    if (error == cudaSuccess) return;
+    fprintf(stderr, "error: %s:%d: CUDA: %s\n", file, line, cudaGetErrorString(error));
+    exit(1);
+}
+#define CUDA(call) cuda_check((call), __FILE__, __LINE__)
+
+static cudaStream_t stream;  // that all kernels run in, one after another
+
+enum { THREADS = 256, WARPS = THREADS / 32 };  // of nearly all blocks
+
+// Blocks of a launch in which each does `per_block` of `count` things.
+static unsigned blocks(size_t count, size_t per_block) { return (unsigned)divide_up(count, per_block); }
+
+// More shared memory than every kernel has, 48 KB, has to be asked for.
+template <class K>
+static void allow_shared(K *kernel, size_t bytes) {
+    if (bytes > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// arena_allocate() of train_detr.c on the device: a walk that took from an Arena without memory is followed by this and
+// the same walk again. Nothing is allocated after it.
+static void device_arena_allocate(Arena *arena) {
+    arena->capacity = arena->used;
+    arena->used = 0;
+    CUDA(cudaMalloc((void **)&arena->base, arena->capacity));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+__device__ static inline float to_float(float x) { return x; }
+__device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ static inline float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ static inline T to_type(float x) {
+    if constexpr (std::is_same<T, float>::value)
+        return x;
+    else if constexpr (std::is_same<T, __half>::value)
+        return __float2half(x);
+    else
+        return __float2bfloat16(x);
+}
+
+typedef struct {
+    float x[8];
+} Eight;
+
+// Eight numbers at `from`, which lies on 16 bytes, in loads of 16 bytes.
+template <class T>
+__device__ static inline Eight load8(const T *from) {
+    constexpr int count = 16 / (int)sizeof(T);
+    Eight value;
+#pragma unroll
+    for (int i = 0; i < 8; i += count) {
+        const uint4 piece = *(const uint4 *)(from + i);
+        T numbers[count];
+        memcpy((void *)numbers, &piece, sizeof piece);
+#pragma unroll
+        for (int j = 0; j < count; j++) value.x[i + j] = to_float(numbers[j]);
+    }
+    return value;
+}
+
+template <class T>
+__device__ static inline void store8(T *to, const Eight &value) {
+    constexpr int count = 16 / (int)sizeof(T);
+#pragma unroll
+    for (int i = 0; i < 8; i += count) {
+        T numbers[count];
+#pragma unroll
+        for (int j = 0; j < count; j++) numbers[j] = to_type<T>(value.x[i + j]);
+        uint4 piece;
+        memcpy(&piece, (const void *)numbers, sizeof piece);
+        *(uint4 *)(to + i) = piece;
+    }
+}
+
+// Where a thread's eight numbers of `count` are, or -1 for a thread that has none.
+__device__ static inline int64_t place8(size_t count) {
+    const size_t at = ((size_t)blockIdx.x * THREADS + threadIdx.x) * 8;
+    return at < count ? (int64_t)at : -1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ragged: the images of a micro-batch keep their sizes. A tensor has the rows of the first image, then those of the
+// second, and so on, with nothing between. What works on rows alone (linear layers, norms, sums) never notices. What
+// has to know its image, for its neighbours or its random numbers, finds it by its row in a table, of which there is
+// one for each size that a map has on its way through the network.
+
+typedef struct {
+    int first, height, width;  // rows first .. first + height * width are the image's pixels, line after line
+    int image;                 // its place in the batch: dropout's masks are made from it
+} Segment;
+
+typedef struct {
+    const Segment *segments;  // device, by `first`
+    int count, rows;          // images, rows of all
+} Ragged;
+
+// The number of the segment that holds a row.
+__device__ static int find_segment(Ragged map, int row) {
+    int low = 0, high = map.count - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (map.segments[middle].first <= row)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+// What becomes of the segments of `count` images in a convolution or pooling of this shape, or with NULL what they are
+// themselves: all is copied but `first`, which is counted anew. Returns the number of rows, or -1 if there are more
+// than an int can count.
+static int ragged_segments(Segment *to, const Segment *from, int count, const ConvShape *shape) {
+    int64_t rows = 0;
+    for (int i = 0; i < count; i++) {
+        to[i] = from[i];
+        if (shape) to[i].height = conv_size(from[i].height, *shape), to[i].width = conv_size(from[i].width, *shape);
+        to[i].first = (int)rows;
+        rows += (int64_t)to[i].height * to[i].width;
+        if (rows > INT32_MAX) return -1;
+    }
+    return (int)rows;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums over rows take two passes: a block sums CHUNK_ROWS rows to one row of partial sums, then those are added up in
+// their order. The result depends on the number of rows, not on which block came first.
+
+enum { CHUNK_ROWS = 64 };
+
+// The warp's sum, to all lanes.
+template <class R>
+__device__ static inline R warp_sum(R value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+    return value;
+}
+
+// The sum of a block of THREADS threads, to all of them. shared: (WARPS), free again afterwards.
+__device__ static double block_sum(double value, double *shared) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    double sum = 0;
+    for (int i = 0; i < WARPS; i++) sum += shared[i];
+    __syncthreads();
+    return sum;
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    add_partials_kernel(float *first, float *second, const float *partials, int chunks, int C, int columns) {
+    __shared__ double sums[WARPS][32];
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, column = (int)blockIdx.x * 32 + lane;
+    double sum = 0;
+    for (int chunk = warp; chunk < chunks && column < columns; chunk += WARPS)
+        sum += partials[(size_t)chunk * columns + column];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= columns) return;
+    for (int i = 1; i < WARPS; i++) sum += sums[i][lane];
+    float *to = column < C ? first + column : second + (column - C);
+    *to += (float)sum;
+}
+
+// first and second (C) += the sums of partials (chunks, 2, C), or first alone of (chunks, C) if second is NULL.
+static void gpu_add_partials(float *first, float *second, const float *partials, int chunks, int C) {
+    const int columns = second ? 2 * C : C;
+    add_partials_kernel<<<blocks((size_t)columns, 32), THREADS, 0, stream>>>(first, second, partials, chunks, C,
+                                                                             columns);
+    CUDA(cudaGetLastError());
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *partials, const T *x, int rows, int C) {
+    __shared__ float sums[WARPS][THREADS];
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int first = (int)blockIdx.x * CHUNK_ROWS, column = (int)blockIdx.y * THREADS + 8 * lane;
+    Eight sum = {};
+    if (column < C) {
+        for (int row = first + warp; row < rows && row < first + CHUNK_ROWS; row += WARPS) {
+            const Eight value = load8(x + (size_t)row * C + column);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum.x[j] += value.x[j];
+        }
+    }
+    store8(&sums[warp][8 * lane], sum);
+    __syncthreads();
+    const int mine = (int)blockIdx.y * THREADS + (int)threadIdx.x;
+    if (mine >= C) return;
+    float total = 0;
+    for (int i = 0; i < WARPS; i++) total += sums[i][threadIdx.x];
+    partials[(size_t)blockIdx.x * C + mine] = total;
+}
+
+// sums (C) += the sum over the rows of x (rows, C): the gradient of a bias. partials: (divide_up(rows, CHUNK_ROWS), C).
+template <class T>
+static void gpu_column_sums(float *sums, float *partials, const T *x, int rows, int C) {
+    const dim3 grid(blocks((size_t)rows, CHUNK_ROWS), blocks((size_t)C, THREADS));
+    column_sums_kernel<T><<<grid, THREADS, 0, stream>>>(partials, x, rows, C);
+    CUDA(cudaGetLastError());
+    gpu_add_partials(sums, NULL, partials, (int)grid.x, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters. All numbers of the table lie in one array, those that are trained first, so that gradients, Adam's
+// moments and averages are arrays with the same places. Each tensor begins a chunk, and a chunk is what a block of the
+// optimizer does. `operand` has at the same places what products read: the values rounded to T, and for convolutions
+// the values times the scale of the frozen norm behind them.
+
+enum {
+    PARAM_CHUNK = 1024,  // numbers
+    NORM_CHUNKS = 8,     // that one block squares and sums
+    KIND_BACKBONE = 1,   // a chunk's bits: its learning rate is the backbone's;
+    KIND_FOLDED = 2,     // its operand has a scale in it, so the optimizer leaves it to gpu_fold
+};
+
+// A convolution with the frozen norm behind it, all in device memory. Gradients are NULL where nothing is trained.
+typedef struct {
+    const float *weight, *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters, length), (filters)
+    void *operand;                                                              // (filters, length): weight * scale
+    float *scale, *bias;                                                        // (filters), as in Layer
+    float *dweight, *dnorm_weight;
+    const float *dnorm_bias;
+    int first, length;  // how many filters come before its own; numbers of a filter
+} Folded;
+
+typedef struct {
+    Arena arena;
+    size_t *place;          // host: where in the arrays each tensor of the model's table begins
+    size_t trained, count;  // numbers: of trained tensors, of all, whole chunks
+    float *value, *grad, *exp_avg, *exp_avg_sq, *ema;  // (count), (trained), ...; ema NULL where the model has none
+    void *operand;                                     // (count) of T
+    unsigned char *kinds;                              // (trained / PARAM_CHUNK)
+    Folded *folded;
+    int num_folded, num_filters;        // convolutions with a norm, their filters
+    float *scale, *bias;                // (num_filters)
+    double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients
+} DeviceParams;
+
+// Takes its memory. number_bytes: of T.
+static void device_params_walk(DeviceParams *d, const Model *model, size_t number_bytes) {
+    Arena *arena = &d->arena;
+    d->count = 0;
+    for (int untrained = 0; untrained < 2; untrained++) {
+        for (int i = 0; i < model->num_params; i++) {
+            if (model->params[i]->trained == untrained) continue;
+            d->place[i] = d->count;
+            d->count += round_up(model->params[i]->count, PARAM_CHUNK);
+        }
+        if (!untrained) d->trained = d->count;
+    }
+    d->num_folded = d->num_filters = 0;
+    for (int i = 0; i < model->num_layers; i++)
+        if (model->layers[i]->norm_weight) d->num_folded++, d->num_filters += model->layers[i]->shape.out_channels;
+    d->value = arena_take(arena, d->count);
+    d->operand = arena_bytes(arena, d->count * number_bytes);
+    d->grad = arena_take(arena, d->trained);
+    d->exp_avg = arena_take(arena, d->trained);
+    d->exp_avg_sq = arena_take(arena, d->trained);
+    d->ema = model->ema.base ? arena_take(arena, d->trained) : NULL;
+    d->kinds = (unsigned char *)arena_bytes(arena, d->trained / PARAM_CHUNK);
+    d->folded = (Folded *)arena_bytes(arena, (size_t)d->num_folded * sizeof(Folded));
+    d->scale = arena_take(arena, (size_t)d->num_filters);
+    d->bias = arena_take(arena, (size_t)d->num_filters);
+    d->norm_partials = (double *)arena_bytes(arena, divide_up(d->trained, NORM_CHUNKS * PARAM_CHUNK) * sizeof(double));
+    d->grad_norm = (double *)arena_bytes(arena, sizeof(double));
+}
+
+// Where a tensor is in the arrays.
+static size_t device_place(const DeviceParams *d, const Model *model, const Param *param) {
+    int i = 0;
+    while (model->params[i] != param) i++;
+    return d->place[i];
+}
+
+// One field of all tensors (&Param::value, &Param::exp_avg ...) to the device's array of it, or back.
+static void device_params_copy(const DeviceParams *d, const Model *model, float *array, real *Param::*field,
+                               cudaMemcpyKind kind) {
+    for (int i = 0; i < model->num_params; i++) {
+        real *host = model->params[i]->*field;
+        const size_t bytes = model->params[i]->count * sizeof(real);
+        if (host && kind == cudaMemcpyHostToDevice) CUDA(cudaMemcpy(array + d->place[i], host, bytes, kind));
+        if (host && kind == cudaMemcpyDeviceToHost) CUDA(cudaMemcpy(host, array + d->place[i], bytes, kind));
+    }
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) round_kernel(T *y, const float *x, size_t count) {
+    const int64_t at = place8(count);
+    if (at >= 0) store8(y + at, load8(x + at));
+}
+
+// y = x rounded to T; count: a multiple of 8.
+template <class T>
+static void gpu_round(T *y, const float *x, size_t count) {
+    round_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, count);
+    CUDA(cudaGetLastError());
+}
+
+// The convolution that the block's filter belongs to.
+__device__ static int find_convolution(const Folded *layers, int count) {
+    int i = 0;
+    while (i + 1 < count && layers[i + 1].first <= (int)blockIdx.x) i++;
+    return i;
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *layers, int count) {
+    const Folded layer = layers[find_convolution(layers, count)];
+    const int n = (int)blockIdx.x - layer.first;
+    const float scale = layer.norm_weight[n] / (float)sqrt((double)layer.norm_variance[n] + 1e-5);
+    const float *weight = layer.weight + (size_t)n * layer.length;
+    T *operand = (T *)layer.operand + (size_t)n * layer.length;
+    for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) operand[k] = to_type<T>(weight[k] * scale);
+    if (threadIdx.x > 0) return;
+    layer.scale[n] = scale;
+    layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+}
+
+// The operands, scales and biases of all convolutions with a frozen norm, as layer_pack() has them; a block does a
+// filter. After values have changed.
+template <class T>
+static void gpu_fold(const DeviceParams *d) {
+    fold_kernel<T><<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded);
+    CUDA(cudaGetLastError());
+}
+
+__global__ static void __launch_bounds__(THREADS) unfold_kernel(const Folded *layers, int count) {
+    __shared__ double shared[WARPS];
+    const Folded layer = layers[find_convolution(layers, count)];
+    const int n = (int)blockIdx.x - layer.first;
+    if (!layer.dweight) return;
+    const float scale = layer.scale[n], *weight = layer.weight + (size_t)n * layer.length;
+    float *dweight = layer.dweight + (size_t)n * layer.length;
+    double product = 0;
+    for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) {
+        const float gradient = dweight[k];
+        if (layer.dnorm_weight) product += (double)gradient * (double)weight[k];
+        dweight[k] = gradient * scale;
+    }
+    if (!layer.dnorm_weight) return;
+    product = block_sum(product, shared);
+    const double r = 1 / sqrt((double)layer.norm_variance[n] + 1e-5);
+    if (threadIdx.x == 0)
+        layer.dnorm_weight[n] = (float)(r * (product - (double)layer.norm_mean[n] * (double)layer.dnorm_bias[n]));
+}
+
+// unfold_norms(): from the gradients of folded weights and biases, which lie in dweight and dnorm_bias, to those of
+// what is stored.
+static void gpu_unfold(const DeviceParams *d) {
+    unfold_kernel<<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded);
+    CUDA(cudaGetLastError());
+}
+
+// The device's side of a model: parameters and the optimizer's state as the model has them now, gradients zero.
+template <class T>
+static void device_params_create(DeviceParams *d, const Model *model) {
+    memset(d, 0, sizeof *d);
+    d->place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
+    device_params_walk(d, model, sizeof(T));
+    device_arena_allocate(&d->arena);
+    device_params_walk(d, model, sizeof(T));
+    CUDA(cudaMemset(d->arena.base, 0, d->arena.capacity));  // what completes a chunk stays zero
+    const cudaMemcpyKind to_device = cudaMemcpyHostToDevice;
+    device_params_copy(d, model, d->value, &Param::value, to_device);
+    device_params_copy(d, model, d->exp_avg, &Param::exp_avg, to_device);
+    device_params_copy(d, model, d->exp_avg_sq, &Param::exp_avg_sq, to_device);
+    if (d->ema) device_params_copy(d, model, d->ema, &Param::ema, to_device);
+
+    unsigned char *kinds = (unsigned char *)allocate(d->trained / PARAM_CHUNK);
+    for (int i = 0; i < model->num_params; i++)
+        for (size_t k = 0; model->params[i]->trained && k < model->params[i]->count; k += PARAM_CHUNK)
+            kinds[(d->place[i] + k) / PARAM_CHUNK] = model->params[i]->group == GROUP_BACKBONE ? KIND_BACKBONE : 0;
+    Folded *folded = (Folded *)allocate((size_t)d->num_folded * sizeof(Folded)), *next = folded;
+    int filters = 0;
+    for (int i = 0; i < model->num_layers; i++) {
+        const Layer *layer = model->layers[i];
+        if (!layer->norm_weight) continue;
+        const Param *params[5] = {layer->weight, layer->norm_weight, layer->norm_bias, layer->norm_mean,
+                                  layer->norm_variance};
+        float *values[5], *grads[5];
+        for (int p = 0; p < 5; p++) {
+            const size_t place = device_place(d, model, params[p]);
+            values[p] = d->value + place, grads[p] = params[p]->trained ? d->grad + place : NULL;
+        }
+        const size_t place = (size_t)(values[0] - d->value);
+        next->weight = values[0], next->norm_weight = values[1], next->norm_bias = values[2];
+        next->norm_mean = values[3], next->norm_variance = values[4];
+        next->operand = (T *)d->operand + place;
+        next->scale = d->scale + filters, next->bias = d->bias + filters;
+        next->dweight = grads[0], next->dnorm_weight = grads[1], next->dnorm_bias = grads[2];
+        next->first = filters, next->length = (int)(layer->weight->count / (size_t)layer->shape.out_channels);
+        filters += layer->shape.out_channels;
+        for (size_t k = 0; layer->weight->trained && k < layer->weight->count; k += PARAM_CHUNK)
+            kinds[(place + k) / PARAM_CHUNK] |= KIND_FOLDED;
+        next++;
+    }
+    CUDA(cudaMemcpy(d->kinds, kinds, d->trained / PARAM_CHUNK, to_device));
+    CUDA(cudaMemcpy(d->folded, folded, (size_t)d->num_folded * sizeof(Folded), to_device));
+    free(kinds);
+    free(folded);
+    gpu_round((T *)d->operand, d->value, d->count);
+    gpu_fold<T>(d);
+}
+
+static void device_params_free(DeviceParams *d) {
+    CUDA(cudaFree(d->arena.base));
+    free(d->place);
+    memset(d, 0, sizeof *d);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pixels
+
+// What each byte of each colour becomes: table (3, 256), as normalise_pixels() computes it.
+static void pixel_table(float *table) {
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < 256; i++) table[256 * c + i] = (float)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    pixels_kernel(T *y, const unsigned char *bytes, const float *table, size_t count) {
+    const int64_t at = place8(count);
+    if (at < 0) return;
+    if (count - (size_t)at < 8) {
+        for (size_t i = (size_t)at; i < count; i++) y[i] = to_type<T>(table[256 * (i % 3) + bytes[i]]);
+        return;
+    }
+    const uint2 piece = *(const uint2 *)(bytes + at);
+    Eight value;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        value.x[j] = table[256 * ((at + j) % 3) + ((j < 4 ? piece.x : piece.y) >> 8 * (j % 4) & 255)];
+    store8(y + at, value);
+}
+
+// y (rows, 3) from the bytes of all images' pixels, side by side; count: 3 * rows. table: pixel_table(), on the device.
+template <class T>
+static void gpu_pixels(T *y, const unsigned char *bytes, const float *table, size_t count) {
+    pixels_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, bytes, table, count);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogue. A kernel that has sums in registers calls finish8() before it writes them; gpu_finish is for sums that had
+// to be written.
+
+// `value`, the sums of eight channels from `column` on, at place `at` of the result, as Epilogue (train_detr.c) says;
+// its add and mask are of type T.
+template <class T>
+__device__ static inline Eight finish8(Eight value, const Epilogue &e, size_t at, int column) {
+    if (e.bias) {
+        const Eight bias = load8(e.bias + column);
+#pragma unroll
+        for (int j = 0; j < 8; j++) value.x[j] += bias.x[j];
+    }
+    if (e.add) {
+        const Eight add = load8((const T *)e.add + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) value.x[j] += add.x[j];
+    }
+    if (e.relu) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) value.x[j] = value.x[j] < 0 ? 0 : value.x[j];  // NaN stays NaN
+    }
+    if (e.mask) {
+        const Eight mask = load8((const T *)e.mask + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) value.x[j] = mask.x[j] > 0 ? value.x[j] : 0;
+    }
+    return value;
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    finish_kernel(T *y, const float *sums, Epilogue epilogue, size_t count, int C) {
+    const int64_t at = place8(count);
+    if (at >= 0) store8(y + at, finish8<T>(load8(sums + at), epilogue, (size_t)at, (int)(at % C)));
+}
+
+// y (rows, C) = the epilogue of sums (rows, C); y may be sums if T is float.
+template <class T>
+static void gpu_finish(T *y, const float *sums, Epilogue epilogue, int rows, int C) {
+    const size_t count = (size_t)rows * (size_t)C;
+    finish_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Max pooling, 3 x 3, stride 2, padding 1
+
+static const ConvShape POOLING = {0, 0, 3, 2, 1, 1};  // for ragged_segments()
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    maxpool_forward_kernel(T *y, unsigned char *argmax, const T *x, Ragged out, Ragged in, int C) {
+    const int64_t at = place8((size_t)out.rows * C);
+    if (at < 0) return;
+    const int row = (int)(at / C), c = (int)(at % C), number = find_segment(out, row);
+    const Segment to = out.segments[number], from = in.segments[number];
+    const int oy = (row - to.first) / to.width, ox = (row - to.first) % to.width;
+    Eight best;
+    unsigned char which[8];
+    bool found = false;
+    for (int ky = 0; ky < 3; ky++) {
+        for (int kx = 0; kx < 3; kx++) {
+            const int iy = 2 * oy - 1 + ky, ix = 2 * ox - 1 + kx;
+            if (iy < 0 || iy >= from.height || ix < 0 || ix >= from.width) continue;
+            const Eight pixel = load8(x + (size_t)(from.first + iy * from.width + ix) * C + c);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (found && !(pixel.x[j] > best.x[j]) && pixel.x[j] == pixel.x[j]) continue;
+                best.x[j] = pixel.x[j], which[j] = (unsigned char)(3 * ky + kx);
+            }
+            found = true;
+        }
+    }
+    store8(y + at, best);
+    uint2 taps;
+    memcpy(&taps, which, sizeof taps);
+    *(uint2 *)(argmax + at) = taps;
+}
+
+// maxpool_forward() on all images: x (in.rows, C) to y and argmax (out.rows, C); out: POOLING of in.
+template <class T>
+static void gpu_maxpool_forward(T *y, unsigned char *argmax, const T *x, Ragged out, Ragged in, int C) {
+    const unsigned grid = blocks((size_t)out.rows * (size_t)C, 8 * THREADS);
+    maxpool_forward_kernel<T><<<grid, THREADS, 0, stream>>>(y, argmax, x, out, in, C);
+    CUDA(cudaGetLastError());
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    maxpool_backward_kernel(T *dx, const T *dy, const unsigned char *argmax, Ragged out, Ragged in, int C) {
+    const int64_t at = place8((size_t)in.rows * C);
+    if (at < 0) return;
+    const int row = (int)(at / C), c = (int)(at % C), number = find_segment(in, row);
+    const Segment to = out.segments[number], from = in.segments[number];
+    const int iy = (row - from.first) / from.width, ix = (row - from.first) % from.width;
+    Eight sum = {};
+    for (int oy = iy / 2; oy <= (iy + 1) / 2 && oy < to.height; oy++) {
+        for (int ox = ix / 2; ox <= (ix + 1) / 2 && ox < to.width; ox++) {
+            const int tap = 3 * (iy + 1 - 2 * oy) + (ix + 1 - 2 * ox);
+            const size_t window = (size_t)(to.first + oy * to.width + ox) * C + c;
+            const uint2 piece = *(const uint2 *)(argmax + window);
+            unsigned char taps[8];
+            memcpy(taps, &piece, sizeof piece);
+            const Eight gradient = load8(dy + window);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum.x[j] += taps[j] == tap ? gradient.x[j] : 0;
+        }
+    }
+    store8(dx + at, sum);
+}
+
+// maxpool_backward() on all images: dx (in.rows, C) is written.
+template <class T>
+static void gpu_maxpool_backward(T *dx, const T *dy, const unsigned char *argmax, Ragged out, Ragged in, int C) {
+    const unsigned grid = blocks((size_t)in.rows * (size_t)C, 8 * THREADS);
+    maxpool_backward_kernel<T><<<grid, THREADS, 0, stream>>>(dx, dy, argmax, out, in, C);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Positions. Those of tokens are read from a table that the host makes once for all sizes of maps there can be: the
+// features of place p of n are its row n (n - 1) / 2 + p. It is small, 462 KB for 42 places and 256 channels, and it is
+// the CPU's own numbers; the positions themselves, (tokens, C), are never in memory.
+
+static size_t position_table_rows(int max_places) { return (size_t)max_places * (size_t)(max_places + 1) / 2; }
+
+// table: (position_table_rows(max_places), half_C), host.
+static void position_table(float *table, int max_places, int half_C) {
+    for (int places = 1; places <= max_places; places++)
+        for (int place = 0; place < places; place++, table += half_C)
+            sine_features(table, half_C, 2 * 3.14159265358979323846 * (place + 1) / (places + 1e-6));
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    add_positions_kernel(T *y, const float *x, const float *table, Ragged map, int C) {
+    const int64_t at = place8((size_t)map.rows * C);
+    if (at < 0) return;
+    const int row = (int)(at / C), c = (int)(at % C), half_C = C / 2;
+    const Segment segment = map.segments[find_segment(map, row)];
+    const int place_y = (row - segment.first) / segment.width, place_x = (row - segment.first) % segment.width;
+    const float *along_y = table + (size_t)(segment.height * (segment.height - 1) / 2 + place_y) * half_C,
+                *along_x = table + (size_t)(segment.width * (segment.width - 1) / 2 + place_x) * half_C;
+    Eight value = load8(x + at);
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {  // half of C is a multiple of 4
+        const float4 position = *(const float4 *)(c + j < half_C ? along_y + c + j : along_x + c + j - half_C);
+        value.x[j] += position.x, value.x[j + 1] += position.y;
+        value.x[j + 2] += position.z, value.x[j + 3] += position.w;
+    }
+    store8(y + at, value);
+}
+
+// y = x + sine_positions() of each image's map; x, y: (map.rows, C). table: position_table(), on the device.
+template <class T>
+static void gpu_add_positions(T *y, const float *x, const float *table, Ragged map, int C) {
+    const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
+    add_positions_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, table, map, C);
+    CUDA(cudaGetLastError());
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS)
+    add_queries_kernel(T *y, const float *x, const float *embeddings, size_t count, size_t period) {
+    const int64_t at = place8(count);
+    if (at < 0) return;
+    Eight value = load8(x + at);
+    const Eight position = load8(embeddings + (size_t)at % period);
+#pragma unroll
+    for (int j = 0; j < 8; j++) value.x[j] += position.x[j];
+    store8(y + at, value);
+}
+
+// y = x + the learned positions of the queries, the same for each image; x, y: (images, Q, C), embeddings: (Q, C).
+template <class T>
+static void gpu_add_queries(T *y, const float *x, const float *embeddings, int images, int Q, int C) {
+    const size_t period = (size_t)Q * (size_t)C, count = (size_t)images * period;
+    add_queries_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, embeddings, count, period);
+    CUDA(cudaGetLastError());
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    add_queries_backward_kernel(float *dembeddings, const float *dy, int images, size_t period) {
+    const int64_t at = place8(period);
+    if (at < 0) return;
+    Eight sum = load8(dembeddings + at);
+    for (int image = 0; image < images; image++) {
+        const Eight gradient = load8(dy + (size_t)image * period + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.x[j] += gradient.x[j];
+    }
+    store8(dembeddings + at, sum);
+}
+
+// dembeddings (Q, C) += the sum over images of dy (images, Q, C), in their order.
+static void gpu_add_queries_backward(float *dembeddings, const float *dy, int images, int Q, int C) {
+    const size_t period = (size_t)Q * (size_t)C;
+    add_queries_backward_kernel<<<blocks(period, 8 * THREADS), THREADS, 0, stream>>>(dembeddings, dy, images, period);
+    CUDA(cudaGetLastError());
+}
+
+// Frequencies of box_features: (count / 2) of sine_features() with so many features, host.
+static void box_periods(float *periods, int count) {
+    for (int i = 0; i < count; i += 2) periods[i / 2] = (float)pow(10000, (double)i / count);
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    box_features_kernel(float *features, const float *boxes, const float *periods, size_t values, int count) {
+    const size_t pair = (size_t)blockIdx.x * THREADS + threadIdx.x, value = pair / (count / 2);
+    if (value >= values) return;
+    const int i = (int)(pair % (count / 2));
+    float2 of_pair;
+    sincospif(2 * boxes[value] / periods[i], &of_pair.x, &of_pair.y);
+    ((float2 *)features)[pair] = of_pair;
+}
+
+// What --decoder anchor makes its queries' positions from: features (values, count), sine_features() of 2 pi times each
+// of the numbers of boxes, (values) in 0..1. count: half of the channels; periods: box_periods(), on the device.
+static void gpu_box_features(float *features, const float *boxes, const float *periods, size_t values, int count) {
+    const unsigned grid = blocks(values * (size_t)count / 2, THREADS);
+    box_features_kernel<<<grid, THREADS, 0, stream>>>(features, boxes, periods, values, count);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dropout. Element e of an image's (rows, C) has the mask that the CPU gives it, whichever images it is in company
+// with.
+
+// A Dropout as kernels want it. Its image is that of the segment.
+typedef struct {
+    uint32_t threshold;  // a word below it drops its element; 0: no dropout
+    float scale;         // of those that stay
+    uint64_t seed;
+    uint32_t site, step;
+} Mask;
+
+static Mask dropout_mask(Dropout dropout) {
+    const Mask mask = {(uint32_t)dropout_threshold(dropout), (float)(1 / (1 - dropout.p)), dropout.seed, dropout.site,
+                       dropout.step};
+    return mask;
+}
+
+// The words of elements 4 * group .. 4 * group + 3 of an image.
+__device__ static inline void mask_words(uint32_t (&words)[4], Mask mask, int image, uint64_t group) {
+    random_words(words, mask.seed, RANDOM_DROPOUT, mask.site, mask.step, (uint32_t)image, (uint32_t)group);
+}
+
+// Dropout of eight numbers from `element`, a multiple of 8, on.
+__device__ static inline Eight dropout8(Eight value, Mask mask, int image, uint64_t element) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        uint32_t words[4];
+        mask_words(words, mask, image, (element + i) / 4);
+#pragma unroll
+        for (int j = 0; j < 4; j++) value.x[i + j] = words[j] >= mask.threshold ? value.x[i + j] * mask.scale : 0;
+    }
+    return value;
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) dropout_kernel(T *y, const T *x, Mask mask, Ragged map, int C) {
+    const int64_t at = place8((size_t)map.rows * C);
+    if (at < 0) return;
+    const Segment segment = map.segments[find_segment(map, (int)(at / C))];
+    store8(y + at, dropout8(load8(x + at), mask, segment.image, (uint64_t)at - (uint64_t)segment.first * C));
+}
+
+// y = dropout(x), (map.rows, C); y may be x. The gradient of x is the same of dy.
+template <class T>
+static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
+    const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
+    dropout_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, mask, map, C);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores and asynchronous copies: the instructions, which dev/emu/emu.h has twins of
+
+#ifndef CUDA_EMU
+__device__ static unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// d = a b + c: a is 16 x 16, b 16 x 8, c and d 16 x 8 floats. Lane l has of c and d the elements (l / 4, 2 (l % 4)) and
+// the next, and the same 8 rows further down; of a those of its left half, then those of its right half, as pairs; of b
+// (2 (l % 4), l / 4) and the one below, and the same 8 rows further down.
+#define MMA(name, type)                                                                                           \
+    __device__ static void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                             \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
+                       "f"(c[2]), "f"(c[3]));                                                                     \
+    }
+MMA(mma_bf16, "bf16")
+MMA(mma_f16, "f16")
+
+// Four matrices of 8 x 8 numbers of 16 bits: lane l has the address of row l % 8 of matrix l / 8 and receives of each
+// the elements (l / 4, 2 (l % 4)) and the next; with _trans, of each matrix transposed.
+#define LDMATRIX(name, trans)                                                                 \
+    __device__ static void name(uint32_t(&d)[4], const void *row) {                           \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
+    }
+LDMATRIX(ldmatrix_x4, "")
+LDMATRIX(ldmatrix_x4_trans, ".trans")
+
+// 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them, then zeros.
+__device__ static void cp_async_16(void *shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+__device__ static void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending_groups>
+__device__ static void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
+}
+#endif
+
+template <class T>
+__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    if constexpr (std::is_same<T, __half>::value)
+        mma_f16(sum, a, b, sum);
+    else
+        mma_bf16(sum, a, b, sum);
+}
+
+// Two floats as a pair of T, the first in the lower half.
+template <class T>
+__device__ static inline uint32_t pair(float first, float second) {
+    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
+    uint32_t bits;
+    memcpy(&bits, (const void *)numbers, sizeof bits);
+    return bits;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention (train_detr.c has the formula and what it is named after). A block has 64 rows of a head of an image, 16 a
+// warp, and goes through the rows of the other side, queries against keys: these come by asynchronous copies, one tile
+// ahead; products and sums are in registers, in the layout that mma gives them, and the probabilities of one product
+// are the operand of the next as they are. With T float there is no such instruction: the same elements are summed one
+// by one.
+
+enum { PART_ROWS = 64, ATTENTION_THREADS = 128 };
+
+template <class T>
+struct AttentionParams {
+    T *out;                // (queries.rows, C): written
+    float *lse;            // (heads, queries.rows): written, as attention_forward() has it
+    const T *q, *k, *v;    // (queries.rows, C), (keys.rows, C): a head has C / heads adjacent channels
+    Ragged queries, keys;  // of the same images
+    Mask mask;             // element (head * Tq + query) * Tk + key of an image with Tq queries and Tk keys
+    int C, heads;
+    // the way back, which reads all of the above
+    const T *dout;
+    T *dq, *dk, *dv;  // written, as operands
+    float *dots;      // (heads, queries.rows): room
+};
+
+// Blocks that the rows of a batch's images make; segments: host.
+static int attention_parts(const Segment *segments, int count) {
+    int sum = 0;
+    for (int i = 0; i < count; i++)
+        sum += (int)divide_up((size_t)segments[i].height * (size_t)segments[i].width, PART_ROWS);
+    return sum;
+}
+
+// Which of the elements element .. element + COUNT - 1 dropout keeps, a bit each, COUNT 32 or 64; the four lanes of a
+// quad ask together, for the same elements, and each makes a quarter of the words.
+template <int COUNT>
+__device__ static inline uint64_t quad_keeps(Mask mask, int image, uint64_t element) {
+    constexpr int turns = COUNT / 16;
+    const int quarter = (int)threadIdx.x % 4, shift = (int)(element % 4);
+    uint64_t low = 0, high = 0;
+#pragma unroll
+    for (int i = 0; i <= turns; i++) {  // what does not begin with a group of four ends in another one
+        if (i == turns && shift == 0) break;
+        uint32_t words[4];
+        mask_words(words, mask, image, element / 4 + 4 * i + (i < turns ? quarter : 0));
+        uint64_t bits = 0;
+        for (int j = 0; j < 4; j++) bits |= (uint64_t)(words[j] >= mask.threshold) << j;
+        if (i < turns)
+            low |= bits << (16 * i + 4 * quarter);
+        else
+            high = bits;
+    }
+    low |= __shfl_xor_sync(~0u, low, 1);
+    low |= __shfl_xor_sync(~0u, low, 2);
+    return shift ? low >> shift | high << (COUNT - shift) : low;
+}
+
+// The same for 16 elements, by one thread.
+__device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t element) {
+    const int shift = (int)(element % 4);
+    uint32_t keeps = 0;
+#pragma unroll
+    for (int i = 0; i < 5; i++) {
+        if (i == 4 && shift == 0) break;
+        uint32_t words[4];
+        mask_words(words, mask, image, element / 4 + i);
+        for (int j = 0; j < 4; j++) keeps |= (uint32_t)(words[j] >= mask.threshold) << (4 * i + j);
+    }
+    return keeps >> shift & 0xFFFF;
+}
+
+// Rows of two tensors that come to shared memory together: keys and values, or queries and gradients.
+template <class T, int D, int ROWS>
+struct Tile {
+    static constexpr int STRIDE = D + 16 / (int)sizeof(T);  // eight rows that lie in different banks
+    T first[ROWS][STRIDE], second[ROWS][STRIDE];
+};
+
+// Asks for the tile of a segment's rows from `from` on; those past its last are zero. first, second: (rows, C) at the
+// head's first channel.
+template <class T, int D, int ROWS>
+__device__ static inline void fetch_tile(Tile<T, D, ROWS> *to, const T *first, const T *second, Segment segment,
+                                         int from, int C) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    for (int i = (int)threadIdx.x; i < ROWS * D / PIECE; i += ATTENTION_THREADS) {
+        const int row = i / (D / PIECE), d = i % (D / PIECE) * PIECE;
+        const bool inside = from + row < segment.height * segment.width;
+        const size_t at = (size_t)(segment.first + (inside ? from + row : 0)) * C + d;
+        cp_async_16(&to->first[row][d], first + at, inside ? 16 : 0);
+        cp_async_16(&to->second[row][d], second + at, inside ? 16 : 0);
+    }
+}
+
+// Sixteen rows of D channels as a warp has them for products: a lane those at rows[0] and rows[1] that mma gives it.
+template <class T, int D>
+struct WarpRows {
+    const T *rows[2];
+    uint32_t fragment[D / 16][4];  // if T has 16 bits
+
+    // The segment's rows `from` and from + 8, or its first where there are no such: what comes of those is not used.
+    __device__ WarpRows(const T *x, Segment segment, int from, int C) {
+        const int count = segment.height * segment.width;
+        for (int i = 0; i < 2; i++)
+            rows[i] = x + (size_t)(segment.first + (from + 8 * i < count ? from + 8 * i : 0)) * C;
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    fragment[i][j] = *(const uint32_t *)(rows[j % 2] + 16 * i + j / 2 * 8 + threadIdx.x % 4 * 2);
+        }
+    }
+};
+
+// product (16, ROWS) = a (16, D) times the transpose of b (ROWS, D).
+template <class T, int D, int ROWS, int STRIDE>
+__device__ static inline void multiply_transposed(float (&product)[ROWS / 8][4], const WarpRows<T, D> &a,
+                                                  const T (&b)[ROWS][STRIDE]) {
+    const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++) {
+        for (int i = 0; i < 4; i++) product[j][i] = 0;
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int d = 0; d < D; d += 32) {
+                uint32_t columns[4];
+                ldmatrix_x4(columns, &b[8 * j + lane % 8][d + lane / 8 * 8]);
+                mma<T>(product[j], a.fragment[d / 16], columns[0], columns[1]);
+                mma<T>(product[j], a.fragment[d / 16 + 1], columns[2], columns[3]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll 4
+                for (int d = 0; d < D; d++) product[j][i] += a.rows[i / 2][d] * b[8 * j + lane % 4 * 2 + i % 2][d];
+        }
+    }
+}
+
+// sum (16, D) += a (16, ROWS), which multiply_transposed() made, rounded to T, times b (ROWS, D). scratch: the warp's,
+// if T is float.
+template <class T, int D, int ROWS, int STRIDE>
+__device__ static inline void multiply_add(float (&sum)[D / 8][4], const float (&a)[ROWS / 8][4],
+                                           const T (&b)[ROWS][STRIDE], float (*scratch)[ROWS]) {
+    const int lane = (int)threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; j++) {
+            const uint32_t fragment[4] = {pair<T>(a[2 * j][0], a[2 * j][1]), pair<T>(a[2 * j][2], a[2 * j][3]),
+                                          pair<T>(a[2 * j + 1][0], a[2 * j + 1][1]),
+                                          pair<T>(a[2 * j + 1][2], a[2 * j + 1][3])};
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                uint32_t rows[4];
+                ldmatrix_x4_trans(rows, &b[16 * j + lane % 16][d + lane / 16 * 8]);
+                mma<T>(sum[d / 8], fragment, rows[0], rows[1]);
+                mma<T>(sum[d / 8 + 1], fragment, rows[2], rows[3]);
+            }
+        }
+    } else {  // what a lane has is needed by its quad, for other channels
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scratch[lane / 4 + i / 2 * 8][8 * j + lane % 4 * 2 + i % 2] = a[j][i];
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll 4
+                for (int row = 0; row < ROWS; row++)
+                    sum[j][i] += scratch[lane / 4 + i / 2 * 8][row] * b[row][8 * j + lane % 4 * 2 + i % 2];
+        __syncwarp();
+    }
+}
+
+// Writes factor times a lane's part of row r (0: the upper) of what multiply_add() has summed; to: the row at the
+// head's first channel.
+template <class T, int D>
+__device__ static inline void store_row(T *to, const float (&sum)[D / 8][4], int r, float factor) {
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) to[8 * j + threadIdx.x % 4 * 2 + i] = to_type<T>(sum[j][2 * r + i] * factor);
+}
+
+// Turns the number of a block into that of its part of a segment, which is returned.
+__device__ static inline int find_part(int *block, Ragged map) {
+    *block = (int)blockIdx.x;
+    for (int image = 0;; image++) {
+        const int parts = (map.segments[image].height * map.segments[image].width + PART_ROWS - 1) / PART_ROWS;
+        if (*block < parts) return image;
+        *block -= parts;
+    }
+}
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.69314718055994531f
+
+template <class T, int D, int ROWS>
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionParams<T> p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;  // two
+    int part;
+    const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, first = part * PART_ROWS + 16 * warp + (int)threadIdx.x % 32 / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
+    const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
+    float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
+    cp_async_commit();
+    for (int key = 0; key < Tk; key += ROWS) {
+        Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float score[ROWS / 8][4];
+        multiply_transposed(score, q, now->first);
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                score[j][i] = key + 8 * j + column + i % 2 < Tk ? score[j][i] * factor : -INFINITY;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float top = highest[r];
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            const float shrink = exp2f(highest[r] - top);
+            highest[r] = top;
+            sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) out[j][2 * r] *= shrink, out[j][2 * r + 1] *= shrink;
+            uint64_t keep = 0;
+            if (p.mask.threshold)
+                keep = quad_keeps<ROWS>(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; i++) {
+                    score[j][i] = exp2f(score[j][i] - top);
+                    sum[r] += score[j][i];
+                    if (p.mask.threshold)
+                        score[j][i] = keep >> (8 * j + column + i % 2) & 1 ? score[j][i] * p.mask.scale : 0;
+                }
+            }
+        }
+        multiply_add<T, D>(out, score, now->second, scratch);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        const int query = first + 8 * r;
+        if (query >= Tq) continue;
+        const size_t row = (size_t)(of_queries.first + query);
+        store_row<T, D>(p.out + row * p.C + head * D, out, r, 1 / sum[r]);
+        if (column == 0) p.lse[(size_t)head * p.queries.rows + row] = (highest[r] + log2f(sum[r])) * LN2;
+    }
+}
+
+// Shared memory of attention's kernels: two tiles, and for floats the warps' scratch.
+template <class T, int D, int ROWS>
+static size_t attention_shared() {
+    return 2 * sizeof(Tile<T, D, ROWS>) + (sizeof(T) == 4 ? sizeof(float) * PART_ROWS * ROWS : 0);
+}
+
+template <class T, int D>
+static void launch_attention_forward(const AttentionParams<T> &p, int query_parts) {
+    constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
+    const dim3 grid((unsigned)query_parts, (unsigned)p.heads);
+    const size_t shared = attention_shared<T, D, ROWS>();
+    allow_shared(attention_forward_kernel<T, D, ROWS>, shared);
+    attention_forward_kernel<T, D, ROWS><<<grid, ATTENTION_THREADS, shared, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// attention_forward() without a prior, for every image. query_parts: attention_parts() of p.queries. Heads have 32 or
+// 64 channels.
+template <class T>
+static void gpu_attention_forward(const AttentionParams<T> &p, int query_parts) {
+    if (p.C / p.heads == 32)
+        launch_attention_forward<T, 32>(p, query_parts);
+    else
+        launch_attention_forward<T, 64>(p, query_parts);
+}
+
+// The way back. With P the probabilities, M dropout's factors, S the scores and D = sum over channels of dout * out:
+//   dv = (P M)^T dout,   dS = P (dout v^T M - D) / sqrt(head_dim),   dq = dS k,   dk = dS^T q.
+// P is made again from the scores and lse. Two kernels, so that every sum has one owner: a warp of the first has 16
+// queries and sums over the keys, a warp of the second has 16 keys and sums over the queries.
+
+// A warp has a row: D of its heads.
+template <class T>
+__global__ static void __launch_bounds__(THREADS) attention_dots_kernel(AttentionParams<T> p) {
+    const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (row >= p.queries.rows) return;
+    const int lanes = p.C / p.heads / 8;  // of a head: 4 or 8
+    for (int first = 0; first < p.C; first += 256) {
+        const int c = first + 8 * lane;
+        float sum = 0;
+        if (c < p.C) {
+            const Eight out = load8(p.out + (size_t)row * p.C + c), dout = load8(p.dout + (size_t)row * p.C + c);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += out.x[j] * dout.x[j];
+        }
+        for (int distance = 1; distance < lanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (c < p.C && lane % lanes == 0) p.dots[(size_t)(c / 8 / lanes) * p.queries.rows + row] = sum;
+    }
+}
+
+template <class T, int D, int ROWS>
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_queries_kernel(AttentionParams<T> p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
+    int part;
+    const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, first = part * PART_ROWS + 16 * warp + (int)threadIdx.x % 32 / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C), dout(p.dout + head * D, of_queries, first, p.C);
+    const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
+    float dq[D / 8][4] = {}, lse[2], dots[2];
+    for (int r = 0; r < 2; r++) {
+        const int query = first + 8 * r < Tq ? first + 8 * r : 0;
+        const size_t at = (size_t)head * p.queries.rows + of_queries.first + query;
+        lse[r] = p.lse[at] * LOG2E, dots[r] = p.dots[at];
+    }
+    fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
+    cp_async_commit();
+    for (int key = 0; key < Tk; key += ROWS) {
+        Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
+        if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        float score[ROWS / 8][4], dp[ROWS / 8][4];
+        multiply_transposed(score, q, now->first);
+        multiply_transposed(dp, dout, now->second);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            uint64_t keep = 0;
+            if (p.mask.threshold)
+                keep = quad_keeps<ROWS>(p.mask, of_queries.image, ((uint64_t)head * Tq + first + 8 * r) * Tk + key);
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; i++) {
+                    const bool inside = key + 8 * j + column + i % 2 < Tk;
+                    const float P = inside ? exp2f(score[j][i] * factor - lse[r]) : 0;
+                    if (p.mask.threshold) dp[j][i] = keep >> (8 * j + column + i % 2) & 1 ? dp[j][i] * p.mask.scale : 0;
+                    score[j][i] = P * (dp[j][i] - dots[r]) * scale;
+                }
+            }
+        }
+        multiply_add<T, D>(dq, score, now->first, scratch);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        if (first + 8 * r < Tq)
+            store_row<T, D>(p.dq + (size_t)(of_queries.first + first + 8 * r) * p.C + head * D, dq, r, 1);
+}
+
+template <class T, int D, int ROWS>
+__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_keys_kernel(AttentionParams<T> p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
+    int part;
+    const int image = find_part(&part, p.keys), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
+    const Segment of_queries = p.queries.segments[image], of_keys = p.keys.segments[image];
+    const int Tq = of_queries.height * of_queries.width, Tk = of_keys.height * of_keys.width;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int first_of_warp = part * PART_ROWS + 16 * warp, first = first_of_warp + lane / 4;
+    float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
+    const WarpRows<T, D> k(p.k + head * D, of_keys, first, p.C), v(p.v + head * D, of_keys, first, p.C);
+    const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
+    const float *lse = p.lse + (size_t)head * p.queries.rows + of_queries.first;
+    const float *dots = p.dots + (size_t)head * p.queries.rows + of_queries.first;
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    fetch_tile(&stages[0], p.q + head * D, p.dout + head * D, of_queries, 0, p.C);
+    cp_async_commit();
+    for (int query = 0; query < Tq; query += ROWS) {
+        Tile<T, D, ROWS> *now = &stages[query / ROWS % 2], *next = &stages[(query / ROWS + 1) % 2];
+        if (query + ROWS < Tq) fetch_tile(next, p.q + head * D, p.dout + head * D, of_queries, query + ROWS, p.C);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        uint32_t keeps = 0;  // of the query `query + lane`, the warp's 16 keys
+        static_assert(ROWS == 32, "a lane has a query's words");
+        if (p.mask.threshold)
+            keeps = thread_keeps(p.mask, of_queries.image, ((uint64_t)head * Tq + query + lane) * Tk + first_of_warp);
+        float score[ROWS / 8][4], dp[ROWS / 8][4];
+        multiply_transposed(score, k, now->first);
+        multiply_transposed(dp, v, now->second);
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int i = 8 * j + column + c, inside = query + i < Tq;
+                const float base = inside ? lse[query + i] * LOG2E : 0, dot = inside ? dots[query + i] : 0;
+                const uint32_t keep = __shfl_sync(~0u, keeps, i);
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float *s = &score[j][2 * r + c], *d = &dp[j][2 * r + c];
+                    const float P = inside ? exp2f(*s * factor - base) : 0;
+                    const float M = !p.mask.threshold ? 1 : keep >> (lane / 4 + 8 * r) & 1 ? p.mask.scale : 0;
+                    *s = P * M;
+                    *d = P * (*d * M - dot) * scale;
+                }
+            }
+        }
+        multiply_add<T, D>(dv, score, now->second, scratch);
+        multiply_add<T, D>(dk, dp, now->first, scratch);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        if (first + 8 * r >= Tk) continue;
+        const size_t at = (size_t)(of_keys.first + first + 8 * r) * p.C + head * D;
+        store_row<T, D>(p.dk + at, dk, r, 1);
+        store_row<T, D>(p.dv + at, dv, r, 1);
+    }
+}
+
+template <class T, int D>
+static void launch_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
+    const dim3 of_queries((unsigned)query_parts, (unsigned)p.heads), of_keys((unsigned)key_parts, (unsigned)p.heads);
+    const size_t shared = attention_shared<T, D, 32>();
+    attention_dots_kernel<T><<<blocks((size_t)p.queries.rows, WARPS), THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+    allow_shared(attention_backward_queries_kernel<T, D, 32>, shared);
+    attention_backward_queries_kernel<T, D, 32><<<of_queries, ATTENTION_THREADS, shared, stream>>>(p);
+    CUDA(cudaGetLastError());
+    allow_shared(attention_backward_keys_kernel<T, D, 32>, shared);
+    attention_backward_keys_kernel<T, D, 32><<<of_keys, ATTENTION_THREADS, shared, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// attention_backward() without a prior, for every image; dq, dk and dv are written. key_parts: attention_parts() of
+// p.keys.
+template <class T>
+static void gpu_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
+    if (p.C / p.heads == 32)
+        launch_attention_backward<T, 32>(p, query_parts, key_parts);
+    else
+        launch_attention_backward<T, 64>(p, query_parts, key_parts);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layer norm, with what stands around it in a transformer: sum = residual + dropout(x), y = norm(sum). A warp has a row
+// and keeps it in registers, PIECES times 8 channels a lane.
+
+enum { MAX_PIECES = 4, MAX_NORM_CHANNELS = 256 * MAX_PIECES };
+
+template <class T>
+struct NormForward {
+    float *sum, *y, *mean, *rstd;  // written: (rows, C), (rows, C), (rows), (rows)
+    T *operand;                    // y rounded, or NULL
+    const float *x, *residual;     // x NULL: sum is not written, it is residual
+    const float *weight, *bias;    // (C)
+    Mask mask;
+    Ragged map;
+    int C;
+};
+
+template <class T, int PIECES>
+__global__ static void __launch_bounds__(THREADS) norm_forward_kernel(NormForward<T> p) {
+    const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (row >= p.map.rows) return;
+    Segment segment = {};
+    if (p.mask.threshold) segment = p.map.segments[find_segment(p.map, row)];
+    Eight value[PIECES];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int c = (32 * i + lane) * 8;
+        const size_t at = (size_t)row * p.C + c;
+        value[i] = Eight();
+        if (c >= p.C) continue;
+        value[i] = load8(p.residual + at);
+        if (p.x) {
+            Eight x = load8(p.x + at);
+            if (p.mask.threshold) x = dropout8(x, p.mask, segment.image, (uint64_t)(row - segment.first) * p.C + c);
+#pragma unroll
+            for (int j = 0; j < 8; j++) value[i].x[j] += x.x[j];
+            store8(p.sum + at, value[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += value[i].x[j];
+    }
+    const float mean = warp_sum(sum) / p.C;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float offset = (32 * i + lane) * 8 < p.C ? value[i].x[j] - mean : 0;
+            squares += offset * offset;
+        }
+    }
+    const float rstd = 1 / sqrtf(warp_sum(squares) / p.C + 1e-5f);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int c = (32 * i + lane) * 8;
+        if (c >= p.C) continue;
+        const Eight weight = load8(p.weight + c), bias = load8(p.bias + c);
+#pragma unroll
+        for (int j = 0; j < 8; j++) value[i].x[j] = (value[i].x[j] - mean) * rstd * weight.x[j] + bias.x[j];
+        store8(p.y + (size_t)row * p.C + c, value[i]);
+        if (p.operand) store8(p.operand + (size_t)row * p.C + c, value[i]);
+    }
+    if (lane == 0) p.mean[row] = mean, p.rstd[row] = rstd;
+}
+
+template <class T>
+static void gpu_norm_forward(const NormForward<T> &p) {
+    const unsigned grid = blocks((size_t)p.map.rows, WARPS);
+    if (p.C <= 256)
+        norm_forward_kernel<T, 1><<<grid, THREADS, 0, stream>>>(p);
+    else
+        norm_forward_kernel<T, MAX_PIECES><<<grid, THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+template <class T>
+struct NormBackward {
+    float *dsum;             // written: (rows, C), the gradient of sum and of residual
+    T *dx;                   // written, or NULL: that of x, dropout(dsum), as an operand
+    float *dweight, *dbias;  // (C), added to; NULL if the norm is frozen
+    float *partials;         // (divide_up(rows, CHUNK_ROWS), 2, C)
+    const float *dy, *sum, *mean, *rstd, *weight;
+    Mask mask;
+    Ragged map;
+    int C;
+};
+
+template <class T, int PIECES>
+__global__ static void __launch_bounds__(THREADS, PIECES == 1 ? 2 : 1) norm_backward_kernel(NormBackward<T> p) {
+    __shared__ float totals[2][256 * PIECES];
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, first = (int)blockIdx.x * CHUNK_ROWS;
+    Eight weight[PIECES], of_weight[PIECES], of_bias[PIECES];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int c = (32 * i + lane) * 8;
+        weight[i] = c < p.C ? load8(p.weight + c) : Eight();
+        of_weight[i] = of_bias[i] = Eight();
+    }
+    for (int row = first + warp; row < p.map.rows && row < first + CHUNK_ROWS; row += WARPS) {
+        const float mean = p.mean[row], rstd = p.rstd[row];
+        Eight g[PIECES], n[PIECES];  // dy weight, (sum - mean) rstd
+        float sum_g = 0, sum_gn = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int c = (32 * i + lane) * 8;
+            g[i] = n[i] = Eight();
+            if (c >= p.C) continue;
+            const Eight dy = load8(p.dy + (size_t)row * p.C + c), sum = load8(p.sum + (size_t)row * p.C + c);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                n[i].x[j] = (sum.x[j] - mean) * rstd;
+                g[i].x[j] = dy.x[j] * weight[i].x[j];
+                sum_g += g[i].x[j];
+                sum_gn += g[i].x[j] * n[i].x[j];
+                of_bias[i].x[j] += dy.x[j];
+                of_weight[i].x[j] += dy.x[j] * n[i].x[j];
+            }
+        }
+        const float mean_g = warp_sum(sum_g) / p.C;
+        const float mean_gn = warp_sum(sum_gn) / p.C;
+        Segment segment = {};
+        if (p.mask.threshold) segment = p.map.segments[find_segment(p.map, row)];
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int c = (32 * i + lane) * 8;
+            if (c >= p.C) continue;
+            Eight dsum;
+#pragma unroll
+            for (int j = 0; j < 8; j++) dsum.x[j] = rstd * (g[i].x[j] - mean_g - n[i].x[j] * mean_gn);
+            store8(p.dsum + (size_t)row * p.C + c, dsum);
+            if (!p.dx) continue;
+            if (p.mask.threshold)
+                dsum = dropout8(dsum, p.mask, segment.image, (uint64_t)(row - segment.first) * p.C + c);
+            store8(p.dx + (size_t)row * p.C + c, dsum);
+        }
+    }
+    if (!p.dweight) return;
+    for (int turn = 0; turn < WARPS; turn++) {  // one warp after another adds what it has
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int c = (32 * i + lane) * 8 + j;
+                if (warp != turn) continue;
+                totals[0][c] = (turn ? totals[0][c] : 0) + of_weight[i].x[j];
+                totals[1][c] = (turn ? totals[1][c] : 0) + of_bias[i].x[j];
+            }
+        }
+        __syncthreads();
+    }
+    for (int c = (int)threadIdx.x; c < p.C; c += THREADS) {
+        p.partials[((size_t)blockIdx.x * 2 + 0) * p.C + c] = totals[0][c];
+        p.partials[((size_t)blockIdx.x * 2 + 1) * p.C + c] = totals[1][c];
+    }
+}
+
+// The mathematics are layernorm_backward()'s.
+template <class T>
+static void gpu_norm_backward(const NormBackward<T> &p) {
+    const unsigned grid = blocks((size_t)p.map.rows, CHUNK_ROWS);
+    if (p.C <= 256)
+        norm_backward_kernel<T, 1><<<grid, THREADS, 0, stream>>>(p);
+    else
+        norm_backward_kernel<T, MAX_PIECES><<<grid, THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+    if (p.dweight) gpu_add_partials(p.dweight, p.dbias, p.partials, (int)grid, p.C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set loss. All decoder layers of all images are done at once. A query is a row of logits and boxes, in the order
+// (layer, image, query). The mathematics are the CPU's own functions in double, and sums over classes are in their
+// order, so costs, matches and gradients are the CPU's bits wherever exp() and log() are.
+
+enum { SUM_CE, SUM_BBOX, SUM_GIOU, SUM_CARDINALITY, SUM_MATCHED, SUM_RIGHT, LOSS_SUMS };  // see Losses
+enum { SAYS_OBJECT = 1, IS_MATCHED = 2, IS_RIGHT = 4 };                                   // bits of a query's answer
+
+typedef struct {
+    int layers, images, Q, classes, num_labels, focal;  // classes: num_logits()
+    int num_targets, most_targets;                      // of all images, of the image that has most
+    LossSettings settings;
+    LossDivisors divisors;
+    // read: targets of all images side by side, first_target (images + 1)
+    const double *target_boxes;                // (num_targets, 4)
+    const int *target_classes, *first_target;  // (num_targets)
+    const float *logits, *boxes;               // (rows, classes), (rows, 4)
+    // written
+    double *costs;                 // (layers, num_targets, Q)
+    int *match;                    // (rows): as in match_queries()
+    float *dlogits, *dbox_logits;  // (rows, classes), (rows, 4): the latter through the boxes' sigmoid
+    double *terms;                 // (rows, 3): unweighted losses of a query
+    unsigned char *answers;        // (rows)
+    double *sums;                  // (layers, LOSS_SUMS), added to
+} SetLoss;
+
+__global__ static void __launch_bounds__(THREADS) sigmoid_kernel(float *y, const float *x, size_t count) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) y[i] = (float)(1 / (1 + exp(-(double)x[i])));
+}
+
+// y = sigmoid(x), (count): boxes from what the box head says. The way back is in set_loss_kernel.
+static void gpu_sigmoid(float *y, const float *x, size_t count) {
+    sigmoid_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(y, x, count);
+    CUDA(cudaGetLastError());
+}
+
+// softmax_row() by a warp. probabilities: (classes), shared memory of the warp.
+__device__ static double warp_softmax(double *probabilities, const float *logits, int classes) {
+    const int lane = (int)threadIdx.x % 32;
+    float highest = logits[0];
+    for (int c = lane; c < classes; c += 32) highest = logits[c] > highest ? logits[c] : highest;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const float other = __shfl_xor_sync(~0u, highest, distance);
+        highest = other > highest ? other : highest;
+    }
+    for (int c = lane; c < classes; c += 32) probabilities[c] = exp((double)logits[c] - (double)highest);
+    __syncwarp();
+    double sum = 0;
+    for (int c = 0; c < classes; c++) sum += probabilities[c];
+    __syncwarp();
+    for (int c = lane; c < classes; c += 32) probabilities[c] /= sum;
+    __syncwarp();
+    return (double)highest + log(sum);
+}
+
+__global__ static void __launch_bounds__(THREADS) match_costs_kernel(SetLoss p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (row >= p.layers * p.images * p.Q) return;
+    const int layer = row / (p.images * p.Q), image = row / p.Q % p.images, q = row % p.Q;
+    const int first = p.first_target[image], count = p.first_target[image + 1] - first;
+    double *probabilities = (double *)smem + threadIdx.x / 32 * p.classes;
+    const float *logits = p.logits + (size_t)row * p.classes;
+    if (!p.focal) warp_softmax(probabilities, logits, p.classes);
+    double box[4];
+    for (int i = 0; i < 4; i++) box[i] = (double)p.boxes[4 * (size_t)row + i];
+    for (int t = lane; t < count; t += 32) {
+        const double *target = p.target_boxes + 4 * (first + t);
+        const int c = p.target_classes[first + t];
+        const double of_class = p.focal
+                                    ? focal_loss((double)logits[c], 1, NULL) - focal_loss((double)logits[c], 0, NULL)
+                                    : -probabilities[c];
+        double distance = 0;
+        for (int i = 0; i < 4; i++) distance += fabs(box[i] - target[i]);
+        p.costs[((size_t)layer * p.num_targets + first + t) * p.Q + q] =
+            p.settings.cost_bbox * distance + p.settings.cost_class * of_class -
+            p.settings.cost_giou * generalized_iou(box, target, NULL);
+    }
+}
+
+// A warp has one problem and does what assign() does, its lanes over the columns.
+__global__ static void __launch_bounds__(32) match_kernel(SetLoss p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    const int lane = (int)threadIdx.x, layer = (int)blockIdx.x / p.images, image = (int)blockIdx.x % p.images;
+    const int first = p.first_target[image], N = p.first_target[image + 1] - first, Q = p.Q;
+    const int T = (layer < p.layers / 2 ? p.settings.aux_matches : 1) * N;
+    const bool transposed = T > Q;
+    const int rows = transposed ? Q : T, columns = transposed ? T : Q;
+    const double *cost = p.costs + ((size_t)layer * p.num_targets + first) * Q;
+    double *u = (double *)smem, *v = u + rows, *shortest = v + columns;
+    int *row_of_column = (int *)(shortest + columns), *before = row_of_column + columns, *done = before + columns,
+        *column_of_row = done + columns;
+    int *match = p.match + (size_t)blockIdx.x * Q;
+    for (int q = lane; q < Q; q += 32) match[q] = -1;
+    for (int i = lane; i < rows; i += 32) u[i] = 0;
+    for (int j = lane; j < columns; j += 32) v[j] = 0, row_of_column[j] = -1;
+    for (int start = 0; start < rows; start++) {
+        for (int j = lane; j < columns; j += 32) shortest[j] = INFINITY, done[j] = 0, before[j] = start;
+        __syncwarp();
+        int row = start, sink = -1;
+        double length = 0;
+        while (sink < 0) {
+            int nearest = -1;
+            double least = INFINITY;
+            for (int j = lane; j < columns; j += 32) {
+                if (done[j]) continue;
+                const double c = transposed ? cost[(size_t)(j % N) * Q + row] : cost[(size_t)(row % N) * Q + j];
+                const double path = length + (isfinite(c) && fabs(c) < 1e12 ? c : 1e12) - u[row] - v[j];
+                if (path < shortest[j]) shortest[j] = path, before[j] = row;
+                if (nearest < 0 || shortest[j] < least) nearest = j, least = shortest[j];
+            }
+#pragma unroll
+            for (int distance = 16; distance > 0; distance /= 2) {  // of equal ones the first column
+                const double other = __shfl_xor_sync(~0u, least, distance);
+                const int column = __shfl_xor_sync(~0u, nearest, distance);
+                if (column < 0 || (nearest >= 0 && (other > least || (other == least && column > nearest)))) continue;
+                least = other, nearest = column;
+            }
+            length = least;
+            if (nearest % 32 == lane) done[nearest] = 1;
+            row = row_of_column[nearest];
+            if (row < 0) sink = nearest;
+        }
+        __syncwarp();
+        for (int j = lane; j < columns; j += 32) {
+            if (!done[j] || j == sink) continue;
+            u[row_of_column[j]] += length - shortest[j];
+            v[j] -= length - shortest[j];
+        }
+        __syncwarp();
+        if (lane == 0) {
+            u[start] += length;
+            column_of_row[start] = -1;
+            for (int j = sink; j >= 0;) {
+                row = before[j];
+                const int left = column_of_row[row];
+                row_of_column[j] = row;
+                column_of_row[row] = j;
+                j = left;
+            }
+        }
+        __syncwarp();
+    }
+    for (int i = lane; i < rows; i += 32) {
+        if (transposed)
+            match[i] = column_of_row[i] % N;
+        else
+            match[column_of_row[i]] = i % N;
+    }
+}
+
+// match_queries() for every image and layer.
+static void gpu_match(const SetLoss &p) {
+    const size_t rows = (size_t)(p.layers * p.images * p.Q), most = (size_t)(p.settings.aux_matches * p.most_targets);
+    const size_t Q = (size_t)p.Q, columns = most > Q ? most : Q;
+    const size_t of_costs = WARPS * (size_t)p.classes * sizeof(double);
+    const size_t of_match = (Q + 2 * columns) * sizeof(double) + (Q + 3 * columns) * sizeof(int);
+    allow_shared(match_costs_kernel, of_costs);
+    match_costs_kernel<<<blocks(rows, WARPS), THREADS, of_costs, stream>>>(p);
+    CUDA(cudaGetLastError());
+    allow_shared(match_kernel, of_match);
+    match_kernel<<<(unsigned)(p.layers * p.images), 32, of_match, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// class_loss() and layer_loss() of one query by a warp.
+__global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (row >= p.layers * p.images * p.Q) return;
+    const int layer = row / (p.images * p.Q), image = row / p.Q % p.images, many = layer < p.layers / 2;
+    const int first = p.first_target[image], target = p.match[row];
+    const int label = target >= 0 ? p.target_classes[first + target] : p.num_labels;
+    const double weight = layer == p.layers - 1 || p.settings.aux_loss ? 1 : 0;
+    const double class_weight = weight * p.settings.class_loss_coef, num_boxes = fmax(p.divisors.boxes[many], 1.0);
+    double *of_class = (double *)smem + threadIdx.x / 32 * p.classes, loss;
+    const float *z = p.logits + (size_t)row * p.classes;
+    float *dz = p.dlogits + (size_t)row * p.classes;
+    if (p.focal) {
+        for (int c = lane; c < p.classes; c += 32) {
+            double derivative;
+            of_class[c] = focal_loss((double)z[c], c == label, &derivative);
+            dz[c] = (float)(class_weight * derivative / num_boxes);
+        }
+        __syncwarp();
+        loss = 0;
+        for (int c = 0; c < p.classes; c++) loss += of_class[c];
+        loss /= num_boxes;
+    } else {
+        const double log_sum = warp_softmax(of_class, z, p.classes);
+        const double w = (label < p.num_labels ? 1 : p.settings.eos_coef) / p.divisors.weights[many];
+        for (int c = lane; c < p.classes; c += 32) dz[c] = (float)(class_weight * w * (of_class[c] - (c == label)));
+        loss = w * (log_sum - (double)z[label]);
+    }
+    int best = -1;
+    float highest = 0;
+    for (int c = lane; c < p.classes; c += 32)
+        if (best < 0 || z[c] > highest) best = c, highest = z[c];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {  // of equal ones the first class
+        const float other = __shfl_xor_sync(~0u, highest, distance);
+        const int c = __shfl_xor_sync(~0u, best, distance);
+        if (c < 0 || (best >= 0 && (other < highest || (other == highest && c > best)))) continue;
+        highest = other, best = c;
+    }
+    if (lane > 0) return;
+    double *terms = p.terms + 3 * (size_t)row, dbox[4] = {0, 0, 0, 0};
+    terms[0] = loss, terms[1] = terms[2] = 0;
+    p.answers[row] = (unsigned char)((p.focal ? highest > 0 : best != p.num_labels) ? SAYS_OBJECT : 0);
+    if (target >= 0) {
+        double box[4], dgiou[4];
+        for (int i = 0; i < 4; i++) box[i] = (double)p.boxes[4 * (size_t)row + i];
+        const double *t = p.target_boxes + 4 * (first + target);
+        terms[2] = (1 - generalized_iou(box, t, dgiou)) / num_boxes;
+        for (int i = 0; i < 4; i++) {
+            const double difference = box[i] - t[i], sign = (difference > 0) - (difference < 0);
+            terms[1] += fabs(difference) / num_boxes;
+            dbox[i] = weight * (p.settings.bbox_loss_coef * sign - p.settings.giou_loss_coef * dgiou[i]) / num_boxes;
+        }
+        p.answers[row] |= IS_MATCHED | (best == label ? IS_RIGHT : 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        const float b = p.boxes[4 * (size_t)row + i];
+        p.dbox_logits[4 * (size_t)row + i] = (float)dbox[i] * (b * (1 - b));
+    }
+}
+
+// A block sums what the queries of a decoder layer have.
+__global__ static void __launch_bounds__(THREADS) loss_sums_kernel(SetLoss p) {
+    __shared__ double shared[WARPS];
+    const int rows = p.images * p.Q, first = (int)blockIdx.x * rows;
+    double sums[LOSS_SUMS] = {};
+    for (int i = (int)threadIdx.x; i < rows; i += THREADS) {
+        for (int term = 0; term < 3; term++) sums[term] += p.terms[3 * (size_t)(first + i) + term];
+        sums[SUM_MATCHED] += (p.answers[first + i] & IS_MATCHED) != 0;
+        sums[SUM_RIGHT] += (p.answers[first + i] & IS_RIGHT) != 0;
+    }
+    for (int image = (int)threadIdx.x; image < p.images; image += THREADS) {
+        int objects = 0;
+        for (int q = 0; q < p.Q; q++) objects += p.answers[first + image * p.Q + q] & SAYS_OBJECT;
+        sums[SUM_CARDINALITY] += abs(objects - (p.first_target[image + 1] - p.first_target[image])) / p.divisors.images;
+    }
+    for (int i = 0; i < LOSS_SUMS; i++) {
+        const double sum = block_sum(sums[i], shared);
+        if (threadIdx.x == 0) p.sums[blockIdx.x * LOSS_SUMS + i] += sum;
+    }
+}
+
+// Losses and gradients from the matches, as layer_loss() has them, for every image and layer.
+static void gpu_set_loss(const SetLoss &p) {
+    const size_t rows = (size_t)(p.layers * p.images * p.Q), shared = WARPS * (size_t)p.classes * sizeof(double);
+    allow_shared(set_loss_kernel, shared);
+    set_loss_kernel<<<blocks(rows, WARPS), THREADS, shared, stream>>>(p);
+    CUDA(cudaGetLastError());
+    loss_sums_kernel<<<(unsigned)p.layers, THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimizer. The host does not wait for the gradient's norm: what depends on it is decided on the device.
+
+__global__ static void __launch_bounds__(THREADS)
+    gradient_norm_kernel(double *partials, const float *grad, size_t count) {
+    __shared__ double shared[WARPS];
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < NORM_CHUNKS * PARAM_CHUNK / (8 * THREADS); i++) {
+        const size_t at =
+            (((size_t)blockIdx.x * (NORM_CHUNKS * PARAM_CHUNK / (8 * THREADS)) + i) * THREADS + threadIdx.x) * 8;
+        if (at >= count) continue;
+        const Eight g = load8(grad + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += (double)g.x[j] * (double)g.x[j];
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    gradient_norm_finish_kernel(double *norm, const double *partials, int count) {
+    __shared__ double shared[WARPS];
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < count; i += THREADS) sum += partials[i];
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) *norm = sqrt(sum);
+}
+
+// d->grad_norm = the norm of all gradients together.
+static void gpu_gradient_norm(const DeviceParams *d) {
+    const unsigned count = blocks(d->trained, NORM_CHUNKS * PARAM_CHUNK);
+    gradient_norm_kernel<<<count, THREADS, 0, stream>>>(d->norm_partials, d->grad, d->trained);
+    CUDA(cudaGetLastError());
+    gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count);
+    CUDA(cudaGetLastError());
+}
+
+// The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
+typedef struct {
+    float decay[2], rate[2], root, share;
+    double clip_max_norm;
+} AdamwStep;
+
+template <class T>
+__global__ static void __launch_bounds__(PARAM_CHUNK / 8)
+    adamw_kernel(float *value, float *exp_avg, float *exp_avg_sq, float *ema, T *operand, const float *grad,
+                 const unsigned char *kinds, const double *grad_norm, AdamwStep step) {
+    const double norm = *grad_norm;
+    if (!isfinite(norm)) return;
+    const float clip = step.clip_max_norm > 0 ? (float)fmin(1.0, step.clip_max_norm / (norm + 1e-6)) : 1;
+    const int kind = kinds[blockIdx.x];
+    const float decay = kind & KIND_BACKBONE ? step.decay[1] : step.decay[0];
+    const float rate = kind & KIND_BACKBONE ? step.rate[1] : step.rate[0];
+    const float beta1 = (float)0.9, beta2 = (float)0.999, rest1 = (float)(1 - 0.9), rest2 = (float)(1 - 0.999);
+    const size_t at = (size_t)blockIdx.x * PARAM_CHUNK + 8 * threadIdx.x;
+    const Eight gradient = load8(grad + at);
+    Eight x = load8(value + at), m = load8(exp_avg + at), v = load8(exp_avg_sq + at);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float g = gradient.x[j] * clip;
+        m.x[j] = beta1 * m.x[j] + rest1 * g;
+        v.x[j] = beta2 * v.x[j] + rest2 * g * g;
+        x.x[j] = x.x[j] * decay - rate * m.x[j] / (sqrtf(v.x[j]) * step.root + (float)1e-8);
+    }
+    store8(exp_avg + at, m);
+    store8(exp_avg_sq + at, v);
+    store8(value + at, x);
+    if (ema) {
+        Eight average = load8(ema + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) average.x[j] += step.share * (x.x[j] - average.x[j]);
+        store8(ema + at, average);
+    }
+    if (!(kind & KIND_FOLDED)) store8(operand + at, x);
+}
+
+// optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes. A block does a chunk.
+// Afterwards the operands are those of the new values.
+template <class T>
+static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
+    AdamwStep s;
+    const double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
+    for (int group = 0; group < 2; group++) {
+        const double lr = group ? settings->lr_backbone : settings->lr;
+        s.decay[group] = (float)(1 - lr * settings->weight_decay), s.rate[group] = (float)(lr / correction1);
+    }
+    s.root = (float)(1 / sqrt(correction2));
+    s.share = (float)(1 - fmin(settings->ema_decay, (double)step / ((double)step + 9)));
+    s.clip_max_norm = settings->clip_max_norm;
+    adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
+        d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->grad_norm, s);
+    CUDA(cudaGetLastError());
+    gpu_fold<T>(d);
+}
