@@ -154,9 +154,12 @@ static void test_coco_by_hand(void) {
     eval_detection(eval, 0, 0, 0, 0, 100, 90, 0.5);
     eval_check_ap(eval, 0.9, 1, 0.9, "IoU 0.9");
 
-    // The curve, two truths. False, true: recall 0 takes the first box, from 0.01 to 0.5 both; 1 is not reached.
+    // The curve, two truths. In a crowd, false, true: the first is ignored, recall 0 takes the false box, from 0.01 to
+    // 0.5 both; 1 is not reached.
     eval_truth(eval, 0, 0, 0, 0, 50, 50, 0);
     eval_truth(eval, 0, 0, 100, 0, 50, 50, 0);
+    eval_truth(eval, 0, 0, 300, 300, 50, 50, EVAL_CROWD);
+    eval_detection(eval, 0, 0, 310, 310, 20, 20, 0.95);
     eval_detection(eval, 0, 0, 200, 0, 50, 50, 0.9);
     eval_detection(eval, 0, 0, 0, 0, 50, 50, 0.8);
     coco_evaluate(&scores, eval->truths, eval->num_truths, eval->detections, eval->num_detections, 2);
