@@ -126,7 +126,7 @@ $(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEV
 	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
 endif
 
-$(B)/test_detr $(foreach level,$(LEVELS),$(B)/test_detr-$(level).o): data/make_shapes.c
+$(if $(LEVELS),$(foreach level,$(LEVELS),$(B)/test_detr-$(level).o),$(B)/test_detr): data/make_shapes.c
 
 # Contractions would give other processors other pictures.
 $(B)/make_shapes: data/make_shapes.c $(HEADERS) $(B)/flags | build/libraries

@@ -2180,7 +2180,7 @@ INLINE void attention_sum_keys(real *sums, const real *rows, const real *weights
                                const AttentionPlan *plan, int wide, int half) {
     if (half && plan->amx) {
         for (int d = 0; keep && d < plan->head_dim; d++) {
-            for (int j = 0; j < AMX_TILE; j += LANES) {
+            for (int j = 0; j < wide * LANES; j += LANES) {
                 real *sum = sums + d * Q_BLOCK + j;
                 vec_store(sum, vec_load(sum) * vec_load(keep + j));
             }

@@ -593,7 +593,7 @@ static void test_report(const char *folder) {
     report_picture_read(&shown[0], picture);
     report_picture_read(&shown[1], "/nowhere/a.png");
     check(shown[0].width == 1280 && shown[0].height == 960 && !shown[1].jpeg, "report: the pictures are read");
-    Image small = image_new(0, 0);
+    Image small = {0, 0, NULL};
     check(shown[0].jpeg && image_decode(shown[0].jpeg, shown[0].jpeg_size, "small", &small, &error) == 0 &&
               small.width == REPORT_PICTURE_SIDE && small.height == 3 * REPORT_PICTURE_SIDE / 4,
           "report: the picture is %d x %d on the page", small.width, small.height);
