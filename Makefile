@@ -338,8 +338,8 @@ SHAPES ?= out/shapes
 demo-shapes: install-deps
 	@$(MAKE) --no-print-directory train_detr make_shapes
 	@[ -d $(SHAPES)/annotations ] || ./make_shapes $(SHAPES)
-	@dev/demo.sh $(DEMO_SHAPES) $(SHAPES) train val --vflip --short_side 192 --max_size 192 --num_queries 50 \
-		--epochs 9 --eval_every 3 $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO_SHAPES) $(SHAPES) train val --vflip --scales 0 --short_side 192 --max_size 192 \
+		--num_queries 50 --epochs 9 --eval_every 3 $(DEMO_FLAGS)
 
 install-deps:
 	@$(EXPORTED) dev/install.sh
