@@ -195,7 +195,7 @@ static void test_pixels_to() {
     pixel_table(table.host);
     table.upload();
     Image image = {batch.map.rows, 1, bytes.host};
-    normalise_pixels(expected, &image);
+    normalise_pixels(expected, &image, 0);
     gpu_pixels(y.device, bytes.device, table.device, count);
     check(different(y.download(), expected, count) == 0, "pixels to %s", type_name<T>());
     free(expected);

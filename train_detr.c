@@ -217,6 +217,7 @@ enum {
     AMX_GROUPS = 8,         // AMX: tiles of rows that are copied at a time,
     AMX_COPY = 256 << 10,   // and their units: with the panel in use they stay in the L2 cache
     AMX_WEIGHT_ROWS = 256,  // backward weight by AMX: a piece of dw, out channels
+    AMX_PIXELS = 256,       // and the pairs of pixels that are summed in registers
     AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
 };
 
@@ -273,6 +274,7 @@ typedef uint16_t bf16;
 typedef float fvec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES)));  // the number with the even k in the lower half
 typedef uint32_t pair_memory __attribute__((aligned(2), may_alias));
+typedef uint32_t pairs_memory __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 typedef uint16_t bf16_memory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
 INLINE fvec dot_pairs(fvec sum, pairs a, pairs b) {
@@ -284,9 +286,18 @@ INLINE fvec dot_pairs(fvec sum, pairs a, pairs b) {
 #endif
 }
 
-INLINE vec load_bf16(const bf16 *from) {
-    return (vec)(__builtin_convertvector(*(const bf16_memory *)from, pairs) << 16);
+// Numbers of bf16 in the lower halves of their lanes.
+INLINE pairs widen_bf16(const bf16 *from) {
+#ifdef __AVX512F__  // of a conversion gcc makes two halves and joins them
+    return (pairs)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+#else
+    return __builtin_convertvector(*(const bf16_memory *)from, pairs);
+#endif
 }
+INLINE vec load_bf16(const bf16 *from) { return (vec)(widen_bf16(from) << 16); }
+
+// A vector of pairs at any number's address.
+INLINE pairs load_pairs(const real *from) { return *(const pairs_memory *)from; }
 
 // The pair at `from` in every lane.
 INLINE pairs broadcast_pair(const real *from) { return *(const pair_memory *)from + (pairs){0}; }
@@ -321,9 +332,7 @@ INLINE pairs make_pairs(vec even, vec odd) {
 }
 
 // Pairs of the numbers at `even` and those at `odd`.
-INLINE pairs join_pairs(const bf16 *even, const bf16 *odd) {
-    return (pairs)load_bf16(even) >> 16 | (pairs)load_bf16(odd);
-}
+INLINE pairs join_pairs(const bf16 *even, const bf16 *odd) { return widen_bf16(even) | widen_bf16(odd) << 16; }
 
 static inline float from_bf16(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -451,11 +460,30 @@ static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t patch_size(ConvShape s) { return (size_t)s.kernel * s.kernel * s.in_channels; }
 
+static int amx_usable(void);
+
+// How a patch lies in packed weights: `count` runs of `length` numbers that lie side by side in x; each takes `units`
+// reals or (half) pairs of bf16. A run is a tap. Where a tap's channels are odd and make no pairs (the picture's
+// three), it is a row of the kernel, filled up with weights of zero, which meet whatever follows in x, for AMX to whole
+// registers: then there is no dilation, and all runs together are no longer than MAX_PATCH.
+typedef struct {
+    int count, length, units;
+} PatchRuns;
+
+static PatchRuns patch_runs(ConvShape s, int half) {
+    const int odd = half && s.in_channels % 2, merged = odd ? s.kernel : 1;
+    PatchRuns runs = {s.kernel * s.kernel / merged, s.in_channels * merged, 0};
+    runs.units = half ? (runs.length + 1) / 2 : runs.length;
+    if (odd && amx_usable()) runs.units = (int)divide_up(runs.units, AMX_DEPTH) * AMX_DEPTH;
+    return runs;
+}
+
 // Packed weights, in reals: the panels, then the row of zeros that stands for pixels outside the image. With pairs of
 // bf16 (half) the inner dimension is half as long.
 static size_t packed_size(ConvShape s, int half) {
-    if (half) s.in_channels /= 2;
-    return divide_up(s.out_channels, TILE_COLUMNS) * TILE_COLUMNS * patch_size(s) + (size_t)s.kernel * s.in_channels;
+    const PatchRuns runs = patch_runs(s, half);
+    return divide_up(s.out_channels, TILE_COLUMNS) * TILE_COLUMNS * runs.count * runs.units +
+           (size_t)s.kernel * runs.units;
 }
 static size_t packed_backward_size(ConvShape s, int half) {
     if (half) s.out_channels /= 2;
@@ -463,10 +491,11 @@ static size_t packed_backward_size(ConvShape s, int half) {
     return divide_up(s.in_channels, TILE_COLUMNS) * TILE_COLUMNS * inner + s.out_channels;
 }
 
-// One tap of TILE_COLUMNS out channels by TILE_COLUMNS in channels, of which there are `rows` and `columns`, through
-// the L1 cache. w: its first weight; the next out channel lies `row` further. scale: of its first channel, or NULL.
+// TILE_COLUMNS out channels by TILE_COLUMNS numbers of a run, of which there are `rows` and `columns`, through the L1
+// cache; `units` of packed are written. w: the first weight; the next out channel lies `row` further. scale: of the
+// first channel, or NULL.
 INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_t row, const real *scale, int rows,
-                       int columns, int half) {
+                       int columns, int units, int half) {
     const int step = half ? 2 : 1;
     real block[TILE_COLUMNS][TILE_COLUMNS], line[TILE_COLUMNS];  // with half the first half of a row is in use
     for (int n = 0; n < TILE_COLUMNS; n++) {
@@ -480,7 +509,7 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
             store_lanes(block[n], j, value, half);
         }
     }
-    for (int c = 0; c < columns / step; c++) {
+    for (int c = 0; c < units; c++) {
 #pragma GCC unroll 64
         for (int n = 0; n < TILE_COLUMNS; n++) line[n] = block[n][c];
 #pragma GCC unroll 8
@@ -499,33 +528,35 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
 //   packed[panel][tap][in channel c][column] = w[n][tap][c] * scale[n], where n = panel * TILE_COLUMNS + column
 //   packed_backward[panel][tap][out channel n][column] = the same, where c = panel * TILE_COLUMNS + column
 // Columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. half: rows 2i
-// and 2i + 1 of a tap become one of pairs of bf16, so their number must be even. For speed both should lie on
-// VECTOR_BYTES.
+// and 2i + 1 of a tap become one of pairs of bf16, so out_channels must be even for packed_backward, and in_channels
+// too; else the forward one has patch_runs(). For speed both should lie on VECTOR_BYTES.
 static void pack_weights(real *packed, real *packed_backward, const real *w, const real *scale, ConvShape s, int half) {
-    const long taps = (long)s.kernel * s.kernel, in = s.in_channels, out = s.out_channels, step = half ? 2 : 1;
+    const PatchRuns shape = patch_runs(s, half);
+    const long runs = shape.count, in = shape.length, units = shape.units, out = s.out_channels, step = half ? 2 : 1;
     const long width = TILE_COLUMNS;
     const long out_panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
-    memset(packed + out_panels * taps * in / step * TILE_COLUMNS, 0, sizeof(real) * s.kernel * in / step);
+    memset(packed + out_panels * runs * units * TILE_COLUMNS, 0, sizeof(real) * s.kernel * units);
     if (packed_backward)
-        memset(packed_backward + in_panels * taps * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
+        memset(packed_backward + in_panels * runs * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
 #pragma omp parallel
     {
 #pragma omp for collapse(3) schedule(static) nowait
         for (long out_panel = 0; out_panel < out_panels; out_panel++) {
-            for (long tap = 0; tap < taps; tap++) {
+            for (long run = 0; run < runs; run++) {
                 for (long in_panel = 0; in_panel < in_panels; in_panel++) {
-                    const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS;
-                    real *forward = packed + ((out_panel * taps + tap) * in + c) / step * TILE_COLUMNS;
+                    const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS, unit = c / step;
+                    real *forward = packed + ((out_panel * runs + run) * units + unit) * TILE_COLUMNS;
                     real *backward = packed_backward
-                                         ? packed_backward + ((in_panel * taps + tap) * out + n) / step * TILE_COLUMNS
+                                         ? packed_backward + ((in_panel * runs + run) * out + n) / step * TILE_COLUMNS
                                          : NULL;
                     const int rows = (int)(out - n < width ? out - n : width);
                     const int columns = (int)(in - c < width ? in - c : width);
-                    const real *from = w + (n * taps + tap) * in + c, *factors = scale ? scale + n : NULL;
+                    const int count = (int)(in_panel < in_panels - 1 ? width / step : units - unit);
+                    const real *from = w + (n * runs + run) * in + c, *factors = scale ? scale + n : NULL;
                     if (half)
-                        pack_block(forward, backward, from, (size_t)(taps * in), factors, rows, columns, 1);
+                        pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 1);
                     else
-                        pack_block(forward, backward, from, (size_t)(taps * in), factors, rows, columns, 0);
+                        pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 0);
                 }
             }
         }
@@ -533,39 +564,38 @@ static void pack_weights(real *packed, real *packed_backward, const real *w, con
     }
 }
 
-// out[0 .. length) = line[first .. first + length), zero where that is outside [0, line_length) or line is NULL.
-INLINE void copy_clipped(real *out, const real *line, long first, long length, long line_length) {
+// out[0 .. length) = line[first .. first + length), zero where that is outside [0, line_length) or line is NULL; all in
+// bytes.
+INLINE void copy_clipped(void *out, const char *line, long first, long length, long line_length) {
     if (line && first >= 0 && first + length <= line_length) {
-        if (length == TILE_COLUMNS) {
-#pragma GCC unroll 8
-            for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + j * LANES, vec_load(line + first + j * LANES));
-        } else {
-            memcpy(out, line + first, sizeof(real) * length);
-        }
+        memcpy(out, line + first, length);
         return;
     }
-    for (long i = 0; i < length; i++) out[i] = line && first + i >= 0 && first + i < line_length ? line[first + i] : 0;
+    const long begin = first < 0 ? -first : 0, end = length < line_length - first ? length : line_length - first;
+    memset(out, 0, length);
+    if (line && begin < end) memcpy((char *)out + begin, line + first + begin, end - begin);
 }
 
 // A product of gathered pixels with packed weights: what forward and backward data have in common. Its rows are the
-// pixels (i, j) of a grid. Pixel (i, j) reads, for each tap, `run` reals of source from pixel (step * i + tap.y,
+// pixels (i, j) of a grid. Pixel (i, j) reads, for each tap, `run` units of source from pixel (step * i + tap.y,
 // step * j + tap.x) on, and becomes the pixel (spacing * i + first_y, spacing * j + first_x) of out.
 typedef struct {
     int y, x;
-    long distance;  // the same in reals of source
+    long distance;  // the same in bytes of source
     size_t offset;  // of the tap's weights from the panel's start
 } Tap;
 
 typedef struct {
-    const real *source;
-    int height, width, channels;  // of source
+    const char *source;
+    int height, width;
+    long pixel_bytes;  // of source
     int grid_height, grid_width, step, run;
     int num_taps;
     Tap taps[MAX_KERNEL * MAX_KERNEL];
     int low_y, high_y, low_x, high_x;  // the taps' reach: pixels this far inside the image need no care
     const real *packed, *zeros;
     size_t panel_size;
-    int half;  // source and packed hold pairs of bf16: channels, run and sizes count pairs
+    int half;  // source and packed hold bf16: a unit is a pair of them
     void *out;
     int out_width, out_channels, spacing, first_y, first_x;
     Epilogue epilogue;
@@ -574,27 +604,28 @@ typedef struct {
 // The pixels and out rows of the grid's pixels first .. first + TILE_ROWS - 1; past the end the last one is repeated.
 // edges: room for runs that lie partly outside the image.
 static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product *p, long first) {
-    const long line_length = (long)p->width * p->channels;
+    const long line_length = p->width * p->pixel_bytes, length = p->run * (long)sizeof(real);
     int grid_y = (int)(first / p->grid_width), grid_x = (int)(first % p->grid_width);
     for (int t = 0; t < p->num_taps; t++) runs[t].offset = p->taps[t].offset;
     for (int i = 0; i < TILE_ROWS; i++) {
         const int y = grid_y * p->step, x = grid_x * p->step;
-        const long center = y * line_length + (long)x * p->channels;
+        const long center = y * line_length + x * p->pixel_bytes;
         out_rows[i] = (size_t)(grid_y * p->spacing + p->first_y) * p->out_width + grid_x * p->spacing + p->first_x;
         if (y >= -p->low_y && y < p->height - p->high_y && x >= -p->low_x && x < p->width - p->high_x) {
-            for (int t = 0; t < p->num_taps; t++) runs[t].rows[i] = p->source + (center + p->taps[t].distance);
+            for (int t = 0; t < p->num_taps; t++)
+                runs[t].rows[i] = (const real *)(p->source + (center + p->taps[t].distance));
         } else {
             for (int t = 0; t < p->num_taps; t++) {
                 const int row = y + p->taps[t].y;
-                const long start = ((long)x + p->taps[t].x) * p->channels;
-                const real *line = row >= 0 && row < p->height ? p->source + row * line_length : NULL;
-                if (!line || start + p->run <= 0 || start >= line_length) {
+                const long start = ((long)x + p->taps[t].x) * p->pixel_bytes;
+                const char *line = row >= 0 && row < p->height ? p->source + row * line_length : NULL;
+                if (!line || start + length <= 0 || start >= line_length) {
                     runs[t].rows[i] = p->zeros;
-                } else if (start >= 0 && start + p->run <= line_length) {
-                    runs[t].rows[i] = line + start;
+                } else if (start >= 0 && start + length <= line_length) {
+                    runs[t].rows[i] = (const real *)(line + start);
                 } else {
                     real *copy = edges + (i * p->num_taps + t) * p->run;
-                    copy_clipped(copy, line, start, p->run, line_length);
+                    copy_clipped(copy, line, start, length, line_length);
                     runs[t].rows[i] = copy;
                 }
             }
@@ -619,15 +650,17 @@ INLINE void finish_lanes(void *out, size_t at, vec value, const Epilogue *e, int
 // Writes the sums (rows, width) in memory as finish_lanes() does, columns first_column on, to rows out_rows.
 INLINE void finish_rows(const Product *p, const real *sums, int width, const size_t *out_rows, int rows,
                         int first_column, int half) {
-    const int left = p->out_channels - first_column;
+    const int channels = p->out_channels, left = channels - first_column;
+    const Epilogue epilogue = p->epilogue;  // stores could change it where it is
+    void *out = p->out;
     for (int i = 0; i < rows; i++, sums += width) {
-        const size_t at = out_rows[i] * p->out_channels + first_column;
+        const size_t at = out_rows[i] * channels + first_column;
         for (int j = 0; j < width && j < left; j += LANES) {
             const int column = first_column + j;
             if (left - j >= LANES)
-                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, LANES, half);
+                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, column, LANES, half);
             else
-                finish_lanes(p->out, at + j, vec_load(sums + j), &p->epilogue, column, left - j, half);
+                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, column, left - j, half);
         }
     }
 }
@@ -754,16 +787,19 @@ INLINE void amx_store(real *sums, size_t row) {
     _tile_stored(3, sums + HALF * row + HALF, row * UNIT);
 }
 
-// sums (AMX_TILE, AMX_TILE) = rows times columns, for each tap `length` units of rows and what lies at the tap's offset
-// in columns, `step` units from one unit to the next. rows: [tap and unit / AMX_DEPTH][AMX_TILE][AMX_DEPTH] units.
-INLINE void amx_multiply(real *sums, const real *rows, const real *columns, size_t step, const Tap *taps, int num_taps,
-                         int length) {
+// Units from one copied row to the next: an odd number of cache lines, as in tile_stride().
+static inline size_t amx_stride(long units) { return (divide_up((size_t)units, AMX_DEPTH) | 1) * AMX_DEPTH; }
+
+// sums (AMX_TILE, AMX_TILE) = rows, `row` units apart, times columns: for each tap the next `length` units of a row and
+// what lies at the tap's offset in columns, `step` units from one unit to the next.
+INLINE void amx_multiply(real *sums, const real *rows, size_t row, const real *columns, size_t step, const Tap *taps,
+                         int num_taps, int length) {
     amx_barrier();
     amx_clear();
     for (int tap = 0; tap < num_taps; tap++) {
         const real *at = columns + taps[tap].offset;
-        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_TILE * AMX_DEPTH)
-            amx_step(rows, AMX_DEPTH, at, step);
+        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_DEPTH)
+            amx_step(rows, row, at, step);
     }
     amx_store(sums, AMX_TILE);
     amx_barrier();
@@ -790,15 +826,17 @@ static void amx_matmul(real *c, size_t c_row, const real *a, size_t a_row, const
 // The products that amx_product() can make: whole rows of registers, and a tile of copied rows fits.
 static int amx_fits(const Product *p) {
     const long inner = (long)p->num_taps * p->run;
-    return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && inner * AMX_TILE <= AMX_COPY && amx_usable();
+    return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && amx_stride(inner) * AMX_TILE <= AMX_COPY && amx_usable();
 }
 
-// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles side by side, a register's after each
-// other, and multiplies them by all columns, or by a share of them where there are few rows.
+// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles and multiplies them by all columns, or
+// by a share of them where there are few rows.
 static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
-    const long rows = (long)p->grid_height * p->grid_width, inner = (long)p->num_taps * p->run;
-    const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (inner * AMX_TILE);
+    const int num_taps = p->num_taps, run = p->run;  // stores could change them where they are
+    const long rows = (long)p->grid_height * p->grid_width, inner = (long)num_taps * run,
+               stride = (long)amx_stride(inner);
+    const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (stride * AMX_TILE);
     const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : (int)AMX_GROUPS);
     const int columns = (int)divide_up(p->out_channels, AMX_TILE), wanted = 4 * omp_get_max_threads();
     const int shares = (int)divide_up(wanted, blocks), parts = shares < columns ? shares : columns;
@@ -813,11 +851,12 @@ static void amx_product(const Product *p) {
                 real edges[TILE_ROWS * MAX_PATCH];
                 gather_tile(runs, out_rows + (row - first), edges, p, row < rows ? row : rows - 1);
                 for (int i = 0; i < TILE_ROWS && row + i < end; i++) {
-                    const long at = row + i - first;
-                    real *to = copied + at / AMX_TILE * AMX_TILE * inner + at % AMX_TILE * AMX_DEPTH;
-                    for (int tap = 0; tap < p->num_taps; tap++)
-                        for (int k = 0; k < p->run; k += AMX_DEPTH, to += AMX_TILE * AMX_DEPTH)
-                            vec_store(to, vec_load(runs[tap].rows[i] + k));
+                    real *to = copied + (row + i - first) * stride;
+                    for (int tap = 0; tap < num_taps; tap++) {
+                        const real *from = runs[tap].rows[i];
+                        for (int k = 0; k < run; k += AMX_DEPTH, to += AMX_DEPTH)
+                            vec_store(to, (vec)load_pairs(from + k));
+                    }
                 }
             }
             amx_begin();
@@ -835,9 +874,9 @@ static void amx_product(const Product *p) {
                     column = (first_part + turn / column_turns % wide) * AMX_TILE;
                     at = turn / tile_turns % count * AMX_TILE;
                     prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE);
-                    amx_multiply(sums[turn % 2], copied + at * inner,
+                    amx_multiply(sums[turn % 2], copied + at * stride, stride,
                                  p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
-                                 TILE_COLUMNS, p->taps, p->num_taps, p->run);
+                                 TILE_COLUMNS, p->taps, num_taps, run);
                 }
                 if (turn == 0) continue;
                 const real *from = sums[(turn - 1) % 2];
@@ -872,8 +911,8 @@ static void product(Product *p) {
     p->low_y = p->high_y = p->low_x = p->high_x = 0;
     for (int t = 0; t < p->num_taps; t++) {
         Tap *tap = &p->taps[t];
-        const int last_x = tap->x + p->run / p->channels - 1;
-        tap->distance = ((long)tap->y * p->width + tap->x) * p->channels;
+        const int last_x = tap->x + (int)divide_up(p->run * sizeof(real), p->pixel_bytes) - 1;
+        tap->distance = ((long)tap->y * p->width + tap->x) * p->pixel_bytes;
         if (tap->y < p->low_y) p->low_y = tap->y;
         if (tap->y > p->high_y) p->high_y = tap->y;
         if (tap->x < p->low_x) p->low_x = tap->x;
@@ -912,24 +951,22 @@ static void product(Product *p) {
 }
 
 // y: (out height * out width, out_channels), by the epilogue, whose add and mask have y's shape.
-// x: (height * width, in_channels). packed: by pack_weights(). half: x and packed are bf16, in_channels is even.
+// x: (height * width, in_channels). packed: by pack_weights(). half: x and packed are bf16.
 static void conv_forward(void *y, const void *x, int height, int width, const real *packed, Epilogue epilogue,
                          ConvShape s, int half) {
     Product p;
-    if (half) s.in_channels /= 2;
-    size_t inner = patch_size(s);
+    const PatchRuns runs = patch_runs(s, half);
+    const long inner = (long)runs.count * runs.units;
     // A kernel with few inputs (the stem: 3 channels) reads the pixels of a whole kernel row, which lie side by side.
-    int merged = s.dilation == 1 && inner <= MAX_PATCH ? s.kernel : 1;
-    p.source = (const real *)x, p.height = height, p.width = width, p.channels = s.in_channels, p.half = half;
+    const int across = s.dilation == 1 && inner <= MAX_PATCH ? 1 : s.kernel;
+    p.source = (const char *)x, p.height = height, p.width = width, p.half = half;
+    p.pixel_bytes = s.in_channels * (long)number_bytes(half);
     p.grid_height = conv_size(height, s), p.grid_width = conv_size(width, s), p.step = s.stride;
-    p.run = merged * s.in_channels;
-    p.num_taps = 0;
-    for (int ky = 0; ky < s.kernel; ky++) {
-        for (int kx = 0; kx < s.kernel; kx += merged) {
-            Tap *tap = &p.taps[p.num_taps++];
-            tap->y = ky * s.dilation - s.padding, tap->x = kx * s.dilation - s.padding;
-            tap->offset = (size_t)(ky * s.kernel + kx) * s.in_channels * TILE_COLUMNS;
-        }
+    p.num_taps = s.kernel * across;
+    p.run = (int)(inner / p.num_taps);
+    for (int t = 0; t < p.num_taps; t++) {
+        p.taps[t].y = t / across * s.dilation - s.padding, p.taps[t].x = t % across * s.dilation - s.padding;
+        p.taps[t].offset = (size_t)t * p.run * TILE_COLUMNS;
     }
     p.packed = packed, p.panel_size = inner * TILE_COLUMNS;
     p.zeros = packed + divide_up(s.out_channels, TILE_COLUMNS) * p.panel_size;
@@ -950,9 +987,8 @@ static void conv_backward_data(void *dx, const void *dy, int height, int width, 
     Product p;
     if (half) s.out_channels /= 2;
     size_t inner = (size_t)s.kernel * s.kernel * s.out_channels;
-    p.source = (const real *)dy, p.height = conv_size(height, s), p.width = conv_size(width, s);
-    p.channels = s.out_channels, p.half = half;
-    p.step = 1, p.run = s.out_channels;
+    p.source = (const char *)dy, p.height = conv_size(height, s), p.width = conv_size(width, s), p.half = half;
+    p.step = 1, p.run = s.out_channels, p.pixel_bytes = p.run * (long)sizeof(real);
     p.packed = packed, p.panel_size = inner * TILE_COLUMNS;
     p.zeros = packed + divide_up(s.in_channels, TILE_COLUMNS) * p.panel_size;
     p.out = dx, p.out_width = width, p.out_channels = s.in_channels, p.spacing = s.stride;
@@ -1081,7 +1117,8 @@ static inline size_t tile_stride(int units) { return (divide_up((size_t)units * 
 
 // Reals that one thread needs for its copies of dy and of a panel.
 static inline size_t weight_block(void) {
-    return divide_up(WEIGHT_ROWS, TILE_ROWS) * tile_stride(BLOCK_PIXELS) + BLOCK_PIXELS * TILE_COLUMNS;
+    return larger(divide_up(WEIGHT_ROWS, TILE_ROWS) * tile_stride(BLOCK_PIXELS) + BLOCK_PIXELS * TILE_COLUMNS,
+                  AMX_WEIGHT_ROWS * (AMX_PIXELS + AMX_DEPTH) + AMX_PIXELS * TILE_COLUMNS);
 }
 
 // Reals of workspace for conv_backward_weight() on up to `threads` threads.
@@ -1142,49 +1179,59 @@ INLINE void sum_gradients(real *dbias, const real *block, int rows, int units, i
     }
 }
 
-// copy_clipped() from a line of bf16 into one half of pairs: the lower one, the upper one then being zero, or where
-// `odd` the upper one.
-INLINE void copy_clipped_half(real *out, const bf16 *line, long first, long length, long line_length, int odd) {
-    if (line && first >= 0 && first + length <= line_length && length == TILE_COLUMNS) {
-#pragma GCC unroll 8
-        for (int j = 0; j < TILE_VECTORS; j++) {
-            const pairs upper = (pairs)load_bf16(line + first + j * LANES);
-            real *to = out + j * LANES;
-            vec_store(to, (vec)(odd ? (pairs)vec_load(to) | upper : upper >> 16));
+// Pairs of `length` numbers, from even_first and odd_first on, of the two lines, zero where that is outside [0,
+// line_length) or a line is NULL.
+INLINE void pair_clipped(real *out, const bf16 *even, long even_first, const bf16 *odd, long odd_first, long length,
+                         long line_length) {
+    if (length >= LANES && even && even_first >= 0 && even_first + length <= line_length && odd && odd_first >= 0 &&
+        odd_first + length <= line_length) {
+        even += even_first, odd += odd_first;
+        for (long j = 0; j < length; j += LANES) {
+            const long at = j < length - LANES ? j : length - LANES;  // the last vector may overlap the one before
+            vec_store(out + at, (vec)join_pairs(even + at, odd + at));
         }
         return;
     }
-    pair_memory *to = (pair_memory *)out;
-    for (long i = 0; i < length; i++) {
-        const uint32_t value = line && first + i >= 0 && first + i < line_length ? line[first + i] : 0;
-        to[i] = odd ? to[i] | value << 16 : value;
+    for (long j = 0; j < length; j++) {
+        const long low = even_first + j, high = odd_first + j;
+        const uint32_t lower = even && low >= 0 && low < line_length ? even[low] : 0;
+        const uint32_t upper = odd && high >= 0 && high < line_length ? odd[high] : 0;
+        ((pair_memory *)out)[j] = lower | upper << 16;
     }
 }
 
 // panel[m][j] = column first_column + j of the patch that output pixel first_pixel + m read from x, for m < pixels and
-// j < TILE_COLUMNS; zero outside the image and past the patch's end. half: pairs of two pixels' numbers, an odd last
+// j < TILE_COLUMNS as far as the patch goes; zero outside the image. half: pairs of two pixels' numbers, an odd last
 // pixel's with zero.
 INLINE void copy_patches(real *panel, const WeightPiece *p, long first_pixel, int pixels, long first_column, int half) {
     const ConvShape s = p->shape;
     const int merged = s.dilation == 1 ? s.kernel : 1, out_width = conv_size(p->width, s);
     const long run = (long)merged * s.in_channels, line_length = (long)p->width * s.in_channels;
+    const long rest = (long)patch_size(s) - first_column, columns = rest < TILE_COLUMNS ? rest : TILE_COLUMNS;
+    const size_t bytes = number_bytes(half);
     long length;  // of a stretch of columns that lie side by side in x
-    for (long column = 0; column < TILE_COLUMNS; column += length) {
+    for (long column = 0; column < columns; column += length) {
         const long tap = (first_column + column) / run * merged, from = (first_column + column) % run;
-        length = run - from < TILE_COLUMNS - column ? run - from : TILE_COLUMNS - column;
-        const int inside = tap < s.kernel * s.kernel;
+        length = run - from < columns - column ? run - from : columns - column;
         int y = (int)(first_pixel / out_width) * s.stride - s.padding + (int)(tap / s.kernel) * s.dilation;
         int out_x = (int)(first_pixel % out_width);
+        const char *even = NULL;
+        long even_first = 0;
         for (long m = 0; m < pixels; m++) {
-            const void *line = NULL;
-            if (inside && y >= 0 && y < p->height) line = (const char *)p->x + y * line_length * number_bytes(half);
+            const char *line = y >= 0 && y < p->height ? (const char *)p->x + y * line_length * bytes : NULL;
             const long pixel = (long)out_x * s.stride - s.padding + tap % s.kernel * s.dilation;
+            const long first = pixel * s.in_channels + from;
             real *out = panel + (half ? m / 2 : m) * TILE_COLUMNS + column;
-            if (half)
-                copy_clipped_half(out, (const bf16 *)line, pixel * s.in_channels + from, length, line_length, m % 2);
-            else
-                copy_clipped(out, (const real *)line, pixel * s.in_channels + from, length, line_length);
             if (++out_x == out_width) out_x = 0, y += s.stride;
+            if (!half) {
+                copy_clipped(out, line, first * bytes, length * bytes, line_length * bytes);
+            } else if (m % 2) {
+                pair_clipped(out, (const bf16 *)even, even_first, (const bf16 *)line, first, length, line_length);
+            } else if (m == pixels - 1) {
+                pair_clipped(out, (const bf16 *)line, first, NULL, 0, length, line_length);
+            } else {
+                even = line, even_first = first;
+            }
         }
     }
 }
@@ -1301,7 +1348,7 @@ INLINE void transpose_pairs(pairs row[AMX_DEPTH]) {
     }
 }
 
-// The same of copy_gradients(), as amx_multiply() takes rows: block[tile][unit / AMX_DEPTH][out channel][unit], zero
+// The same of copy_gradients(), as amx_multiply() takes rows: block[out channel][unit], a row amx_stride(units), zero
 // past the last row and the last pixel up to `units`, whole registers; and of sum_gradients(): dbias (of the first row)
 // += or = the sum over the pixels, or NULL.
 static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, long first_pixel, int pixels, int units,
@@ -1313,21 +1360,27 @@ static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, l
     for (int unit = 0; unit < units; unit += AMX_DEPTH) {
         for (int row = 0; row < rows; row += AMX_DEPTH) {
             const size_t left = row < p->rows ? p->rows - row : 0, from = first_pixel * stride + p->first_row + row;
+            const int whole = left >= AMX_DEPTH && 2 * (unit + AMX_DEPTH) <= pixels;
             pairs line[AMX_DEPTH];
             vec sum = sums[row / AMX_DEPTH];
 #pragma GCC unroll 16
             for (int i = 0; i < AMX_DEPTH; i++) {
                 const long pixel = 2 * (unit + i);
-                const vec even = pixel < pixels ? load_rest(p->dy, from + pixel * stride, left, 1) : fill(0);
-                const vec odd = pixel + 1 < pixels ? load_rest(p->dy, from + (pixel + 1) * stride, left, 1) : fill(0);
+                const size_t at = from + pixel * stride;
+                const vec even = whole            ? load_lanes(p->dy, at, 1)
+                                 : pixel < pixels ? load_rest(p->dy, at, left, 1)
+                                                  : fill(0);
+                const vec odd = whole                ? load_lanes(p->dy, at + stride, 1)
+                                : pixel + 1 < pixels ? load_rest(p->dy, at + stride, left, 1)
+                                                     : fill(0);
                 line[i] = (pairs)even >> 16 | (pairs)odd;
                 sum += even + odd;
             }
             sums[row / AMX_DEPTH] = sum;
             transpose_pairs(line);
-            real *to = block + ((size_t)row / AMX_TILE * units + unit) * AMX_TILE + row % AMX_TILE * AMX_DEPTH;
+            real *to = block + row * amx_stride(units) + unit;
 #pragma GCC unroll 16
-            for (int i = 0; i < AMX_DEPTH; i++) vec_store(to + i * AMX_DEPTH, (vec)line[i]);
+            for (int i = 0; i < AMX_DEPTH; i++) vec_store(to + i * amx_stride(units), (vec)line[i]);
         }
     }
     for (int row = 0; dbias && row < p->rows; row++)
@@ -1337,25 +1390,28 @@ static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, l
 // weight_piece_tiles() by AMX.
 static void amx_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
     const long inner = (long)patch_size(p->shape), all_units = (long)divide_up(p->last - p->first, 2);
-    const long blocks = (long)divide_up(all_units, BLOCK_PIXELS);
+    const long blocks = (long)divide_up(all_units, AMX_PIXELS);
     const Tap whole = {0, 0, 0, 0};
-    real *panel = block + AMX_WEIGHT_ROWS * BLOCK_PIXELS;
+    real *panel = block + AMX_WEIGHT_ROWS * (AMX_PIXELS + AMX_DEPTH);
     amx_begin();
     for (long b = 0; b < blocks; b++) {
         const long start = p->first + all_units * b / blocks * 2;
         const long end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * 2;
         const int pixels = (int)(end - start), pixel_pairs = (pixels + 1) / 2, adds = add || b > 0;
         const int units = (int)divide_up(pixel_pairs, AMX_DEPTH) * AMX_DEPTH;
+        const size_t stride = amx_stride(units);
         amx_copy_gradients(block, dbias ? dbias + p->first_row : NULL, p, start, pixels, units, adds);
         memset(panel + (size_t)pixel_pairs * TILE_COLUMNS, 0, sizeof(real) * (units - pixel_pairs) * TILE_COLUMNS);
         for (int column = 0; column < p->columns; column += AMX_TILE) {
             if (column % TILE_COLUMNS == 0) copy_patches(panel, p, start, pixels, p->first_column + column, 1);
             for (int row = 0; row < p->rows; row += AMX_TILE) {
                 real sums[AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
-                amx_multiply(sums, block + (size_t)row * units, panel + column % TILE_COLUMNS, TILE_COLUMNS, &whole, 1,
+                real *to = dw + (p->first_row + row) * inner + p->first_column + column;
+                for (int i = 0; i < AMX_TILE; i++) prefetch(to + i * inner, AMX_TILE * sizeof(real));
+                amx_multiply(sums, block + row * stride, stride, panel + column % TILE_COLUMNS, TILE_COLUMNS, &whole, 1,
                              units);
                 for (int i = 0; i < AMX_TILE && row + i < p->rows; i++) {
-                    real *out = dw + (p->first_row + row + i) * inner + p->first_column + column;
+                    real *out = to + i * inner;
                     for (int j = 0; j < AMX_TILE && column + j < p->columns; j += LANES) {
                         const size_t left = p->columns - column - j;
                         const vec sum = vec_load(sums + i * AMX_TILE + j);
@@ -2960,9 +3016,9 @@ static void maxpool_forward(void *y, unsigned char *argmax, const void *x, int H
     profile_end(begin, "max pooling", "forward", 0, sizeof(real) * 1.25 * H * W * C);
 }
 
-// dx (H, W, C), written; dy is bf16 with half. A pixel gathers dy from the up to four windows that hold it and chose
-// it, in their order.
-static void maxpool_backward(real *dx, const void *dy, const unsigned char *argmax, int H, int W, int C, int half) {
+// dx (H, W, C), written, and dy are bf16 with half. A pixel gathers dy from the up to four windows that hold it and
+// chose it, in their order.
+static void maxpool_backward(void *dx, const void *dy, const unsigned char *argmax, int H, int W, int C, int half) {
     const double begin = profile_begin();
     const int out_H = (H + 1) / 2, out_W = (W + 1) / 2;
 #pragma omp parallel for schedule(static)
@@ -2981,7 +3037,7 @@ static void maxpool_backward(real *dx, const void *dy, const unsigned char *argm
                         sum += (vec)(chosen & (ivec)load_rest(dy, at, left, half));
                     }
                 }
-                store_rest(dx, ((size_t)iy * W + ix) * C + c, sum, left, 0);
+                store_rest(dx, ((size_t)iy * W + ix) * C + c, sum, left, half);
             }
         }
     }
@@ -3197,9 +3253,7 @@ static void add_convolution(Model *model, Layer *layer, int in, int out, int ker
         add_param(model, GROUP_STATISTICS, 0, INIT_ZERO, 0, out, 0, 0, 0, "%s.%s.running_mean", prefix, norm);
     layer->norm_variance =
         add_param(model, GROUP_STATISTICS, 0, INIT_ONE, 0, out, 0, 0, 0, "%s.%s.running_var", prefix, norm);
-    // The picture itself stays in 32 bits.
-    add_layer(model, layer, shape, needs_input_gradient, model->config.half && in > 3, model->config.half,
-              model->config.half);
+    add_layer(model, layer, shape, needs_input_gradient, model->config.half, model->config.half, model->config.half);
 }
 
 enum { HALF_Y = 1, HALF_DX = 2, REAL_OPERANDS = 4 };
@@ -3571,7 +3625,7 @@ typedef struct Activations {
     Arena arena;
     int training, height, width, map_height, map_width;
     Dropout dropout;  // p = 0 in inference
-    real *pixels;     // (height, width, 3), normalised
+    void *pixels;     // (height, width, 3), normalised
     void *stem, *pooled;
     unsigned char *argmax;
     BlockActivations *blocks;
@@ -3592,7 +3646,6 @@ typedef struct Activations {
     real *dlogits, *dboxes;
     // scratch of the way back
     void *dshortcut;  // of a block with a shortcut, what comes back through it
-    real *dstem;
     real *dstates;
     real *dx, *dsum, *dquery, *dmemory, *dmemory_query;  // (max(T, Q), C)
     real *dquery_positions;                              // (Q, C), which the layers share; anchor: (L, Q, C)
@@ -3630,9 +3683,8 @@ __attribute__((format(printf, 4, 5))) static void *take_named(Arena *arena, size
 }
 
 // The scratch of the way back, from byte `begin` of the arena on, where the way forward has what it forgets. shortcut:
-// numbers in the largest map that a gradient comes back to through a shortcut; stem: in the stem's gradient, if it
-// cannot take the stem's place.
-static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut, size_t stem) {
+// numbers in the largest map that a gradient comes back to through a shortcut.
+static void plan_scratch(Activations *acts, const Model *model, size_t begin, size_t shortcut) {
     const ModelConfig *config = &model->config;
     Arena *arena = &acts->arena;
     const size_t forward = arena->used;
@@ -3643,7 +3695,6 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
         real **reals[5] = {&acts->dx, &acts->dsum, &acts->dquery, &acts->dmemory, &acts->dmemory_query};
         arena->used = begin;
         acts->dshortcut = arena_bytes(arena, shortcut * bytes);
-        acts->dstem = arena_take(arena, stem);
         acts->dstates = arena_take(arena, (size_t)(config->dec_layers * Q) * C);
         for (int i = 0; i < 5; i++) *halves[i] = arena_bytes(arena, R * C * bytes);
         for (int i = 0; i < 5; i++) *reals[i] = arena_take(arena, R * C);
@@ -3674,7 +3725,7 @@ static void plan_backbone(Activations *acts, const Model *model) {
     size_t inner_count[2] = {0, 0}, shortcut_count = 0;
     size_t map_count[2] = {stem_kept ? 0 : pooled_count, stem_kept ? 0 : stem_count};
     const size_t argmax = stem_kept ? 0 : pooled_count;  // not kept it lies where the first block will write
-    const size_t pixels_bytes = (size_t)acts->height * (size_t)acts->width * 3 * sizeof(real);
+    const size_t pixels_count = (size_t)acts->height * (size_t)acts->width * 3;
     for (int i = 0; i < model->num_blocks; i++) {  // sizes
         const Block *block = &model->blocks[i];
         BlockActivations *b = &acts->blocks[i];
@@ -3699,19 +3750,18 @@ static void plan_backbone(Activations *acts, const Model *model) {
     void *map[2], *inner[2];
     size_t map_bytes[2] = {map_count[0] * number_bytes(half), map_count[1] * number_bytes(half)};
     const int pixels_kept = stem_kept || !acts->training;  // else the first map may take their place
-    if (!pixels_kept) map_bytes[0] = larger(map_bytes[0], pixels_bytes);
+    if (!pixels_kept) map_bytes[0] = larger(map_bytes[0], pixels_count * number_bytes(half));
     map[at] = arena_bytes(arena, map_bytes[at]);
     const size_t scratch = arena->used;  // what the way forward forgets makes room for the way back
     map[!at] = arena_bytes(arena, map_bytes[!at]);
     for (int j = 0; j < 2; j++)
         inner[j] = arena_bytes(arena, larger(inner_count[j] * number_bytes(half), j ? 0 : argmax));
-    plan_scratch(acts, model, scratch, shortcut_count, half && stem_kept ? stem_count : 0);
+    plan_scratch(acts, model, scratch, shortcut_count);
 
     acts->stem = stem_kept ? take_named(arena, stem_count, half, "stem") : map[1];
-    if (!half) acts->dstem = (real *)acts->stem;
     acts->pooled = stem_kept ? take_named(arena, pooled_count, half, "stem, pooled") : map[0];
     acts->argmax = (unsigned char *)(stem_kept ? arena_bytes(arena, pooled_count) : inner[0]);
-    acts->pixels = pixels_kept ? (real *)take_named(arena, pixels_bytes / sizeof(real), 0, "pixels") : (real *)map[0];
+    acts->pixels = pixels_kept ? take_named(arena, pixels_count, half, "pixels") : map[0];
     void *in = acts->pooled;
     at = 0;
     for (int i = 0; i < model->num_blocks; i++) {  // places
@@ -4324,8 +4374,8 @@ static void backbone_backward(const Model *model, Activations *acts) {
         block_backward(acts, &model->blocks[i], &acts->blocks[i]);
     if (model->stem.weight->trained) {
         int h = conv_size(acts->height, model->stem.shape), w = conv_size(acts->width, model->stem.shape);
-        maxpool_backward(acts->dstem, acts->pooled, acts->argmax, h, w, model->config.stem_width, half);
-        layer_backward_weight(acts, acts->pixels, acts->dstem, acts->height, acts->width, &model->stem);
+        maxpool_backward(acts->stem, acts->pooled, acts->argmax, h, w, model->config.stem_width, half);
+        layer_backward_weight(acts, acts->pixels, acts->stem, acts->height, acts->width, &model->stem);
     }
 }
 
@@ -4641,19 +4691,31 @@ static void losses_finish(Losses *losses, int dec_layers, const LossSettings *se
 // ---------------------------------------------------------------------------------------------------------------------
 // Calibration: statistics for frozen norms when there is no pretrained backbone
 
-// ImageNet's mean and deviation, as every published backbone expects: (height * width, 3) bytes to reals.
+// ImageNet's mean and deviation, as every published backbone expects: (height * width, 3) bytes to reals, or (half)
+// bf16.
 static const double PIXEL_MEAN[3] = {0.485, 0.456, 0.406}, PIXEL_STD[3] = {0.229, 0.224, 0.225};
 
-static void normalise_pixels(real *pixels, const Image *image) {
+static void normalise_pixels(void *pixels, const Image *image, int half) {
     const double begin = profile_begin();
     real table[3][256];
-    for (int c = 0; c < 3; c++)
-        for (int i = 0; i < 256; i++) table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+    bf16 rounded[3][256];
+    for (int c = 0; c < 3; c++) {
+        for (int i = 0; i < 256; i++) {
+            table[c][i] = (real)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
+            rounded[c][i] = to_bf16((float)table[c][i]);
+        }
+    }
     // volatile: look-ups one after the other take a third of the time of look-ups that a compiler packs into vectors
     const volatile unsigned char *bytes = image->pixels;
-    for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++)
-        for (size_t c = 0; c < 3; c++) pixels[3 * i + c] = table[c][bytes[3 * i + c]];
-    profile_end(begin, "pixels normalised", "", 0, sizeof(real) * 3.75 * image->width * image->height);
+    for (size_t i = 0; i < (size_t)image->width * (size_t)image->height; i++) {
+        for (size_t c = 0; c < 3; c++) {
+            if (half)
+                ((bf16 *)pixels)[3 * i + c] = rounded[c][bytes[3 * i + c]];
+            else
+                ((real *)pixels)[3 * i + c] = table[c][bytes[3 * i + c]];
+        }
+    }
+    profile_end(begin, "pixels normalised", "", 0, ((double)number_bytes(half) + 1) * 3 * image->width * image->height);
 }
 
 typedef struct {
@@ -4747,7 +4809,7 @@ static void calibrate_norms(Model *model, const Sample *samples, int count, doub
         if (!image->pixels) continue;
         FeatureMap map = {image->height, image->width, NULL};
         map.data = (real *)allocate((size_t)map.height * (size_t)map.width * 3 * sizeof(real));
-        normalise_pixels(map.data, image);
+        normalise_pixels(map.data, image, 0);
         maps[images++] = map;
     }
     if (images == 0) {
@@ -5023,7 +5085,7 @@ static const char *first_nonfinite(const Model *model, const Activations *acts) 
 // Lays out the activations for an image and writes its normalised pixels.
 static void load_image(const Model *model, Activations *acts, const Image *image) {
     activations_plan(acts, model, image->height, image->width);
-    normalise_pixels(acts->pixels, image);
+    normalise_pixels(acts->pixels, image, model->config.half);
 }
 
 // What is told of an image's final boxes besides its loss, once set_loss has matched them. Adds to losses: the IoU of

@@ -1215,10 +1215,11 @@ typedef struct {
     int count;
 } Dump;
 
-static void dump_add(Dump *dump, int picture, const char *what, const real *values, int dim0, int dim1, int dim2) {
+static void dump_add(Dump *dump, int picture, const char *what, const void *values, int half, int dim0, int dim1,
+                     int dim2) {
     size_t count = (size_t)dim0 * (size_t)dim1 * (size_t)(dim2 ? dim2 : 1);
     float *copy = (float *)allocate(count * sizeof(float));
-    for (size_t i = 0; i < count; i++) copy[i] = (float)values[i];
+    for (size_t i = 0; i < count; i++) copy[i] = (float)load_number(values, i, half);
     dump->tensors = (SafeTensor *)grow(dump->tensors, (size_t)dump->count, sizeof(SafeTensor));
     SafeTensor *tensor = &dump->tensors[dump->count++];
     memset(tensor, 0, sizeof *tensor);
@@ -1289,9 +1290,11 @@ static int predict_picture(Prediction *run, Sample *sample, Detection *found, Er
     if (run->json) predict_json(run->json, &run->network, path, run->done == 0, width, height, found, count);
     if (dump) {
         size_t last = (size_t)(shape->dec_layers - 1) * (size_t)num_queries;
-        dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, sample->image.height, sample->image.width, 3);
-        dump_add(&run->dump, run->done, "logits", run->acts.logits + last * (size_t)classes, num_queries, classes, 0);
-        dump_add(&run->dump, run->done, "pred_boxes", run->acts.boxes + last * 4, num_queries, 4, 0);
+        dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, shape->half, sample->image.height,
+                 sample->image.width, 3);
+        dump_add(&run->dump, run->done, "logits", run->acts.logits + last * (size_t)classes, 0, num_queries, classes,
+                 0);
+        dump_add(&run->dump, run->done, "pred_boxes", run->acts.boxes + last * 4, 0, num_queries, 4, 0);
     }
     for (int d = 0; d < count && !run->json && !draw && !dump; d++)
         printf("%s: %s %.3f  %.1f %.1f %.1f %.1f\n", path, run->network.label_names[found[d].label], found[d].score,
