@@ -1329,7 +1329,7 @@ static double test_prior(AttentionPrior prior, int head, int query, int key) {
         const double size = (double)prior.boxes[4 * query + 2 + axis];
         const double middle = (double)prior.boxes[4 * query + axis] + PRIOR_HEADS[head % 8][axis] * size / 2;
         double deviation = PRIOR_HEADS[head % 8][2] * size / 2;
-        if (deviation * cells[axis] < 1) deviation = 1.0 / cells[axis];
+        if (deviation * cells[axis] < 0.5) deviation = 0.5 / cells[axis];
         squares += pow(((place[axis] + 0.5) / cells[axis] - middle) / deviation, 2);
     }
     return -squares / 2;

@@ -2454,13 +2454,13 @@ typedef struct {
 static const AttentionPrior NO_PRIOR = {NULL, 0, 0};
 
 // By head modulo 8: the Gaussian's middle (x, y) from the box's centre and its deviation, in halves of the box's width
-// and height. Four heads look at the four sides and, a deviation away, at the middle; the others at boxes of other
-// sizes around the same centre.
-static const double PRIOR_HEADS[8][3] = {{-1, 0, 1}, {1, 0, 1}, {0, -1, 1},  {0, 1, 1},
-                                         {0, 0, 1},  {0, 0, 2}, {0, 0, 0.5}, {0, 0, 4}};
+// and height. Four heads look closely at the middles of the four sides, where it shows how far the box is off; the
+// others around the centre, more and less closely.
+static const double PRIOR_HEADS[8][3] = {{-1, 0, 0.25}, {1, 0, 0.25}, {0, -1, 0.25}, {0, 1, 0.25},
+                                         {0, 0, 1},     {0, 0, 2},    {0, 0, 0.5},   {0, 0, 4}};
 
 // The Gaussians of one block of queries of one head: middle and 1 / (2 deviation^2) along x and y. A deviation is at
-// least one cell, so that the smallest box has some cells to look at.
+// least half a cell, so that there is always a cell to look at.
 typedef struct {
     vec middle[2][WIDE], steepness[2][WIDE];
 } PriorBlock;
@@ -2472,8 +2472,8 @@ static void attention_prior_block(PriorBlock *block, AttentionPrior prior, int h
     for (int i = 0; i < plan->queries && first + i < plan->Tq; i++) {
         const real *box = prior.boxes + 4 * (first + i);
         for (int axis = 0; axis < 2; axis++) {
-            const double half_size = (double)box[2 + axis] / 2, cell = 1.0 / (axis ? prior.height : prior.width);
-            const double deviation = fmax(of_head[2] * half_size, cell);
+            const double half_size = (double)box[2 + axis] / 2, half_cell = 0.5 / (axis ? prior.height : prior.width);
+            const double deviation = fmax(of_head[2] * half_size, half_cell);
             block->middle[axis][i / LANES][i % LANES] = (real)((double)box[axis] + of_head[axis] * half_size);
             block->steepness[axis][i / LANES][i % LANES] = (real)(0.5 / (deviation * deviation));
         }

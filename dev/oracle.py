@@ -242,20 +242,20 @@ class TrainDetrConfig(DetrConfig):
 
 # Where head h of the anchor decoder's cross-attention looks, by h modulo 8: the Gaussian's middle (x, y) from the box's
 # centre and its deviation, in halves of the box's width and height.
-HEADS = [(-1, 0, 1), (1, 0, 1), (0, -1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 2), (0, 0, 0.5), (0, 0, 4)]
+HEADS = [(-1, 0, 0.25), (1, 0, 0.25), (0, -1, 0.25), (0, 1, 0.25), (0, 0, 1), (0, 0, 2), (0, 0, 0.5), (0, 0, 4)]
 
 
 def spatial_prior(boxes, height, width, heads):
     """
     boxes (queries, 4) -> (heads, queries, height * width), the logarithms of Gaussians around the boxes: what is added to
-    the scores. A deviation is at least one cell. (Gao et al. 2021, "Fast convergence of DETR with spatially modulated
+    the scores. A deviation is at least half a cell. (Gao et al. 2021, "Fast convergence of DETR with spatially modulated
     co-attention", where the network chooses each head's middle.)
     """
     offset_x, offset_y, spread = (boxes.new_tensor([HEADS[h % 8][i] for h in range(heads)])[:, None] for i in range(3))
 
     def along(cells, centre, size, offset):  # (heads, queries, cells)
         place = (torch.arange(cells, dtype=boxes.dtype) + 0.5) / cells
-        deviation = (spread * size / 2).clamp(min=1 / cells)
+        deviation = (spread * size / 2).clamp(min=0.5 / cells)
         return -((place - (centre + offset * size / 2)[..., None]) / deviation[..., None]) ** 2 / 2
 
     x, y, w, h = boxes.unbind(-1)
