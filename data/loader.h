@@ -30,6 +30,7 @@ typedef struct {
     int prefetch;    // batches that the workers may be ahead
     double scales;   // with JITTER: sizes are from (1 - scales) to (1 + scales) times the plain one, 0 <= scales < 1
     int vflip;       // 0 or 1: mirrored top and bottom too, half of the time, unless nothing is done
+    int transpose;   // 0 or 1: mirrored along the diagonal too, likewise
     int originals;   // 0 or 1: samples hold the picture as it was read, too
 } LoaderSettings;
 
@@ -60,7 +61,8 @@ enum {
     AUGMENT_CROP_LEFT,
     AUGMENT_CROP_TOP,
     AUGMENT_SCALE,
-    AUGMENT_VFLIP
+    AUGMENT_VFLIP,
+    AUGMENT_TRANSPOSE
 };
 
 static const int augment_scales[11] = {480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800};
@@ -109,6 +111,16 @@ static inline void sample_flip(Sample *sample, int vertical) {
         double *box = sample->boxes + 4 * i + vertical, low = box[0];
         box[0] = size - box[2];
         box[2] = size - low;
+    }
+}
+
+// Mirrors picture and boxes along the diagonal from the upper left: width and height change places.
+static inline void sample_transpose(Sample *sample) {
+    image_orient(&sample->image, 5);
+    for (int i = 0; i < 4 * sample->num_boxes; i += 2) {
+        const double x = sample->boxes[i];
+        sample->boxes[i] = sample->boxes[i + 1];
+        sample->boxes[i + 1] = x;
     }
 }
 
@@ -197,6 +209,8 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
     int short_side = settings->short_side, max_size = settings->max_size;
     if (settings->augment && augment_choose(&key, AUGMENT_FLIP, 2)) sample_flip(sample, 0);
     if (settings->augment && settings->vflip && augment_choose(&key, AUGMENT_VFLIP, 2)) sample_flip(sample, 1);
+    if (settings->augment && settings->transpose && augment_choose(&key, AUGMENT_TRANSPOSE, 2))
+        sample_transpose(sample);
     if (settings->augment == AUGMENT_CROP) {
         if (augment_choose(&key, AUGMENT_IS_CROPPED, 2)) sample_random_crop(sample, &key, short_side);
         short_side = augment_length(augment_scales[augment_choose(&key, AUGMENT_SCALE, 11)], short_side);

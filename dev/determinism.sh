@@ -28,7 +28,7 @@ settings=(--data data/bccd --backbone tiny --enc_layers 1 --dec_layers 2 --dim_f
 # Over some epochs, with evaluations: what schedule, average, best checkpoint, augmentation and norms that follow the
 # pictures (from the ninth step on) keep or do.
 options=("${settings[@]}" --train_split test --split test --batch_size 24 --steps 10 --lr_schedule cosine --warmup_steps 3
-    --ema 0.9 --patience 3 --scales 0.3 --vflip --norm_init track)
+    --ema 0.9 --patience 3 --scales 0.3 --vflip --transpose --norm_init track)
 
 train() { # train NAME FLAGS...: a run from the start
     "$program" train --output_dir "$out/$1" "${@:2}" >"$out/$1.log" 2>&1

@@ -948,9 +948,10 @@ static int training_open_folder(Training *run, Error *error) {
     const char *resume = flag_text(settings, "resume"), *output_dir = flag_text(settings, "output_dir");
     if (resume && flag_text(settings, "pretrained"))
         usage_error("--resume and --pretrained exclude each other: a run that goes on has its weights");
-    for (int i = 0; i < 2 && flag_on(settings, "no_augment"); i++)
-        if (flag_on(settings, i ? "vflip" : "scales"))
-            usage_error("--%s and --no_augment exclude each other", i ? "vflip" : "scales");
+    static const char *const augmentations[] = {"scales", "vflip", "transpose"};
+    for (int i = 0; i < 3 && flag_on(settings, "no_augment"); i++)
+        if (flag_on(settings, augmentations[i]))
+            usage_error("--%s and --no_augment exclude each other", augmentations[i]);
     if (flag_text(settings, "pretrained") && flag_text(settings, "norm_init"))
         usage_error("--norm_init is for runs without --pretrained, whose norms are kept");
     if (flag_on(settings, "freeze") && !flag_on(settings, "pretrained") && !resume)
@@ -1027,6 +1028,7 @@ static int training_open_data(Training *run, Error *error) {
                                                           : AUGMENT_CROP;
     run->loader.scales = flag_number(settings, "scales");
     run->loader.vflip = flag_on(settings, "vflip");
+    run->loader.transpose = flag_on(settings, "transpose");
     run->loader.shuffle = !flag_on(settings, "no_shuffle");
     run->loader.batch_size = flag_int(settings, "batch_size");
     run->loader.workers = flag_int(settings, "num_workers");

@@ -119,6 +119,8 @@ static const Flag FLAGS[] = {
      "only"},
     {"vflip", SWITCH, NULL, NULL, 0, 0, TRAIN,
      "flip top and bottom too, half of the time: for pictures without an up, like cells or satellites'"},
+    {"transpose", SWITCH, NULL, NULL, 0, 0, TRAIN,
+     "mirror along the diagonal too, half of the time: with --vflip a picture lies in all eight ways that it can"},
     {"no_shuffle", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures in the order of the annotation file"},
     {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | PREDICT | MAY_CHANGE,
      "threads that read and resize pictures; 0: between the steps"},
