@@ -286,10 +286,10 @@ build/emu/%.o: dev/emu/%.cpp dev/emu/emu.h
 build/emu/%.cpp: %.cu build/emu/rewrite
 	build/emu/rewrite $< > $@
 
-build/emu/%-kernels.o: build/emu/%.cpp dev/emu/emu.h
+build/emu/%-kernels.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) -c $< -o $@
 
-build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h
+build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) $(EMU_CHECKED) -c $< -o $@
 	objcopy --redefine-sym memcpy=emu_memcpy --redefine-sym memmove=emu_memmove --redefine-sym memset=emu_memset $@
 
@@ -306,7 +306,7 @@ emu-nvcc:
 	@[ -n "$(NVCC)" ] || { echo "emu-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/emu
 	for sm in 80 90; do \
-	    $(NVCC) $(NVCC_FLAGS) -arch=sm_$$sm -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
+	    $(NVCC) $(NVCC_FLAGS) -arch=sm_$$sm -I. -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
 	done
 
 # Through nvcc for SM, any warning an error; not run. Prints what each kernel takes, an instance a line.

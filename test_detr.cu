@@ -13,20 +13,9 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #define TRAIN_DETR_NO_MAIN
 #include "train_detr.cu"
 
-static int num_passed, num_failed;
-static uint64_t all_bytes;  // fingerprint of all results so far
+#include "data/test_check.h"
 
-// Counts a check; a failed one is printed with its name.
-__attribute__((format(printf, 2, 3))) static void check(int condition, const char *format, ...) {
-    condition ? num_passed++ : num_failed++;
-    if (condition) return;
-    va_list arguments;
-    va_start(arguments, format);
-    printf("  FAILED: ");
-    vprintf(format, arguments);
-    printf("\n");
-    va_end(arguments);
-}
+static uint64_t all_bytes;  // fingerprint of all results so far
 
 // In (-1, 1).
 static float number(uint32_t site, uint64_t element) {
@@ -917,38 +906,27 @@ static void test_optimizer() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-static const struct {
-    const char *name;
-    void (*run)();
-} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
-             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
-             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+                             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
+                             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+                             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+
+static void run_test(const Test *test) {
+    uint64_t bytes = 0;
+    for (int schedule = 0; schedule < 3; schedule++) {
+#ifdef CUDA_EMU
+        emu::reseed((uint64_t)schedule + 1);
+#endif
+        all_bytes = 0;
+        test->run();
+        if (schedule == 0) bytes = all_bytes;
+        check(bytes == all_bytes, "%s: run %d gives other bytes", test->name, schedule);
+    }
+}
 
 int main(int argc, char **argv) {
     cudaDeviceProp device;
     CUDA(cudaGetDeviceProperties(&device, 0));
     printf("kernels run on: %s\n", device.name);
-    for (size_t i = 0; i < sizeof TESTS / sizeof TESTS[0]; i++) {
-        int wanted = argc < 2;
-        for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;
-        if (!wanted) continue;
-        const int passed = num_passed, failed = num_failed;
-        const double start = seconds_now();
-        uint64_t bytes = 0;
-        for (int schedule = 0; schedule < 3; schedule++) {
-#ifdef CUDA_EMU
-            emu::reseed((uint64_t)schedule + 1);
-#endif
-            all_bytes = 0;
-            TESTS[i].run();
-            if (schedule == 0) bytes = all_bytes;
-            check(bytes == all_bytes, "%s: run %d gives other bytes", TESTS[i].name, schedule);
-        }
-        printf("%-12s %5d passed, %d failed, %.1f s\n", TESTS[i].name, num_passed - passed, num_failed - failed,
-               seconds_now() - start);
-        fflush(stdout);
-    }
-    printf("%d passed, %d failed\n", num_passed, num_failed);
-    return num_failed > 0;
+    return run_tests(TESTS, (int)(sizeof TESTS / sizeof TESTS[0]), run_test, argc, argv);
 }
