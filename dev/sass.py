@@ -40,10 +40,11 @@ MUST_HAVE = {"attention_forward": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
              "add_positions": {"all": ["LDG.128", "STG.128"]}, "add_queries": {"all": ["LDG.128", "STG.128"]},
              "adamw": {"all": ["LDG.128", "STG.128"]}}
 
-# Dynamic shared memory of a block, which only the launch knows. For matching: 16 targets, 100 queries, 91 classes.
+# Dynamic shared memory of a block, which only the launch knows. For matching: 100 queries and at most as many targets,
+# 91 classes.
 DYNAMIC = {"attention_forward": attention_shared, "attention_backward": attention_shared,
            "match_costs": lambda: 8 * 91 * 8, "set_loss": lambda: 8 * 91 * 8,
-           "match_kernel": lambda: 8 * (16 + 2 * 100) + 4 * (3 * 100 + 16)}
+           "match_kernel": lambda: 8 * 3 * 100 + 4 * 4 * 100}
 
 
 def entry(table, name):
