@@ -56,7 +56,7 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
-        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-nvcc demo demo-shapes install-deps format check-format clean FORCE
+        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-headers cuda-nvcc sass demo demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -81,10 +81,14 @@ help:
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
-	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, and the registers they take; not run (needs nvcc)"
+	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit"
+	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, a warning is an error; not run (needs nvcc)"
+	@echo "make sass           what nvcc made of each: registers, spills, warps, instructions (needs nvcc and cuobjdump)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
+	$(if $(CUDA),,@echo "Left out here, CUDA's headers are missing: emu-test test-cuda-emu (make cuda-headers gets them)")
+	$(if $(NVCC),,@echo "Left out here, there is no nvcc: emu-nvcc cuda-nvcc sass")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
@@ -261,9 +265,7 @@ build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: EMU_KERNELS += -Wno
 ifeq ($(CUDA),)
 emu-test test-cuda-emu:
 	@echo "$@: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
-	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB):" >&2
-	@echo "  $(PYTHON) -m pip install --no-deps --target build/cuda-headers nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*" >&2
-	@echo "They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then." >&2
+	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB): make cuda-headers" >&2
 	@exit 1
 else
 emu-test: build/emu/self_test build/emu/self_test-checked
@@ -274,6 +276,17 @@ emu-test test-cuda-emu:
 	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/$@.txt build/emu/$@-checked.txt | \
 	    awk '{ p += $$1; f += $$2 } END { if (NR < 2) f++; print p + 0 " passed, " f " failed"; exit f > 0 }'
 endif
+
+# They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then.
+cuda-headers: $(if $(CUDA),,build/cuda-headers/ready)
+build/cuda-headers/ready:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) has no venv: apt-get install python3-venv" >&2; exit 1; }
+	rm -rf build/cuda-headers
+	$(PYTHON) -m venv build/cuda-headers/venv
+	build/cuda-headers/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/cuda-headers \
+	    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
+	@touch $@
 
 build/emu/rewrite: dev/emu/rewrite.c
 	@mkdir -p build/emu
@@ -286,10 +299,10 @@ build/emu/%.o: dev/emu/%.cpp dev/emu/emu.h
 build/emu/%.cpp: %.cu build/emu/rewrite
 	build/emu/rewrite $< > $@
 
-build/emu/%-kernels.o: build/emu/%.cpp dev/emu/emu.h
+build/emu/%-kernels.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) -c $< -o $@
 
-build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h
+build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) $(EMU_CHECKED) -c $< -o $@
 	objcopy --redefine-sym memcpy=emu_memcpy --redefine-sym memmove=emu_memmove --redefine-sym memset=emu_memset $@
 
@@ -306,20 +319,25 @@ emu-nvcc:
 	@[ -n "$(NVCC)" ] || { echo "emu-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/emu
 	for sm in 80 90; do \
-	    $(NVCC) $(NVCC_FLAGS) -arch=sm_$$sm -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
+	    $(NVCC) $(NVCC_FLAGS) -arch=sm_$$sm -I. -c dev/emu/self_test.cu -o build/emu/self_test-sm_$$sm.o || exit 1; \
 	done
 
-# Through nvcc for SM, any warning an error; not run. Prints what each kernel takes, an instance a line.
+# Through nvcc for SM, any warning an error; not run.
 SM ?= 80
 cuda-nvcc:
 	@[ -n "$(NVCC)" ] || { echo "cuda-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/cuda
 	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -Xptxas -v -I. -c test_detr.cu \
-	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas.txt || { cat build/cuda/ptxas.txt >&2; exit 1; }
-	@c++filt <build/cuda/ptxas.txt | awk '/Function properties for/ { sub(/.*properties for (void )?/, ""); sub(/\(.*/, ""); name = $$0 } \
-	    /stack frame/ { stack = $$1 + $$5 + $$9 } \
-	    /Used/ { match($$0, /[0-9]+ bytes smem/); shared = RSTART ? substr($$0, RSTART) + 0 : 0; match($$0, /[0-9]+ registers/); \
-	             printf "%-40s %3d registers, %5d bytes of shared memory, %d of stack and spills\n", name, substr($$0, RSTART), shared, stack }' | sort
+	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas-sm_$(SM).txt || { cat build/cuda/ptxas-sm_$(SM).txt >&2; exit 1; }
+	@echo "build/cuda/test_detr-sm_$(SM).o: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
+
+# The toolkit's, or the one that comes with PyTorch.
+CUOBJDUMP ?= $(firstword $(wildcard $(dir $(NVCC))cuobjdump) $(shell command -v cuobjdump 2>/dev/null) \
+               $(wildcard $(VENV)/lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump))
+sass: cuda-nvcc
+	@[ -n "$(CUOBJDUMP)" ] || { echo "sass: left out: no cuobjdump; it is in the toolkit and on PyPI (nvidia-cuda-cuobjdump):" \
+	    "CUOBJDUMP=/path/cuobjdump" >&2; exit 1; }
+	@$(PYTHON) dev/sass.py $(SM) build/cuda/ptxas-sm_$(SM).txt build/cuda/test_detr-sm_$(SM).o $(CUOBJDUMP)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo. A run that is there already goes on where it stopped; nothing there is ever removed.

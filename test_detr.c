@@ -13,20 +13,7 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #define TRAIN_DETR_NO_MAIN
 #include "train_detr.c"
 
-static int num_passed, num_failed;
-
-// Counts a check; a failed one is printed with its name.
-__attribute__((format(printf, 2, 3))) static void check(int condition, const char *format, ...) {
-    condition ? num_passed++ : num_failed++;
-    if (condition) return;
-    va_list arguments;
-    va_start(arguments, format);
-    printf("  FAILED: ");
-    vprintf(format, arguments);
-    printf("\n");
-    va_end(arguments);
-}
-
+#include "data/test_check.h"
 #include "data/test_image.h"
 #include "data/test_dataset.h"
 #include "data/test_shapes.h"
@@ -2665,11 +2652,6 @@ static void test_run_report(void) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-typedef struct {
-    const char *name;
-    void (*run)(void);
-} Test;
-
 static const Test TESTS[] = {
     {"random", test_random},
     {"matmul", test_matmul},
@@ -2705,24 +2687,10 @@ static const Test TESTS[] = {
     {"shapes", test_shapes},
 };
 
+static void run_test(const Test *test) { test->run(); }
+
 int MAIN(int argc, char **argv) {
     wait_passively(argv);
-    int num_tests = (int)(sizeof TESTS / sizeof TESTS[0]);
     printf("numbers are %s, kernel: %s\n", IS_DOUBLE ? "double" : "float", KERNEL);
-    for (int i = 0; i < num_tests; i++) {
-        int wanted = argc < 2 || argv[1][0] == '-';
-        for (int a = 1; a < argc; a++) {
-            const char *name = argv[a] + (*argv[a] == '-');
-            if (strncmp(TESTS[i].name, name, strlen(name)) == 0) wanted = *argv[a] != '-';
-        }
-        if (!wanted) continue;
-        int passed = num_passed, failed = num_failed;
-        double start = seconds_now();
-        TESTS[i].run();
-        printf("%-12s %5d passed, %d failed, %.1f s\n", TESTS[i].name, num_passed - passed, num_failed - failed,
-               seconds_now() - start);
-        fflush(stdout);
-    }
-    printf("%d passed, %d failed\n", num_passed, num_failed);
-    return num_failed > 0;
+    return run_tests(TESTS, (int)(sizeof TESTS / sizeof TESTS[0]), run_test, argc, argv);
 }

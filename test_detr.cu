@@ -13,20 +13,9 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #define TRAIN_DETR_NO_MAIN
 #include "train_detr.cu"
 
-static int num_passed, num_failed;
-static uint64_t all_bytes;  // fingerprint of all results so far
+#include "data/test_check.h"
 
-// Counts a check; a failed one is printed with its name.
-__attribute__((format(printf, 2, 3))) static void check(int condition, const char *format, ...) {
-    condition ? num_passed++ : num_failed++;
-    if (condition) return;
-    va_list arguments;
-    va_start(arguments, format);
-    printf("  FAILED: ");
-    vprintf(format, arguments);
-    printf("\n");
-    va_end(arguments);
-}
+static uint64_t all_bytes;  // fingerprint of all results so far
 
 // In (-1, 1).
 static float number(uint32_t site, uint64_t element) {
@@ -110,10 +99,10 @@ static void check_error(const float *ours, const float *cpu, const double *truth
 static const Segment PICTURES[] = {{0, 7, 10, 0}, {0, 1, 1, 1}, {0, 12, 9, 3}, {0, 5, 16, 4}};
 enum { NUM_PICTURES = 4 };
 
-struct Batch {
+struct RaggedBatch {
     Array<Segment> table;
     Ragged map;
-    Batch(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
+    RaggedBatch(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
         map.count = count, map.rows = ragged_segments(table.host, from, count, shape), map.segments = table.device;
         table.upload();
     }
@@ -127,7 +116,7 @@ static void test_ragged() {
     check(after[2].first == 21 && after[2].height == 6 && after[2].width == 5 && after[2].image == 3,
           "the third picture's segment behind the stem");
     check(ragged_segments(huge, huge, 2, NULL) == -1, "more rows than an int can count are refused");
-    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
     check(batch.map.rows == 70 + 1 + 108 + 80 && batch.table[3].first == 179, "segments lie side by side");
 }
 
@@ -184,7 +173,7 @@ static void test_rows() {
 
 template <class T>
 static void test_pixels_to() {
-    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = 3 * (size_t)batch.map.rows;  // 777: the last thread has one
     Array<unsigned char> bytes(count);
     Array<float> table(3 * 256);
@@ -242,7 +231,7 @@ static void test_epilogue() {
 
 template <class T>
 static void test_maxpool_of(int C) {
-    Batch in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
+    RaggedBatch in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
     const size_t n = (size_t)(in.map.rows * C), m = (size_t)(out.map.rows * C);
     Array<T> x(n), y(m), dy(m, 10), dx(n);
     Array<unsigned char> argmax(m);
@@ -283,7 +272,7 @@ static void test_maxpool() {
 template <class T>
 static void test_positions_of(int C) {
     enum { PLACES = 16 };  // the widest picture
-    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<float> x(count, 11), table(position_table_rows(PLACES) * (size_t)C / 2);
     Array<T> y(count);
@@ -363,7 +352,7 @@ static Dropout a_dropout(double p) {
 
 template <class T>
 static void test_dropout_of(double p, int C) {
-    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<T> x(count, 16), y(count);
     float *plain = (float *)allocate(count * sizeof(float));
@@ -462,7 +451,7 @@ template <class T>
 static void test_attention_of(int C, int heads, double p, int cross) {
     Segment nine[NUM_PICTURES];
     for (int i = 0; i < NUM_PICTURES; i++) nine[i] = {0, 9, 1, PICTURES[i].image};
-    Batch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
     const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
     const size_t nl = (size_t)(heads * queries.map.rows);
     Array<T> q(nq, 32), k(nk, 33), v(nk, 34), dout(nq, 35), out(nq), dq(nq), dk(nk), dv(nk);
@@ -573,7 +562,7 @@ static void plain_norm(double *y, double *dsum, double *dweight, double *dbias, 
 
 template <class T>
 static void test_norm_of(int C, double p) {
-    Batch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
     const int rows = batch.map.rows;
     const size_t count = (size_t)(rows * C), width = (size_t)C;
     Array<float> x(count, 17), residual(count, 18), weight(width, 19), bias(width, 20), dy(count, 21);
@@ -917,38 +906,27 @@ static void test_optimizer() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-static const struct {
-    const char *name;
-    void (*run)();
-} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
-             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
-             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+                             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
+                             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+                             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+
+static void run_test(const Test *test) {
+    uint64_t bytes = 0;
+    for (int schedule = 0; schedule < 3; schedule++) {
+#ifdef CUDA_EMU
+        emu::reseed((uint64_t)schedule + 1);
+#endif
+        all_bytes = 0;
+        test->run();
+        if (schedule == 0) bytes = all_bytes;
+        check(bytes == all_bytes, "%s: run %d gives other bytes", test->name, schedule);
+    }
+}
 
 int main(int argc, char **argv) {
     cudaDeviceProp device;
     CUDA(cudaGetDeviceProperties(&device, 0));
     printf("kernels run on: %s\n", device.name);
-    for (size_t i = 0; i < sizeof TESTS / sizeof TESTS[0]; i++) {
-        int wanted = argc < 2;
-        for (int a = 1; a < argc; a++) wanted |= strncmp(TESTS[i].name, argv[a], strlen(argv[a])) == 0;
-        if (!wanted) continue;
-        const int passed = num_passed, failed = num_failed;
-        const double start = seconds_now();
-        uint64_t bytes = 0;
-        for (int schedule = 0; schedule < 3; schedule++) {
-#ifdef CUDA_EMU
-            emu::reseed((uint64_t)schedule + 1);
-#endif
-            all_bytes = 0;
-            TESTS[i].run();
-            if (schedule == 0) bytes = all_bytes;
-            check(bytes == all_bytes, "%s: run %d gives other bytes", TESTS[i].name, schedule);
-        }
-        printf("%-12s %5d passed, %d failed, %.1f s\n", TESTS[i].name, num_passed - passed, num_failed - failed,
-               seconds_now() - start);
-        fflush(stdout);
-    }
-    printf("%d passed, %d failed\n", num_passed, num_failed);
-    return num_failed > 0;
+    return run_tests(TESTS, (int)(sizeof TESTS / sizeof TESTS[0]), run_test, argc, argv);
 }

@@ -38,6 +38,8 @@ where there are few of them. No atomics on floats: every sum has an order that d
 #include <cuda_runtime.h>
 #include <type_traits>
 
+#include "program/ptx.h"
+
 static_assert(std::is_same<real, float>::value, "the CUDA version is built with REAL=float");
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -769,48 +771,7 @@ static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores and asynchronous copies: the instructions, which dev/emu/emu.h has twins of
-
-#ifndef CUDA_EMU
-__device__ static unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-// d = a b + c: a is 16 x 16, b 16 x 8, c and d 16 x 8 floats. Lane l has of c and d the elements (l / 4, 2 (l % 4)) and
-// the next, and the same 8 rows further down; of a those of its left half, then those of its right half, as pairs; of b
-// (2 (l % 4), l / 4) and the one below, and the same 8 rows further down.
-#define MMA(name, type)                                                                                           \
-    __device__ static void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
-                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                             \
-                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
-                       "f"(c[2]), "f"(c[3]));                                                                     \
-    }
-MMA(mma_bf16, "bf16")
-MMA(mma_f16, "f16")
-
-// Four matrices of 8 x 8 numbers of 16 bits: lane l has the address of row l % 8 of matrix l / 8 and receives of each
-// the elements (l / 4, 2 (l % 4)) and the next; with _trans, of each matrix transposed.
-#define LDMATRIX(name, trans)                                                                 \
-    __device__ static void name(uint32_t(&d)[4], const void *row) {                           \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
-                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
-                     : "r"(shared_address(row))                                               \
-                     : "memory");                                                             \
-    }
-LDMATRIX(ldmatrix_x4, "")
-LDMATRIX(ldmatrix_x4_trans, ".trans")
-
-// 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them, then zeros.
-__device__ static void cp_async_16(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-__device__ static void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending_groups>
-__device__ static void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
-}
-#endif
+// Tensor cores: program/ptx.h has the instructions
 
 template <class T>
 __device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -336,8 +336,7 @@ inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) { return {__hfma(x.x, y.
 // clang-format on
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores and asynchronous copies: the twins of the .cu's PTX wrappers, same names, same order of operands. The
-// wrappers themselves stand in the .cu under #ifndef CUDA_EMU; self_test.cu has all of them.
+// Tensor cores and asynchronous copies: the twins of what is in program/ptx.h, same names, same order of operands.
 
 namespace emu {
 enum MatrixType { kBf16, kF16, kTf32 };

@@ -1,7 +1,7 @@
-// self_test.cu: is the emulator right, and does it find what is wrong? Three rooms: the PTX wrappers and kernels that
-// are as they should be (equal to a plain reference under eight random schedules, and silent), one kernel for each
-// mistake (it must be found, and the line named that is marked with "bug:"), and main. Compiled by nvcc the first room
-// runs on a GPU.
+// self_test.cu: is the emulator right, and does it find what is wrong? Three rooms: kernels that are as they should
+// be, PTX wrappers among them (equal to a plain reference under eight random schedules, and silent), one kernel for
+// each mistake (it must be found, and the line named that is marked with "bug:"), and main. Compiled by nvcc the first
+// room runs on a GPU.
 //
 //     self_test [NAME...]    all tests, or those whose name contains one of the words
 //     self_test --cost       what a barrier, a shuffle and an mma cost here
@@ -24,6 +24,8 @@
 #include <unistd.h>
 #include <type_traits>
 
+#include "program/ptx.h"
+
 #define CHECK(call)                                                                                   \
     do {                                                                                              \
         cudaError_t error = (call);                                                                   \
@@ -34,63 +36,6 @@
     } while (0)
 
 typedef __nv_bfloat16 bf16;
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The PTX wrappers. Their twins in emu.h have the same names and operands.
-
-#ifndef CUDA_EMU
-static __device__ unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-#define MMA(name, shape)                                                                                          \
-    static __device__ void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
-        asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"       \
-                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
-                       "f"(c[2]), "f"(c[3]));                                                                     \
-    }
-MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
-MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
-MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
-
-static __device__ uint32_t to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
-
-#define LDMATRIX(suffix, trans)                                                               \
-    static __device__ void ldmatrix_x1##suffix(uint32_t(&d)[1], const void *row) {            \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1" trans ".shared.b16 {%0}, [%1];"          \
-                     : "=r"(d[0])                                                             \
-                     : "r"(shared_address(row))                                               \
-                     : "memory");                                                             \
-    }                                                                                         \
-    static __device__ void ldmatrix_x2##suffix(uint32_t(&d)[2], const void *row) {            \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0,%1}, [%2];"       \
-                     : "=r"(d[0]), "=r"(d[1])                                                 \
-                     : "r"(shared_address(row))                                               \
-                     : "memory");                                                             \
-    }                                                                                         \
-    static __device__ void ldmatrix_x4##suffix(uint32_t(&d)[4], const void *row) {            \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
-                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
-                     : "r"(shared_address(row))                                               \
-                     : "memory");                                                             \
-    }
-LDMATRIX(, "")
-LDMATRIX(_trans, ".trans")
-
-static __device__ void cp_async_16(void *shared, const void *global, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-static __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending_groups>
-static __device__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
-}
-static __device__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Help for the tests: numbers that do not depend on a library, memory, comparison

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""What nvcc made of each kernel: registers, spills, shared memory, how many of its warps a multiprocessor can hold, and
+which instructions are there. Nothing is run. `make sass SM=90` calls it.
+
+    dev/sass.py SM PTXAS OBJECT CUOBJDUMP
+
+SM: the architecture that OBJECT was compiled for, PTXAS: what `nvcc -Xptxas -v` said about it, CUOBJDUMP: the program.
+Prints a table in Markdown. The exit status is 1 if a kernel uses local memory (registers that were spilled, or an array
+that has an index) or lacks an instruction that it was written for.
+"""
+
+import re
+import subprocess
+import sys
+
+# Registers of 4 bytes, threads, blocks, bytes of shared memory of a multiprocessor (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability").
+MULTIPROCESSORS = {80: (65536, 2048, 32, 164 << 10), 86: (65536, 1536, 16, 100 << 10), 89: (65536, 1536, 24, 100 << 10),
+                   90: (65536, 2048, 32, 228 << 10), 100: (65536, 2048, 32, 228 << 10), 120: (65536, 1536, 24, 100 << 10)}
+
+# An instruction and what it is here: a product of tensor cores, a load of its operands from shared memory, an
+# asynchronous copy, 16 bytes from and to global memory. (On newer architectures mma.sync is still HMMA.)
+INSTRUCTIONS = {"HMMA": r"HMMA\b", "LDSM": r"LDSM\b", "LDGSTS": r"LDGSTS\b", "LDG.128": r"LDG\.[.\w]*128",
+                "STG.128": r"STG\.[.\w]*128"}
+
+SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
+
+
+def attention_shared(T, D, ROWS):
+    """attention_shared() of train_detr.cu: two tiles, and for floats the scratch of 64 rows."""
+    size, D, ROWS = SIZES[T], int(D), int(ROWS)
+    return 2 * 2 * ROWS * (D * size + 16) + (64 * ROWS * size if size == 4 else 0)
+
+
+# Kernels of which it is known what they must have, by the beginning of their names; `half` only in 16 bits.
+MUST_HAVE = {"attention_forward": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
+             "attention_backward": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
+             "norm_": {"all": ["LDG.128", "STG.128"]}, "finish_": {"all": ["LDG.128", "STG.128"]},
+             "maxpool_": {"all": ["LDG.128", "STG.128"]}, "dropout_": {"all": ["LDG.128", "STG.128"]},
+             "add_positions": {"all": ["LDG.128", "STG.128"]}, "add_queries": {"all": ["LDG.128", "STG.128"]},
+             "adamw": {"all": ["LDG.128", "STG.128"]}}
+
+# Dynamic shared memory of a block, which only the launch knows. For matching: 100 queries and at most as many targets,
+# 91 classes.
+DYNAMIC = {"attention_forward": attention_shared, "attention_backward": attention_shared,
+           "match_costs": lambda: 8 * 91 * 8, "set_loss": lambda: 8 * 91 * 8,
+           "match_kernel": lambda: 8 * 3 * 100 + 4 * 4 * 100}
+
+
+def entry(table, name):
+    """The value of the longest key that the name begins with, or None."""
+    return table.get(max((key for key in table if name.startswith(key)), key=len, default=None))
+
+
+def blocks_per_multiprocessor(sm, threads, registers, shared):
+    """Registers are given to a warp in units of 256, to four parts of a multiprocessor that each have a quarter; shared
+    memory in units of 128 bytes, 1 KB of each block the system's own."""
+    all_registers, all_threads, all_blocks, all_shared = MULTIPROCESSORS[sm]
+    warps = threads // 32
+    of_warp = -(-registers * 32 // 256) * 256
+    of_block = -(-(shared + 1024) // 128) * 128
+    return min(all_threads // threads, all_blocks, all_registers // 4 // of_warp * 4 // warps, all_shared // of_block)
+
+
+def main():
+    sm, ptxas, object_file, cuobjdump = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    kernels = {}
+    for name, stack, spills, registers, rest in re.findall(
+            r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores.*\n.*?Used (\d+) registers(.*)",
+            open(ptxas).read()):
+        smem = re.search(r"(\d+) bytes smem", rest)
+        kernels[name] = {"stack": int(stack), "spills": int(spills), "registers": int(registers),
+                         "shared": int(smem[1]) if smem else 0}
+    dump = lambda what: subprocess.run([cuobjdump, what, object_file], check=True, capture_output=True, text=True).stdout
+    for part in re.split(r"\tFunction : ", dump("-sass"))[1:]:
+        name, code = part.split("\n", 1)
+        kernels[name]["has"] = [word for word, pattern in INSTRUCTIONS.items() if re.search(r"\b" + pattern, code)]
+        kernels[name]["local"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
+        kernels[name]["length"] = len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code))
+    for name, attributes in re.findall(r"\n\.nv\.info\.(\S+)\n(.*?)(?=\n\.\w)", dump("-elf"), re.S):
+        threads = re.search(r"EIATTR_MAX_THREADS\n.*\n\s+Value:\s+0x([0-9a-f]+)", attributes)
+        if name in kernels:
+            kernels[name]["threads"] = int(threads[1], 16) if threads else 0
+    plain = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout.split("\n")
+    print("| kernel | threads | registers | shared memory, bytes | spilled bytes | warps, of "
+          f"{MULTIPROCESSORS[sm][1] // 32} | instructions | among them |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    wrong = []
+    for name, kernel in sorted(zip(plain, kernels.values())):
+        name = re.sub(r"\(.*", "", name.replace("(int)", "")).removeprefix("void ")
+        arguments = re.findall(r"[\w]+", name[name.index("<"):]) if "<" in name else []
+        dynamic = entry(DYNAMIC, name)
+        shared = kernel["shared"] + (dynamic(*arguments) if dynamic else 0)
+        if not kernel["threads"]:
+            wrong.append(f"{name}: no __launch_bounds__")
+            continue
+        blocks = blocks_per_multiprocessor(sm, kernel["threads"], kernel["registers"], shared)
+        print(f"| `{name.replace('__nv_bfloat16', 'bf16').replace('__half', 'fp16')}` | {kernel['threads']} | "
+              f"{kernel['registers']} | {shared} | {kernel['spills']} | {blocks * kernel['threads'] // 32} | "
+              f"{kernel['length']} | {' '.join(kernel['has'])} |")
+        if kernel["local"] or kernel["stack"]:
+            wrong.append(f"{name}: local memory: {kernel['stack']} bytes, {kernel['local']} instructions")
+        if not dynamic and "LDSM" in kernel["has"] and not kernel["shared"]:
+            wrong.append(f"{name}: its dynamic shared memory is not in DYNAMIC")
+        must = entry(MUST_HAVE, name) or {}
+        half = bool(arguments) and SIZES.get(arguments[0]) == 2
+        for word in must.get("all", []) + (must.get("half", []) if half else []):
+            if word not in kernel["has"]:
+                wrong.append(f"{name}: no {word}")
+    for line in wrong:
+        print("wrong: " + line, file=sys.stderr)
+    if not kernels:
+        print("wrong: no kernels", file=sys.stderr)
+    return bool(wrong) or not kernels
+
+
+sys.exit(main())
