@@ -278,6 +278,187 @@ static void test_maxpool() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Linear layers, convolutions
+
+// Adds the products of one image's convolution in double, and the sum of their magnitudes behind each result; all of x
+// (height * width, in), w (out, kernel, kernel, in), dy (output pixels, out).
+struct ConvTruth {
+    double *y, *dx, *dw, *y_size, *dx_size, *dw_size;
+};
+
+static void plain_conv(ConvTruth t, const float *x, const float *w, const float *dy, int height, int width,
+                       ConvShape s) {
+    const int out_height = conv_size(height, s), out_width = conv_size(width, s);
+    for (int i = 0; i < out_height * out_width * s.kernel * s.kernel; i++) {
+        const int pixel = i / (s.kernel * s.kernel), tap = i % (s.kernel * s.kernel);
+        const int iy = pixel / out_width * s.stride + tap / s.kernel * s.dilation - s.padding;
+        const int ix = pixel % out_width * s.stride + tap % s.kernel * s.dilation - s.padding;
+        if (iy < 0 || iy >= height || ix < 0 || ix >= width) continue;
+        for (int n = 0; n < s.out_channels; n++) {
+            const size_t to = (size_t)(pixel * s.out_channels + n), from = (size_t)(iy * width + ix) * s.in_channels;
+            const size_t weight = (size_t)(n * s.kernel * s.kernel + tap) * s.in_channels;
+            for (size_t c = 0; c < (size_t)s.in_channels; c++) {
+                const double a = x[from + c], b = w[weight + c], g = dy[to];
+                t.y[to] += a * b, t.y_size[to] += fabs(a * b);
+                t.dx[from + c] += g * b, t.dx_size[from + c] += fabs(g * b);
+                t.dw[weight + c] += g * a, t.dw_size[weight + c] += fabs(g * a);
+            }
+        }
+    }
+}
+
+// A convolution with all that stands around it, of random numbers: what goes in, and what must come out. Operands are
+// T, results Y (but dw, which is float).
+template <class T, class Y>
+struct ConvCase {
+    ConvShape s;
+    RaggedTable in, out;
+    size_t nx, ny, nw;
+    Array<T> x, w, dy;
+    Array<Y> bias, add, dadd, mask, y, dx;
+    Array<float> dw;
+    double *memory;
+    float *cpu;
+    ConvTruth truth;
+
+    ConvCase(ConvShape s, const Segment *pictures, int count)
+        : s(s),
+          in(pictures, count, NULL),
+          out(pictures, count, &s),
+          nx((size_t)(in.map.rows * s.in_channels)),
+          ny((size_t)(out.map.rows * s.out_channels)),
+          nw(patch_size(s) * (size_t)s.out_channels),
+          x(nx, 40),
+          w(nw, 41),
+          dy(ny, 42),
+          bias((size_t)s.out_channels, 43),
+          add(ny, 44),
+          dadd(nx, 45),
+          mask(nx, 46),
+          y(ny),
+          dx(nx),
+          dw(nw, 47) {
+        const size_t all = nx + ny + nw;
+        memory = (double *)allocate(2 * all * sizeof(double));
+        truth = {memory, memory + ny, memory + ny + nx, memory + all, memory + all + ny, memory + all + ny + nx};
+        cpu = (float *)allocate(2 * all * sizeof(float));
+        float *plain_x = cpu + all, *plain_w = plain_x + nx, *plain_dy = plain_w + nw;
+        for (size_t i = 0; i < nx; i++) plain_x[i] = to_float(x[i]);
+        for (size_t i = 0; i < nw; i++) plain_w[i] = to_float(w[i]);
+        for (size_t i = 0; i < ny; i++) plain_dy[i] = to_float(dy[i]);
+        for (int i = 0; i < count; i++) {
+            const size_t from = (size_t)(in.table[(size_t)i].first * s.in_channels),
+                         to = (size_t)(out.table[(size_t)i].first * s.out_channels);
+            plain_conv(
+                {truth.y + to, truth.dx + from, truth.dw, truth.y_size + to, truth.dx_size + from, truth.dw_size},
+                plain_x + from, plain_w, plain_dy + to, pictures[i].height, pictures[i].width, s);
+        }
+        for (size_t i = 0; i < ny; i++) {
+            const double b = to_float(bias[i % (size_t)s.out_channels]), a = to_float(add[i]);
+            truth.y[i] = fmax(truth.y[i] + b + a, 0), truth.y_size[i] += fabs(b) + fabs(a);
+        }
+        for (size_t i = 0; i < nx; i++) {
+            truth.dx[i] += to_float(dadd[i]), truth.dx_size[i] += fabs(to_float(dadd[i]));
+            if (!(to_float(mask[i]) > 0)) truth.dx[i] = 0;
+        }
+        for (size_t i = 0; i < nw; i++) truth.dw[i] += dw[i], truth.dw_size[i] += fabs(dw[i]);
+        if (std::is_same<T, float>::value) cpu_results(plain_x, plain_w, plain_dy, pictures, count);
+    }
+    ~ConvCase() {
+        free(memory);
+        free(cpu);
+    }
+
+    void cpu_results(const float *plain_x, const float *plain_w, const float *plain_dy, const Segment *pictures,
+                     int count) {
+        const size_t sizes[3] = {packed_size(s, 0), packed_backward_size(s, 0), conv_backward_weight_workspace(s, 1)};
+        float *buffers[3];
+        for (int i = 0; i < 3; i++) {
+            buffers[i] = (float *)aligned_alloc(64, round_up(sizes[i] * sizeof(float), 64));
+            memset(buffers[i], 0, sizes[i] * sizeof(float));
+        }
+        pack_weights(buffers[0], buffers[1], plain_w, NULL, s, 0);
+        memcpy(cpu + ny + nx, dw.host, nw * sizeof(float));
+        for (int i = 0; i < count; i++) {
+            const size_t from = (size_t)(in.table[(size_t)i].first * s.in_channels),
+                         to = (size_t)(out.table[(size_t)i].first * s.out_channels);
+            const int height = pictures[i].height, width = pictures[i].width;
+            const Epilogue forward = {(const float *)(void *)bias.host, (Y *)add.host + to, 1, NULL, 0};
+            const Epilogue backward = {NULL, (Y *)dadd.host + from, 0, (Y *)mask.host + from, 0};
+            conv_forward(cpu + to, plain_x + from, height, width, buffers[0], forward, s, 0);
+            conv_backward_data(cpu + ny + from, plain_dy + to, height, width, buffers[1], backward, s, 0);
+            conv_backward_weight(cpu + ny + nx, NULL, plain_x + from, plain_dy + to, height, width, s, 0, buffers[2]);
+        }
+        for (int i = 0; i < 3; i++) free(buffers[i]);
+    }
+
+    // Tensor cores may cut off what does not fit, so each of `terms` additions is wrong by 2^-23 of the magnitudes at
+    // most; then the result is rounded to R.
+    template <class R>
+    void check_result(const R *ours, const double *expected, const double *size, const float *of_cpu, size_t count,
+                      int terms, const char *name) {
+        const int rows = in.map.rows, kernel = s.kernel;
+        if (std::is_same<T, float>::value) {
+            check_error((const float *)(const void *)ours, of_cpu, expected, count, name, rows, s.in_channels);
+            return;
+        }
+        const double unit = std::is_same<R, float>::value ? 0x1p-24 : std::is_same<R, __half>::value ? 0x1p-11 : 0x1p-8;
+        int wrong = 0;
+        for (size_t i = 0; i < count; i++)
+            wrong += !(fabs(to_float(ours[i]) - expected[i]) <=
+                       unit * fabs(expected[i]) + (terms + 4) * 0x1p-23 * size[i] + 0x1p-25);
+        check(wrong == 0, "%s in %s, %d to %d channels, kernel %d, stride %d, dilation %d: %d of %zu are wrong", name,
+              type_name<T>(), s.in_channels, s.out_channels, kernel, s.stride, s.dilation, wrong, count);
+    }
+    void check_forward() { check_result(y.download(), truth.y, truth.y_size, cpu, ny, (int)patch_size(s), "y"); }
+    void check_backward_data() {
+        const int terms = s.kernel * s.kernel * s.out_channels;
+        check_result(dx.download(), truth.dx, truth.dx_size, cpu + ny, nx, terms, "dx");
+    }
+    void check_backward_weight() {
+        check_result(dw.download(), truth.dw, truth.dw_size, cpu + ny + nx, nw, out.map.rows, "dw");
+    }
+};
+
+#ifdef HAVE_CUBLASLT
+template <class T, class Y>
+static void test_linear_of(int rows, int in, int out) {
+    const Segment all = {0, rows, 1, 0};
+    ConvCase<T, Y> c({in, out, 1, 1, 0, 1}, &all, 1);
+    Array<unsigned char> workspace(64);
+    linear_create(workspace.device, 64);
+    gpu_linear_forward(c.y.device, c.x.device, c.w.device, c.bias.device, c.add.device, true, rows, in, out);
+    gpu_linear_backward_data(c.dx.device, c.dy.device, c.w.device, c.dadd.device, c.mask.device, rows, in, out);
+    gpu_linear_backward_weight(c.dw.device, c.x.device, c.dy.device, rows, in, out);
+    c.check_forward();
+    c.check_backward_data();
+    c.check_backward_weight();
+    const int count = linear.count, buckets[4] = {65, 128, 129, 200};
+    if (rows >= 200) {  // in two buckets, of which the second is that of all rows
+        for (int few : buckets) gpu_linear_backward_weight(c.dw.device, c.x.device, c.dy.device, few, in, out);
+        check(count == 3 && linear.count == count + 1, "of 4 numbers of rows %d are new", linear.count - count);
+    }
+    gpu_linear_forward<T, Y>(c.y.device, c.x.device, c.w.device, NULL, NULL, false, rows, in, out);  // nothing around
+    gpu_linear_backward_data<T, Y>(c.dx.device, c.dy.device, c.w.device, NULL, NULL, rows, in, out);
+    c.y.download(), c.dx.download();
+    double y = 0, dx = 0;
+    for (int k = 0; k < in; k++) y += (double)to_float(c.x[(size_t)k]) * (double)to_float(c.w[(size_t)k]);
+    for (int n = 0; n < out; n++) dx += (double)to_float(c.dy[(size_t)n]) * (double)to_float(c.w[(size_t)(n * in)]);
+    check(fabs(to_float(c.y[0]) - y) <= 0.01 * (1 + fabs(y)) && fabs(to_float(c.dx[0]) - dx) <= 0.01 * (1 + fabs(dx)),
+          "linear layer with nothing around it: %g, %g instead of %g, %g", to_float(c.y[0]), to_float(c.dx[0]), y, dx);
+    linear_free();
+}
+
+static void test_linear() {
+    test_linear_of<float, float>(37, 40, 24);
+    test_linear_of<__nv_bfloat16, __nv_bfloat16>(250, 32, 72);
+    test_linear_of<__nv_bfloat16, float>(9, 72, 5);  // five classes
+    test_linear_of<__half, __half>(1, 8, 264);
+    test_linear_of<__half, float>(130, 64, 8);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Positions, dropout
 
 template <class T>
@@ -920,10 +1101,14 @@ static void test_optimizer() {
 static const struct {
     const char *name;
     void (*run)();
-} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
-             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
-             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+} TESTS[] = {{"ragged", test_ragged},       {"rows", test_rows},           {"pixels", test_pixels},
+             {"epilogue", test_epilogue},
+#ifdef HAVE_CUBLASLT
+             {"linear", test_linear},
+#endif
+             {"maxpool", test_maxpool},     {"positions", test_positions}, {"dropout", test_dropout},
+             {"attention", test_attention}, {"norm", test_norm},           {"set_loss", test_set_loss},
+             {"optimizer", test_optimizer}};
 
 int main(int argc, char **argv) {
     cudaDeviceProp device;

@@ -37,6 +37,10 @@ where there are few of them. No atomics on floats: every sum has an order that d
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <type_traits>
+#if __has_include(<cublasLt.h>)  // the emulator can do without: then there are no linear layers
+#define HAVE_CUBLASLT
+#include <cublasLt.h>
+#endif
 
 static_assert(std::is_same<real, float>::value, "the CUDA version is built with REAL=float");
 
@@ -522,20 +526,182 @@ __device__ static inline Eight finish8(Eight value, const Epilogue &e, size_t at
     return value;
 }
 
-template <class T>
+template <class T, class S>
 __global__ static void __launch_bounds__(THREADS)
-    finish_kernel(T *y, const float *sums, Epilogue epilogue, size_t count, int C) {
+    finish_kernel(T *y, const S *sums, Epilogue epilogue, size_t count, int C) {
     const int64_t at = place8(count);
     if (at >= 0) store8(y + at, finish8<T>(load8(sums + at), epilogue, (size_t)at, (int)(at % C)));
 }
 
-// y (rows, C) = the epilogue of sums (rows, C); y may be sums if T is float.
-template <class T>
-static void gpu_finish(T *y, const float *sums, Epilogue epilogue, int rows, int C) {
+// y (rows, C) = the epilogue of sums (rows, C); y may be sums if the types are the same.
+template <class T, class S>
+static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) {
     const size_t count = (size_t)rows * (size_t)C;
-    finish_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
+    finish_kernel<T, S><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
     CUDA(cudaGetLastError());
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear layers, which 1 x 1 convolutions of stride 1 are too, by cuBLASLt. The library counts in columns: what is
+// (rows, C) here is a matrix of C rows and `rows` columns to it, with its numbers where they are.
+//
+// Which of its kernels is the fastest for a product has to be asked, which takes long, and the number of rows is
+// another one in each micro-batch. So it is asked for that number rounded up to a power of two, and the answer kept:
+// after a few steps nothing is asked any more. Kernels that split a sum among blocks are left out for results that have
+// rows.
+
+#ifdef HAVE_CUBLASLT
+static void cublas_check(cublasStatus_t status, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "error: %s:%d: cuBLASLt: %s\n", file, line, cublasLtGetStatusString(status));
+    exit(1);
+}
+#define CUBLAS(call) cublas_check((call), __FILE__, __LINE__)
+
+enum Pass { FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT };
+enum { LINEAR_WORKSPACE = 32 << 20 };  // bytes that the library is recommended to have on an H100
+
+typedef struct {
+    int pass, operand_type, result_type, epilogue, bucket, in, out;
+} LinearKey;
+
+// A product that was asked about, d = a b; a and b as the library has them.
+typedef struct {
+    LinearKey key;
+    cublasLtMatmulDesc_t how;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+    size_t workspace_bytes;
+} LinearProduct;
+
+static struct {
+    cublasLtHandle_t handle;
+    void *workspace;  // device: all products in `stream` share it
+    size_t workspace_bytes;
+    LinearProduct *products;
+    int count;
+} linear;
+
+// Before the first product. workspace: device, `bytes` of it, on 16 bytes; the caller's.
+static void linear_create(void *workspace, size_t bytes) {
+    CUBLAS(cublasLtCreate(&linear.handle));
+    linear.workspace = workspace, linear.workspace_bytes = bytes;
+}
+
+static void linear_free() {
+    for (int i = 0; i < linear.count; i++) {
+        const LinearProduct *p = &linear.products[i];
+        CUBLAS(cublasLtMatmulDescDestroy(p->how));
+        for (cublasLtMatrixLayout_t layout : {p->a, p->b, p->d}) CUBLAS(cublasLtMatrixLayoutDestroy(layout));
+    }
+    CUBLAS(cublasLtDestroy(linear.handle));
+    free(linear.products);
+    memset((void *)&linear, 0, sizeof linear);
+}
+
+template <class T>
+static cudaDataType number_type() {
+    return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, __half>::value ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+// Floats are multiplied as floats, not as TF32. Of bias, a pointer, only the alignment counts.
+static void ask_linear(LinearProduct *p, LinearKey key, const void *bias) {
+    const cublasOperation_t transpose = CUBLAS_OP_T;
+    const cudaDataType type = (cudaDataType)key.operand_type, result = (cudaDataType)key.result_type;
+    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)key.epilogue;
+    const uint64_t rows = (uint64_t)key.bucket, in = (uint64_t)key.in, out = (uint64_t)key.out;
+    p->key = key;
+    CUBLAS(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (key.pass == BACKWARD_WEIGHT) {  // dw (in, out) = x (in, rows) dy^T (rows, out)
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, in, rows, key.in));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, out, rows, key.out));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, result, in, out, key.in));
+    } else {  // y (out, rows) = w^T (out, in) x (in, rows), and dx (in, rows) = w (in, out) dy (out, rows)
+        const bool forward = key.pass == FORWARD;
+        if (forward)
+            CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, in, out, key.in));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, forward ? in : out, rows, forward ? key.in : key.out));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, result, forward ? out : in, rows, forward ? key.out : key.in));
+    }
+    cublasLtMatmulPreference_t wish;
+    cublasLtMatmulHeuristicResult_t answer;
+    const uint32_t alignment = 16, reductions = CUBLASLT_REDUCTION_SCHEME_NONE;
+    int answers = 0;
+    CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &linear.workspace_bytes,
+                                                sizeof linear.workspace_bytes));
+    for (cublasLtMatmulPreferenceAttributes_t name :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, name, &alignment, sizeof alignment));
+    if (key.pass != BACKWARD_WEIGHT)
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
+                                                    sizeof reductions));
+    CUBLAS(cublasLtMatmulAlgoGetHeuristic(linear.handle, p->how, p->a, p->b, p->d, p->d, wish, 1, &answer, &answers));
+    CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
+    if (answers == 0) {
+        fprintf(stderr, "error: cuBLASLt has no kernel for a linear layer of %d to %d channels and %d rows\n", key.in,
+                key.out, key.bucket);
+        exit(1);
+    }
+    p->algorithm = answer.algo, p->workspace_bytes = answer.workspaceSize;
+}
+
+// d = epilogue(a b + add), the key without its bucket. add: like d, and may be it, or NULL.
+static void multiply_linear(LinearKey key, void *d, const void *a, const void *b, const void *bias, const void *add,
+                            int rows) {
+    if (rows == 0) return;
+    for (key.bucket = 64; key.bucket < rows;) key.bucket *= 2;
+    int i = 0;
+    while (i < linear.count && memcmp(&linear.products[i].key, &key, sizeof key) != 0) i++;
+    if (i == linear.count) {
+        linear.products = (LinearProduct *)grow(linear.products, (size_t)linear.count, sizeof(LinearProduct));
+        ask_linear(&linear.products[linear.count++], key, bias);
+    }
+    const LinearProduct *p = &linear.products[i];
+    const uint64_t columns = (uint64_t)rows;
+    const float one = 1, beta = add ? 1 : 0;
+    for (cublasLtMatrixLayout_t layout : {key.pass == BACKWARD_WEIGHT ? p->a : p->d, p->b})
+        CUBLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_COLS, &columns, sizeof columns));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    CUBLAS(cublasLtMatmul(linear.handle, p->how, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                          &p->algorithm, linear.workspace, p->workspace_bytes, stream));
+}
+
+// y (rows, out) = relu?(x w^T + add + bias). x: (rows, in), w: (out, in), bias: (out) or NULL, add: (rows, out) or
+// NULL, may be y. Y is T or float; the library wants a bias of the result's type. Its ReLU may make 0 of NaN.
+template <class T, class Y>
+static void gpu_linear_forward(Y *y, const T *x, const T *w, const Y *bias, const Y *add, bool relu, int rows, int in,
+                               int out) {
+    const int epilogue = bias   ? relu ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_BIAS
+                         : relu ? CUBLASLT_EPILOGUE_RELU
+                                : CUBLASLT_EPILOGUE_DEFAULT;
+    const LinearKey key = {FORWARD, number_type<T>(), number_type<Y>(), epilogue, 0, in, out};
+    multiply_linear(key, (void *)y, w, x, bias, add, rows);
+}
+
+// dx (rows, in) = mask(dy w + add), mask: dx where mask > 0, else 0. dy: (rows, out), w: (out, in), add and mask: like
+// dx, each NULL or even dx. The mask is a pass of its own.
+template <class T, class Y>
+static void gpu_linear_backward_data(Y *dx, const T *dy, const T *w, const Y *add, const Y *mask, int rows, int in,
+                                     int out) {
+    const LinearKey key = {BACKWARD_DATA, number_type<T>(), number_type<Y>(), CUBLASLT_EPILOGUE_DEFAULT, 0, in, out};
+    multiply_linear(key, (void *)dx, w, dy, NULL, add, rows);
+    const Epilogue epilogue = {NULL, NULL, 0, mask, 0};
+    if (mask) gpu_finish(dx, dx, epilogue, rows, in);
+}
+
+// dw (out, in) += dy^T x. The bias's gradient is gpu_column_sums() of dy.
+template <class T>
+static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int rows, int in, int out) {
+    const LinearKey key = {BACKWARD_WEIGHT, number_type<T>(), CUDA_R_32F, CUBLASLT_EPILOGUE_DEFAULT, 0, in, out};
+    multiply_linear(key, dw, x, dy, NULL, dw, rows);
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Max pooling, 3 x 3, stride 2, padding 1
