@@ -316,7 +316,7 @@ struct ConvCase {
     size_t nx, ny, nw;
     Array<T> x, w, dy;
     Array<Y> bias, add, dadd, mask, y, dx;
-    Array<float> dw;
+    Array<float> dw, plain_bias;  // plain_bias: what linear layers have as Y
     double *memory;
     float *cpu;
     ConvTruth truth;
@@ -337,8 +337,11 @@ struct ConvCase {
           mask(nx, 46),
           y(ny),
           dx(nx),
-          dw(nw, 47) {
+          dw(nw, 47),
+          plain_bias((size_t)s.out_channels) {
         const size_t all = nx + ny + nw;
+        for (size_t i = 0; i < bias.count; i++) plain_bias[i] = to_float(bias[i]);
+        plain_bias.upload();
         memory = (double *)allocate(2 * all * sizeof(double));
         truth = {memory, memory + ny, memory + ny + nx, memory + all, memory + all + ny, memory + all + ny + nx};
         cpu = (float *)allocate(2 * all * sizeof(float));
@@ -383,7 +386,7 @@ struct ConvCase {
             const size_t from = (size_t)(in.table[(size_t)i].first * s.in_channels),
                          to = (size_t)(out.table[(size_t)i].first * s.out_channels);
             const int height = pictures[i].height, width = pictures[i].width;
-            const Epilogue forward = {(const float *)(void *)bias.host, (Y *)add.host + to, 1, NULL, 0};
+            const Epilogue forward = {plain_bias.host, (Y *)add.host + to, 1, NULL, 0};
             const Epilogue backward = {NULL, (Y *)dadd.host + from, 0, (Y *)mask.host + from, 0};
             conv_forward(cpu + to, plain_x + from, height, width, buffers[0], forward, s, 0);
             conv_backward_data(cpu + ny + from, plain_dy + to, height, width, buffers[1], backward, s, 0);
@@ -457,6 +460,63 @@ static void test_linear() {
     test_linear_of<__half, float>(130, 64, 8);
 }
 #endif
+
+// Ours of these pictures alone, pixel by pixel the same bytes as in company?
+template <class T>
+static void check_alone(ConvCase<T, T> *c, const Segment *pictures, int count) {
+    int wrong = 0;
+    for (int i = 0; i < count; i++) {
+        RaggedTable in(pictures + i, 1, NULL), out(pictures + i, 1, &c->s);
+        const size_t from = (size_t)(c->in.table[(size_t)i].first * c->s.in_channels),
+                     to = (size_t)(c->out.table[(size_t)i].first * c->s.out_channels);
+        Array<T> y((size_t)(out.map.rows * c->s.out_channels)), dx((size_t)(in.map.rows * c->s.in_channels));
+        const Epilogue forward = {c->plain_bias.device, c->add.device + to, 1, NULL, 0};
+        const Epilogue backward = {NULL, c->dadd.device + from, 0, c->mask.device + from, 0};
+        gpu_conv_forward(y.device, c->x.device + from, c->w.device, forward, out.map, in.map, c->s);
+        wrong += memcmp(y.download(), c->y.host + to, y.count * sizeof(T)) != 0;
+        if (c->s.in_channels % 8 != 0) continue;
+        gpu_conv_backward_data(dx.device, c->dy.device + to, c->w.device, backward, out.map, in.map, c->s);
+        wrong += memcmp(dx.download(), c->dx.host + from, dx.count * sizeof(T)) != 0;
+    }
+    check(wrong == 0, "%s, kernel %d: %d results are others where a picture is alone", type_name<T>(), c->s.kernel,
+          wrong);
+}
+
+template <class T>
+static void test_conv_of(ConvShape s, const Segment *pictures, int count) {
+    s.padding = s.dilation * (s.kernel - 1) / 2;
+    ConvCase<T, T> c(s, pictures, count);
+    Array<float> partials(conv_partials(s, c.out.map.rows));
+    const Epilogue forward = {c.plain_bias.device, c.add.device, 1, NULL, 0};
+    const Epilogue backward = {NULL, c.dadd.device, 0, c.mask.device, 0};
+    gpu_conv_forward(c.y.device, c.x.device, c.w.device, forward, c.out.map, c.in.map, s);
+    if (s.in_channels % 8 == 0)
+        gpu_conv_backward_data(c.dx.device, c.dy.device, c.w.device, backward, c.out.map, c.in.map, s);
+    gpu_conv_backward_weight(c.dw.device, partials.device, c.x.device, c.dy.device, c.out.map, c.in.map, s);
+    c.check_forward();
+    if (s.in_channels % 8 == 0) c.check_backward_data();
+    c.check_backward_weight();
+    if (count > 1) check_alone(&c, pictures, count);
+}
+
+static const Segment LARGE[] = {{0, 33, 41, 0}};  // its pixels are divided into parts
+
+template <class T>
+static void test_conv_type() {
+    test_conv_of<T>({64, 64, 3, 1, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({3, 64, 7, 2, 0, 1}, PICTURES, NUM_PICTURES);  // the stem
+    test_conv_of<T>({16, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({72, 16, 3, 1, 0, 2}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({24, 136, 1, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({8, 8, 3, 1, 0, 1}, LARGE, 1);
+}
+
+static void test_conv() {
+    test_conv_type<float>();
+    test_conv_type<__nv_bfloat16>();
+    test_conv_of<__half>({136, 8, 1, 1, 0, 1}, PICTURES, 1);
+    test_conv_of<__half>({40, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Positions, dropout
@@ -1101,14 +1161,14 @@ static void test_optimizer() {
 static const struct {
     const char *name;
     void (*run)();
-} TESTS[] = {{"ragged", test_ragged},       {"rows", test_rows},           {"pixels", test_pixels},
+} TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
              {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
              {"linear", test_linear},
 #endif
-             {"maxpool", test_maxpool},     {"positions", test_positions}, {"dropout", test_dropout},
-             {"attention", test_attention}, {"norm", test_norm},           {"set_loss", test_set_loss},
-             {"optimizer", test_optimizer}};
+             {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
+             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
 
 int main(int argc, char **argv) {
     cudaDeviceProp device;

@@ -1,8 +1,8 @@
 /*
 train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
 is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
-reference that each kernel here is held against (test_detr.cu). Convolutions and linear layers are not here yet, so
-this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
+reference that each kernel here is held against (test_detr.cu). What makes a network of them is not here yet, so this
+trains nothing by itself; and it has run on dev/emu only, never on a GPU.
 doc/8-the-cuda-version.md says what is there and what each kernel costs.
 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
@@ -14,6 +14,9 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Parameters    where they lie, and what products read instead of them
     Pixels        bytes to numbers
     Epilogue      what happens to a product's sums before they are written
+    Tensor cores  and asynchronous copies: the instructions
+    Linear layers by cuBLASLt
+    Convolutions  as products whose rows are looked up (implicit GEMM), forward and backward
     Max pooling   forward and backward
     Positions     of tokens and of queries
     Dropout       masks that are asked for again, never stored
@@ -542,6 +545,70 @@ static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores and asynchronous copies: the instructions, which dev/emu/emu.h has twins of
+
+#ifndef CUDA_EMU
+__device__ static unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// d = a b + c: a is 16 x 16, b 16 x 8, c and d 16 x 8 floats. Lane l has of c and d the elements (l / 4, 2 (l % 4)) and
+// the next, and the same 8 rows further down; of a those of its left half, then those of its right half, as pairs; of b
+// (2 (l % 4), l / 4) and the one below, and the same 8 rows further down.
+#define MMA(name, type)                                                                                           \
+    __device__ static void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                             \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
+                       "f"(c[2]), "f"(c[3]));                                                                     \
+    }
+MMA(mma_bf16, "bf16")
+MMA(mma_f16, "f16")
+
+// Four matrices of 8 x 8 numbers of 16 bits: lane l has the address of row l % 8 of matrix l / 8 and receives of each
+// the elements (l / 4, 2 (l % 4)) and the next; with _trans, of each matrix transposed.
+#define LDMATRIX(name, trans)                                                                 \
+    __device__ static void name(uint32_t(&d)[4], const void *row) {                           \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
+                     : "r"(shared_address(row))                                               \
+                     : "memory");                                                             \
+    }
+LDMATRIX(ldmatrix_x4, "")
+LDMATRIX(ldmatrix_x4_trans, ".trans")
+
+// 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them, then zeros.
+__device__ static void cp_async_16(void *shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+__device__ static void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending_groups>
+__device__ static void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
+}
+#endif
+
+template <class T>
+__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    if constexpr (std::is_same<T, __half>::value)
+        mma_f16(sum, a, b, sum);
+    else
+        mma_bf16(sum, a, b, sum);
+}
+
+// Two floats as a pair of T, the first in the lower half.
+template <class T>
+__device__ static inline uint32_t pair(float first, float second) {
+    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
+    uint32_t bits;
+    memcpy(&bits, (const void *)numbers, sizeof bits);
+    return bits;
+}
+
+enum Pass { FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT };  // of a product with weights
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Linear layers, which 1 x 1 convolutions of stride 1 are too, by cuBLASLt. The library counts in columns: what is
 // (rows, C) here is a matrix of C rows and `rows` columns to it, with its numbers where they are.
 //
@@ -558,7 +625,6 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
 }
 #define CUBLAS(call) cublas_check((call), __FILE__, __LINE__)
 
-enum Pass { FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT };
 enum { LINEAR_WORKSPACE = 32 << 20 };  // bytes that the library is recommended to have on an H100
 
 typedef struct {
@@ -702,6 +768,435 @@ static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int r
     multiply_linear(key, dw, x, dy, NULL, dw, rows);
 }
 #endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Convolutions, as products of matrices of which one is never made (implicit GEMM). A row of it is an output pixel, its
+// columns are the channels of the pixels that the kernel's taps see, tap after tap; whoever fetches a piece of 16 bytes
+// looks up where that is, and pieces outside of the image are zeros.
+//
+//   forward          y  (pixels, out) = patches of x (pixels, taps * in)    times w^T
+//   backward data    dx (pixels, in)  = patches of dy (pixels, taps * out)  times w, tap by tap
+//   backward weight  dw (out, taps * in) = dy^T (out, pixels)               times patches of x
+//
+// On the way back to x a stride of 2 makes four products: pixels of the same remainders are seen by the same taps.
+//
+// A block makes TILE_M x TILE_N sums. It goes through the inner dimension in steps of 128 bytes, of which two are on
+// their way to shared memory while a third is multiplied. Where the inner dimension is contiguous in memory a line of a
+// tile is one row's (or column's) step, and ldmatrix finds there what mma wants; where it is not, a line is one number
+// of the inner dimension for all rows, and ldmatrix transposes. Pieces are shuffled within their line, so that eight
+// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA.
+
+enum {
+    TILE_M = 128,
+    STEP_BYTES = 128,      // of the inner dimension: 64 numbers of 16 bits, or 32 floats
+    STAGES = 3,            // steps in shared memory
+    SPLIT_BLOCKS = 264,    // backward weight divides pixels among blocks until there are so many: an H100 has room for
+    SPLIT_PIXELS = 8 * 64  // 264 at a time; but none gets fewer pixels than this
+};
+
+// A tap of the kernel: how far from its row's origin it reads, and its place in w.
+typedef struct {
+    signed char y, x;
+    short index;
+} ConvTap;
+
+typedef struct {
+    int count;
+    ConvTap taps[MAX_KERNEL * MAX_KERNEL];
+} ConvTaps;
+
+template <class T>
+struct ConvParams {
+    void *result;     // y, dx (T), or sums of dw for each part of the pixels (parts, out channels, columns) (float)
+    const T *source;  // what has pixels and taps: x, or dy on the way back to x
+    const T *other;   // w, or dy
+    Ragged in, out;   // maps of x and y
+    int channels;     // of source
+    int rows, columns, tiles;  // of the result, rows at most; tiles of TILE_N columns
+    int of_part;               // pixels, backward weight
+    int stride, num_taps;      // of the whole kernel
+    Epilogue epilogue;
+    ConvTaps taps[4];  // [2 * (y % 2) + x % 2] on the way back to x, else [0]
+};
+
+// An origin: pixel (y, x) of an image of source, whose rows start at `first`. height 0: a row that does not exist.
+typedef struct {
+    int first, out_row;  // out_row: of the result, -1 where there is none
+    short y, x, height, width;
+} Origin;
+
+// Of the output pixel `row`, if there is one before `end`.
+template <class T>
+__device__ static inline Origin output_origin(const ConvParams<T> &p, int row, int end) {
+    Origin origin = {0, -1, 0, 0, 0, 0};
+    if (row >= end) return origin;
+    const int number = find_segment(p.out, row);
+    const Segment to = p.out.segments[number], from = p.in.segments[number];
+    origin.first = from.first, origin.out_row = row;
+    origin.y = (short)((row - to.first) / to.width * p.stride),
+    origin.x = (short)((row - to.first) % to.width * p.stride);
+    origin.height = (short)from.height, origin.width = (short)from.width;
+    return origin;
+}
+
+// Of the input pixel number `row` of those whose y and x have these remainders, image by image.
+template <class T>
+__device__ static inline Origin input_origin(const ConvParams<T> &p, int row, int first_y, int first_x) {
+    Origin origin = {0, -1, 0, 0, 0, 0};
+    for (int number = 0; number < p.in.count; number++) {
+        const Segment from = p.in.segments[number], to = p.out.segments[number];
+        const int height = (from.height - first_y + p.stride - 1) / p.stride;
+        const int width = (from.width - first_x + p.stride - 1) / p.stride;
+        if (row >= height * width) {
+            row -= height * width;
+            continue;
+        }
+        const int y = row / width, x = row % width;
+        origin.first = to.first;
+        origin.out_row = from.first + (y * p.stride + first_y) * from.width + x * p.stride + first_x;
+        origin.y = (short)y, origin.x = (short)x, origin.height = (short)to.height, origin.width = (short)to.width;
+        return origin;
+    }
+    return origin;
+}
+
+// The first number of a piece in a tile with PIECES pieces a line.
+template <int PIECES, class T>
+__device__ static inline T *piece_at(T *tile, int line, int piece) {
+    return tile + (line * PIECES + (piece ^ (line & 7))) * (16 / (int)sizeof(T));
+}
+
+// Asks for a tile of LINES patches, or zeros, from column `first` on.
+template <int LINES, int PIECES, class T>
+__device__ static inline void fetch_patches(T *tile, const Origin *origins, const T *source, int channels,
+                                            const ConvTap *taps, int num_taps, int first) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    const int piece = (int)threadIdx.x % PIECES, column = first + piece * PIECE;
+    for (int line = (int)threadIdx.x / PIECES; line < LINES; line += THREADS / PIECES) {
+        T *to = piece_at<PIECES>(tile, line, piece);
+        const Origin origin = origins[line];
+        int tap = column / channels, channel = column % channels;
+        auto find = [&]() -> const T * {
+            if (tap >= num_taps) return NULL;
+            const int y = origin.y + taps[tap].y, x = origin.x + taps[tap].x;
+            if (y < 0 || y >= origin.height || x < 0 || x >= origin.width) return NULL;
+            return source + (size_t)(origin.first + y * origin.width + x) * channels + channel;
+        };
+        if (channels % PIECE == 0) {
+            const T *from = find();
+            cp_async_16(to, from ? from : source, from ? 16 : 0);
+        } else {  // the picture
+            for (int i = 0; i < PIECE; i++) {
+                const T *from = find();
+                to[i] = from ? *from : to_type<T>(0);
+                if (++channel == channels) tap++, channel = 0;
+            }
+        }
+    }
+}
+
+// Asks for a tile of LINES lines with numbers side by side, `columns` of them: line(i) is where those of line i begin,
+// or NULL. aligned: all on 16 bytes.
+template <int LINES, int PIECES, class T, class Line>
+__device__ static inline void fetch_lines(T *tile, int columns, bool aligned, const T *anywhere, Line line) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    const int piece = (int)threadIdx.x % PIECES, column = piece * PIECE;
+    for (int i = (int)threadIdx.x / PIECES; i < LINES; i += THREADS / PIECES) {
+        T *to = piece_at<PIECES>(tile, i, piece);
+        const T *from = line(i);
+        if (aligned) {
+            const bool inside = from && column < columns;
+            cp_async_16(to, inside ? from + column : anywhere, inside ? 16 : 0);
+        } else {
+            for (int j = 0; j < PIECE; j++) to[j] = from && column + j < columns ? from[column + j] : to_type<T>(0);
+        }
+    }
+}
+
+// Four floats of the inner dimension from k on, of row (or column) i of a tile.
+template <int PIECES, bool ACROSS>
+__device__ static inline void load4(float (&to)[4], const float *tile, int i, int k) {
+    if constexpr (ACROSS) {
+#pragma unroll
+        for (int q = 0; q < 4; q++) to[q] = piece_at<PIECES>(tile, k + q, i / 4)[i % 4];
+    } else {
+        const float4 piece = *(const float4 *)piece_at<PIECES>(tile, i, k / 4);
+        to[0] = piece.x, to[1] = piece.y, to[2] = piece.z, to[3] = piece.w;
+    }
+}
+
+// How a block's sums lie in its threads. With 16 bits a warp has M x 32, and sum[4 * i + j] is what mma makes of rows
+// 16 * i and columns 8 * j on; with floats a thread has rows y + 16 * i and columns x + 16 * j, one after another.
+template <class T, int PASS, int TILE_N>
+struct ConvSums {
+    static constexpr int PIECE = 16 / (int)sizeof(T), STEP = STEP_BYTES / (int)sizeof(T);
+    static constexpr int A_PIECES = PASS == BACKWARD_WEIGHT ? TILE_M / PIECE : STEP_BYTES / 16;  // a line
+    static constexpr int B_PIECES = PASS == FORWARD ? STEP_BYTES / 16 : TILE_N / PIECE;
+    static constexpr int M = TILE_M * (TILE_N / 32) / WARPS, ROW = TILE_N + 8;  // ROW: a line of spill()'s
+    float sum[TILE_M * TILE_N / THREADS / 4][4];
+
+    // += the product of a step's tiles.
+    __device__ void multiply_add(const T *a, const T *b) {
+        if constexpr (sizeof(T) == 2) {
+            const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+            const int row = warp / (TILE_N / 32) * M, column = warp % (TILE_N / 32) * 32;
+            const int upper = lane % 16, right = lane / 16, lower = lane / 16 * 8 + lane % 8, left = lane / 8 % 2;
+#pragma unroll
+            for (int k = 0; k < STEP; k += 16) {
+                uint32_t rows[M / 16][4], columns[2][4];
+#pragma unroll
+                for (int i = 0; i < M / 16; i++) {
+                    if constexpr (PASS == BACKWARD_WEIGHT)
+                        ldmatrix_x4_trans(rows[i], piece_at<A_PIECES>(a, k + lower, row / 8 + 2 * i + left));
+                    else
+                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / 8 + right));
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    if constexpr (PASS == FORWARD)
+                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / 8 + left));
+                    else
+                        ldmatrix_x4_trans(columns[j], piece_at<B_PIECES>(b, k + upper, column / 8 + 2 * j + right));
+                }
+#pragma unroll
+                for (int i = 0; i < M / 16; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        mma<T>(sum[4 * i + j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
+            }
+        } else {
+            const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
+#pragma unroll 1
+            for (int k = 0; k < STEP; k += 4) {
+                float columns[TILE_N / 16][4];
+#pragma unroll
+                for (int j = 0; j < TILE_N / 16; j++) load4<B_PIECES, PASS != FORWARD>(columns[j], b, x + 16 * j, k);
+#pragma unroll
+                for (int i = 0; i < TILE_M / 16; i++) {
+                    float row[4];
+                    load4<A_PIECES, PASS == BACKWARD_WEIGHT>(row, a, y + 16 * i, k);
+#pragma unroll
+                    for (int j = 0; j < TILE_N / 16; j++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++) sum[(i * (TILE_N / 16) + j) / 4][j % 4] += row[q] * columns[j][q];
+                }
+            }
+        }
+    }
+
+    // Writes them to shared memory: (TILE_M, ROW).
+    __device__ void spill(float *to) const {
+        if constexpr (sizeof(T) == 2) {
+            const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+            const int row = warp / (TILE_N / 32) * M + lane / 4, column = warp % (TILE_N / 32) * 32 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < M / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    *(float2 *)(to + (row + 8 * i) * ROW + column + 8 * j) =
+                        make_float2(sum[i / 2 * 4 + j][i % 2 * 2], sum[i / 2 * 4 + j][i % 2 * 2 + 1]);
+        } else {
+            const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
+#pragma unroll
+            for (int i = 0; i < TILE_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < TILE_N / 16; j++)
+                    to[(y + 16 * i) * ROW + x + 16 * j] = sum[(i * (TILE_N / 16) + j) / 4][j % 4];
+        }
+    }
+};
+
+template <int TILE_N>
+static size_t conv_shared() {
+    return STAGES * (TILE_M + TILE_N) * STEP_BYTES + TILE_M * sizeof(Origin) +
+           MAX_KERNEL * MAX_KERNEL * sizeof(ConvTap);
+}
+
+// blockIdx.y: remainders of y and x on the way back to x, the part of the pixels on that to w.
+template <class T, int PASS, int TILE_N>
+__global__ static void __launch_bounds__(THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    typedef ConvSums<T, PASS, TILE_N> Sums;
+    constexpr int STEP = Sums::STEP;
+    Origin *origins = (Origin *)(smem + STAGES * (TILE_M + TILE_N) * STEP_BYTES);
+    ConvTap *taps = (ConvTap *)(origins + TILE_M);
+    const int thread = (int)threadIdx.x, which = PASS == BACKWARD_DATA ? (int)blockIdx.y : 0;
+    const int row = (int)blockIdx.x / p.tiles * TILE_M, column = (int)blockIdx.x % p.tiles * TILE_N;
+    const int num_taps = p.taps[which].count, first = PASS == BACKWARD_WEIGHT ? (int)blockIdx.y * p.of_part : 0;
+    const int end = min(first + p.of_part, p.out.rows);  // of the part
+    const int inner = PASS == BACKWARD_WEIGHT ? end - first : num_taps * p.channels, steps = (inner + STEP - 1) / STEP;
+
+    auto find_pixels = [&](int step) {  // backward weight: of two steps, in turns
+        if (thread < STEP) origins[step % 2 * STEP + thread] = output_origin(p, first + step * STEP + thread, end);
+    };
+    auto fetch = [&](int step) {
+        T *a = (T *)smem + step % STAGES * (TILE_M + TILE_N) * STEP, *b = a + TILE_M * STEP;
+        const int k = step * STEP;
+        if constexpr (PASS == BACKWARD_WEIGHT) {
+            fetch_lines<STEP, Sums::A_PIECES>(a, p.rows - row, true, p.other, [&](int i) {
+                return first + k + i < end ? p.other + (size_t)(first + k + i) * p.rows + row : NULL;
+            });
+            fetch_patches<STEP, Sums::B_PIECES>(b, origins + step % 2 * STEP, p.source, p.channels, taps, num_taps,
+                                                column);
+        } else {
+            fetch_patches<TILE_M, Sums::A_PIECES>(a, origins, p.source, p.channels, taps, num_taps, k);
+        }
+        if constexpr (PASS == FORWARD) {
+            fetch_lines<TILE_N, Sums::B_PIECES>(b, inner - k, inner % Sums::PIECE == 0, p.other, [&](int i) {
+                return column + i < p.columns ? p.other + (size_t)(column + i) * inner + k : NULL;
+            });
+        }
+        if constexpr (PASS == BACKWARD_DATA) {
+            const int tap = k / p.channels, channel = k % p.channels;
+            fetch_lines<STEP, Sums::B_PIECES>(b, p.columns - column, true, p.other, [&](int i) -> const T * {
+                int t = tap, c = channel + i;
+                while (c >= p.channels) t++, c -= p.channels;
+                if (t >= num_taps) return NULL;
+                return p.other + ((size_t)c * p.num_taps + taps[t].index) * p.columns + column;
+            });
+        }
+    };
+
+    if (thread < num_taps) taps[thread] = p.taps[which].taps[thread];
+    if (PASS == BACKWARD_WEIGHT) find_pixels(0), find_pixels(1);
+    if (PASS == FORWARD && thread < TILE_M) origins[thread] = output_origin(p, row + thread, p.out.rows);
+    if (PASS == BACKWARD_DATA && thread < TILE_M) origins[thread] = input_origin(p, row + thread, which / 2, which % 2);
+    __syncthreads();
+    if (PASS != BACKWARD_WEIGHT && origins[0].out_row < 0) return;  // fewer pixels have these remainders than others
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) fetch(step);
+        cp_async_commit();
+    }
+    if (PASS == BACKWARD_WEIGHT) {
+        __syncthreads();
+        find_pixels(STAGES - 1);
+    }
+    Sums sums = {};
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
+        cp_async_commit();
+        if (PASS == BACKWARD_WEIGHT) find_pixels(step + STAGES);
+        const T *a = (const T *)smem + step % STAGES * (TILE_M + TILE_N) * STEP;
+        sums.multiply_add(a, a + TILE_M * STEP);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    float *spilled = (float *)smem;
+    sums.spill(spilled);
+    __syncthreads();
+    for (int i = thread; i < TILE_M * TILE_N / 8; i += THREADS) {
+        const int r = i / (TILE_N / 8), c = i % (TILE_N / 8) * 8;
+        if (column + c >= p.columns) continue;
+        const Eight value = load8(spilled + r * Sums::ROW + c);
+        if constexpr (PASS == BACKWARD_WEIGHT) {
+            if (row + r < p.rows)
+                store8((float *)p.result + ((size_t)blockIdx.y * p.rows + row + r) * p.columns + column + c, value);
+        } else {
+            if (origins[r].out_row < 0) continue;
+            const size_t at = (size_t)origins[r].out_row * p.columns + column + c;
+            store8((T *)p.result + at, finish8<T>(value, p.epilogue, at, column + c));
+        }
+    }
+}
+
+template <class T, int PASS, int TILE_N>
+static void launch_conv_tiles(ConvParams<T> *p, unsigned layers) {
+    p->tiles = (int)divide_up((size_t)p->columns, TILE_N);
+    const dim3 grid(blocks((size_t)p->rows, TILE_M) * (unsigned)p->tiles, layers);
+    allow_shared(conv_kernel<T, PASS, TILE_N>, conv_shared<TILE_N>());
+    conv_kernel<T, PASS, TILE_N><<<grid, THREADS, conv_shared<TILE_N>(), stream>>>(*p);
+    CUDA(cudaGetLastError());
+}
+
+// What all passes have in common; result and operands are the caller's. layers: blockIdx.y's.
+template <class T, int PASS>
+static void launch_conv(ConvParams<T> *p, Ragged out, Ragged in, ConvShape s, unsigned layers) {
+    p->in = in, p->out = out, p->stride = s.stride, p->num_taps = s.kernel * s.kernel;
+    for (int first = 0; first < 4; first++) {
+        ConvTaps *list = &p->taps[first];
+        list->count = 0;
+        for (int i = 0; i < p->num_taps; i++) {
+            int y = i / s.kernel * s.dilation - s.padding, x = i % s.kernel * s.dilation - s.padding;
+            if (PASS == BACKWARD_DATA) {
+                y = first / 2 - y, x = first % 2 - x;
+                if (y % s.stride != 0 || x % s.stride != 0) continue;
+                y /= s.stride, x /= s.stride;
+            }
+            const ConvTap tap = {(signed char)y, (signed char)x, (short)i};
+            list->taps[list->count++] = tap;
+        }
+    }
+    if (p->rows == 0) return;
+    constexpr int WIDE = sizeof(T) == 2 ? 128 : 64;  // floats of a wider tile do not fit the registers
+    if (p->columns <= 64)
+        launch_conv_tiles<T, PASS, 64>(p, layers);
+    else
+        launch_conv_tiles<T, PASS, WIDE>(p, layers);
+}
+
+// conv_forward() of all images: y (out.rows, out channels) by the epilogue, whose add and mask are like y. x: (in.rows,
+// in channels), w: (out channels, kernel, kernel, in channels). Here and in the other passes out is the map that the
+// shape makes of in, the kernel's size is odd and half of it padded (as many pixels out as in, or half in both
+// directions), the stride is 1 or 2, sides are below 32768.
+template <class T>
+static void gpu_conv_forward(T *y, const T *x, const T *w, Epilogue epilogue, Ragged out, Ragged in, ConvShape s) {
+    ConvParams<T> p;
+    p.result = (void *)y, p.source = x, p.other = w, p.epilogue = epilogue;
+    p.channels = s.in_channels, p.rows = out.rows, p.columns = s.out_channels, p.of_part = 0;
+    launch_conv<T, FORWARD>(&p, out, in, s, 1);
+}
+
+// conv_backward_data(): dx (in.rows, in channels) by the epilogue, whose add and mask are like dx, and may be dx.
+template <class T>
+static void gpu_conv_backward_data(T *dx, const T *dy, const T *w, Epilogue epilogue, Ragged out, Ragged in,
+                                   ConvShape s) {
+    ConvParams<T> p;
+    p.result = (void *)dx, p.source = dy, p.other = w, p.epilogue = epilogue;
+    p.channels = s.out_channels, p.rows = out.rows, p.columns = s.in_channels, p.of_part = 0;
+    launch_conv<T, BACKWARD_DATA>(&p, out, in, s, (unsigned)(s.stride * s.stride));
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    add_parts_kernel(float *dw, const float *partials, int parts, int rows, int length, int columns) {
+    const size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= (size_t)rows * length) return;
+    const float *from = partials + at / length * columns + at % length;
+    double sum = 0;
+    for (int part = 0; part < parts; part++) sum += from[(size_t)part * rows * columns];
+    dw[at] += (float)sum;
+}
+
+// Parts of the pixels, at most, and the floats that their sums take.
+static int conv_parts(ConvShape s, int rows) {
+    const size_t tiles = divide_up((size_t)s.out_channels, TILE_M) * divide_up(patch_size(s), 128);
+    const size_t most = divide_up((size_t)rows, SPLIT_PIXELS), wanted = divide_up(SPLIT_BLOCKS, tiles);
+    return (int)(most < wanted ? most : wanted);
+}
+
+static size_t conv_partials(ConvShape s, int rows) {
+    return (size_t)conv_parts(s, rows) * (size_t)s.out_channels * round_up(patch_size(s), 8);
+}
+
+// conv_backward_weight(): dw (out channels, kernel, kernel, in channels) += that of all images, part by part. x, dy: as
+// in forward. partials: conv_partials() of as many output pixels or more.
+template <class T>
+static void gpu_conv_backward_weight(float *dw, float *partials, const T *x, const T *dy, Ragged out, Ragged in,
+                                     ConvShape s) {
+    if (out.rows == 0) return;
+    const int length = (int)patch_size(s);
+    ConvParams<T> p;
+    p.result = partials, p.source = x, p.other = dy, p.epilogue = Epilogue();
+    p.channels = s.in_channels, p.rows = s.out_channels, p.columns = (int)round_up((size_t)length, 8);
+    p.of_part = (int)round_up(divide_up((size_t)out.rows, (size_t)conv_parts(s, out.rows)), 64);
+    const unsigned parts = blocks((size_t)out.rows, (size_t)p.of_part);
+    launch_conv<T, BACKWARD_WEIGHT>(&p, out, in, s, parts);
+    const size_t count = (size_t)p.rows * (size_t)length;
+    add_parts_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(dw, partials, (int)parts, p.rows, length,
+                                                                     p.columns);
+    CUDA(cudaGetLastError());
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Max pooling, 3 x 3, stride 2, padding 1
@@ -932,68 +1427,6 @@ static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
     const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
     dropout_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, mask, map, C);
     CUDA(cudaGetLastError());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores and asynchronous copies: the instructions, which dev/emu/emu.h has twins of
-
-#ifndef CUDA_EMU
-__device__ static unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-// d = a b + c: a is 16 x 16, b 16 x 8, c and d 16 x 8 floats. Lane l has of c and d the elements (l / 4, 2 (l % 4)) and
-// the next, and the same 8 rows further down; of a those of its left half, then those of its right half, as pairs; of b
-// (2 (l % 4), l / 4) and the one below, and the same 8 rows further down.
-#define MMA(name, type)                                                                                           \
-    __device__ static void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) { \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
-                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                             \
-                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                             \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),    \
-                       "f"(c[2]), "f"(c[3]));                                                                     \
-    }
-MMA(mma_bf16, "bf16")
-MMA(mma_f16, "f16")
-
-// Four matrices of 8 x 8 numbers of 16 bits: lane l has the address of row l % 8 of matrix l / 8 and receives of each
-// the elements (l / 4, 2 (l % 4)) and the next; with _trans, of each matrix transposed.
-#define LDMATRIX(name, trans)                                                                 \
-    __device__ static void name(uint32_t(&d)[4], const void *row) {                           \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
-                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                         \
-                     : "r"(shared_address(row))                                               \
-                     : "memory");                                                             \
-    }
-LDMATRIX(ldmatrix_x4, "")
-LDMATRIX(ldmatrix_x4_trans, ".trans")
-
-// 16 bytes from global to shared memory behind the thread's back: the first `bytes` of them, then zeros.
-__device__ static void cp_async_16(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-__device__ static void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending_groups>
-__device__ static void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
-}
-#endif
-
-template <class T>
-__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t b[2] = {b0, b1};
-    if constexpr (std::is_same<T, __half>::value)
-        mma_f16(sum, a, b, sum);
-    else
-        mma_bf16(sum, a, b, sum);
-}
-
-// Two floats as a pair of T, the first in the lower half.
-template <class T>
-__device__ static inline uint32_t pair(float first, float second) {
-    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
-    uint32_t bits;
-    memcpy(&bits, (const void *)numbers, sizeof bits);
-    return bits;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
