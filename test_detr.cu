@@ -171,6 +171,8 @@ static void test_rows_of() {
     test_sums_of<T>(1, 8);
     test_sums_of<T>(63, 264);
     test_sums_of<T>(700, 40);
+    test_sums_of<T>(70, 5);
+    test_sums_of<T>(3, 261);
 }
 
 static void test_rows() {
@@ -1094,11 +1096,14 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
           "parameters and their operands in %s are those of the model", type_name<T>());
     int wrong_bias = 0;
     Array<float> bias((size_t)d.num_filters);
+    Array<T> bias_operand(bias.count);
     CUDA(cudaMemcpy(bias.host, d.bias, bias.count * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(bias_operand.host, d.bias_operand, bias.count * sizeof(T), cudaMemcpyDeviceToHost));
     for (int i = 0, filters = 0; i < model.num_layers; i++) {
         if (!model.layers[i]->norm_weight) continue;
-        wrong_bias +=
-            different(bias.host + filters, model.layers[i]->folded_bias, (size_t)model.layers[i]->shape.out_channels);
+        const size_t count = (size_t)model.layers[i]->shape.out_channels;
+        wrong_bias += different(bias.host + filters, model.layers[i]->folded_bias, count);
+        wrong_bias += different(bias_operand.host + filters, model.layers[i]->folded_bias, count);
         filters += model.layers[i]->shape.out_channels;
     }
     check(wrong_bias == 0, "%d folded biases are wrong", wrong_bias);

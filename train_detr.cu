@@ -235,7 +235,10 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
     Eight sum = {};
     if (column < C) {
         for (int row = first + warp; row < rows && row < first + CHUNK_ROWS; row += WARPS) {
-            const Eight value = load8(x + (size_t)row * C + column);
+            const T *from = x + (size_t)row * C + column;
+            Eight value = {};
+            if (C % 8 == 0) value = load8(from);
+            for (int j = 0; C % 8 != 0 && j < 8 && column + j < C; j++) value.x[j] = to_float(from[j]);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum.x[j] += value.x[j];
         }
@@ -249,7 +252,8 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
     partials[(size_t)blockIdx.x * C + mine] = total;
 }
 
-// sums (C) += the sum over the rows of x (rows, C): the gradient of a bias. partials: (divide_up(rows, CHUNK_ROWS), C).
+// sums (C) += the sum over the rows of x (rows, C): the gradient of a bias; C may be any number. partials:
+// (divide_up(rows, CHUNK_ROWS), C).
 template <class T>
 static void gpu_column_sums(float *sums, float *partials, const T *x, int rows, int C) {
     const dim3 grid(blocks((size_t)rows, CHUNK_ROWS), blocks((size_t)C, THREADS));
@@ -276,6 +280,7 @@ typedef struct {
     const float *weight, *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters, length), (filters)
     void *operand;                                                              // (filters, length): weight * scale
     float *scale, *bias;                                                        // (filters), as in Layer
+    void *bias_operand;                                                         // (filters): bias, rounded to T
     float *dweight, *dnorm_weight;
     const float *dnorm_bias;
     int first, length;  // how many filters come before its own; numbers of a filter
@@ -291,6 +296,7 @@ typedef struct {
     Folded *folded;
     int num_folded, num_filters;        // convolutions with a norm, their filters
     float *scale, *bias;                // (num_filters)
+    void *bias_operand;                 // (num_filters) of T
     double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients
 } DeviceParams;
 
@@ -319,6 +325,7 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
     d->folded = (Folded *)arena_bytes(arena, (size_t)d->num_folded * sizeof(Folded));
     d->scale = arena_take(arena, (size_t)d->num_filters);
     d->bias = arena_take(arena, (size_t)d->num_filters);
+    d->bias_operand = arena_bytes(arena, (size_t)d->num_filters * number_bytes);
     d->norm_partials = (double *)arena_bytes(arena, divide_up(d->trained, NORM_CHUNKS * PARAM_CHUNK) * sizeof(double));
     d->grad_norm = (double *)arena_bytes(arena, sizeof(double));
 }
@@ -372,6 +379,7 @@ __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *laye
     if (threadIdx.x > 0) return;
     layer.scale[n] = scale;
     layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+    ((T *)layer.bias_operand)[n] = to_type<T>(layer.bias[n]);
 }
 
 // The operands, scales and biases of all convolutions with a frozen norm, as layer_pack() has them; a block does a
@@ -445,6 +453,7 @@ static void device_params_create(DeviceParams *d, const Model *model) {
         next->norm_mean = values[3], next->norm_variance = values[4];
         next->operand = (T *)d->operand + place;
         next->scale = d->scale + filters, next->bias = d->bias + filters;
+        next->bias_operand = (T *)d->bias_operand + filters;
         next->dweight = grads[0], next->dnorm_weight = grads[1], next->dnorm_bias = grads[2];
         next->first = filters, next->length = (int)(layer->weight->count / (size_t)layer->shape.out_channels);
         filters += layer->shape.out_channels;
