@@ -99,10 +99,10 @@ static void check_error(const float *ours, const float *cpu, const double *truth
 static const Segment PICTURES[] = {{0, 7, 10, 0}, {0, 1, 1, 1}, {0, 12, 9, 3}, {0, 5, 16, 4}};
 enum { NUM_PICTURES = 4 };
 
-struct RaggedBatch {
+struct RaggedTable {
     Array<Segment> table;
     Ragged map;
-    RaggedBatch(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
+    RaggedTable(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
         map.count = count, map.rows = ragged_segments(table.host, from, count, shape), map.segments = table.device;
         table.upload();
     }
@@ -116,7 +116,7 @@ static void test_ragged() {
     check(after[2].first == 21 && after[2].height == 6 && after[2].width == 5 && after[2].image == 3,
           "the third picture's segment behind the stem");
     check(ragged_segments(huge, huge, 2, NULL) == -1, "more rows than an int can count are refused");
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     check(batch.map.rows == 70 + 1 + 108 + 80 && batch.table[3].first == 179, "segments lie side by side");
 }
 
@@ -160,6 +160,8 @@ static void test_rows_of() {
     test_sums_of<T>(1, 8);
     test_sums_of<T>(63, 264);
     test_sums_of<T>(700, 40);
+    test_sums_of<T>(70, 5);
+    test_sums_of<T>(3, 261);
 }
 
 static void test_rows() {
@@ -173,7 +175,7 @@ static void test_rows() {
 
 template <class T>
 static void test_pixels_to() {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = 3 * (size_t)batch.map.rows;  // 777: the last thread has one
     Array<unsigned char> bytes(count);
     Array<float> table(3 * 256);
@@ -231,7 +233,7 @@ static void test_epilogue() {
 
 template <class T>
 static void test_maxpool_of(int C) {
-    RaggedBatch in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
+    RaggedTable in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
     const size_t n = (size_t)(in.map.rows * C), m = (size_t)(out.map.rows * C);
     Array<T> x(n), y(m), dy(m, 10), dx(n);
     Array<unsigned char> argmax(m);
@@ -267,12 +269,253 @@ static void test_maxpool() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Linear layers, convolutions
+
+// Adds the products of one image's convolution in double, and the sum of their magnitudes behind each result; all of x
+// (height * width, in), w (out, kernel, kernel, in), dy (output pixels, out).
+struct ConvTruth {
+    double *y, *dx, *dw, *y_size, *dx_size, *dw_size;
+};
+
+static void plain_conv(ConvTruth t, const float *x, const float *w, const float *dy, int height, int width,
+                       ConvShape s) {
+    const int out_height = conv_size(height, s), out_width = conv_size(width, s);
+    for (int i = 0; i < out_height * out_width * s.kernel * s.kernel; i++) {
+        const int pixel = i / (s.kernel * s.kernel), tap = i % (s.kernel * s.kernel);
+        const int iy = pixel / out_width * s.stride + tap / s.kernel * s.dilation - s.padding;
+        const int ix = pixel % out_width * s.stride + tap % s.kernel * s.dilation - s.padding;
+        if (iy < 0 || iy >= height || ix < 0 || ix >= width) continue;
+        for (int n = 0; n < s.out_channels; n++) {
+            const size_t to = (size_t)(pixel * s.out_channels + n), from = (size_t)(iy * width + ix) * s.in_channels;
+            const size_t weight = (size_t)(n * s.kernel * s.kernel + tap) * s.in_channels;
+            for (size_t c = 0; c < (size_t)s.in_channels; c++) {
+                const double a = x[from + c], b = w[weight + c], g = dy[to];
+                t.y[to] += a * b, t.y_size[to] += fabs(a * b);
+                t.dx[from + c] += g * b, t.dx_size[from + c] += fabs(g * b);
+                t.dw[weight + c] += g * a, t.dw_size[weight + c] += fabs(g * a);
+            }
+        }
+    }
+}
+
+// A convolution with all that stands around it, of random numbers: what goes in, and what must come out. Operands are
+// T, results Y (but dw, which is float).
+template <class T, class Y>
+struct ConvCase {
+    ConvShape s;
+    RaggedTable in, out;
+    size_t nx, ny, nw;
+    Array<T> x, w, dy;
+    Array<Y> bias, add, dadd, mask, y, dx;
+    Array<float> dw, plain_bias;  // plain_bias: what linear layers have as Y
+    double *memory;
+    float *cpu;
+    ConvTruth truth;
+
+    ConvCase(ConvShape s, const Segment *pictures, int count)
+        : s(s),
+          in(pictures, count, NULL),
+          out(pictures, count, &s),
+          nx((size_t)(in.map.rows * s.in_channels)),
+          ny((size_t)(out.map.rows * s.out_channels)),
+          nw(patch_size(s) * (size_t)s.out_channels),
+          x(nx, 40),
+          w(nw, 41),
+          dy(ny, 42),
+          bias((size_t)s.out_channels, 43),
+          add(ny, 44),
+          dadd(nx, 45),
+          mask(nx, 46),
+          y(ny),
+          dx(nx),
+          dw(nw, 47),
+          plain_bias((size_t)s.out_channels) {
+        const size_t all = nx + ny + nw;
+        for (size_t i = 0; i < bias.count; i++) plain_bias[i] = to_float(bias[i]);
+        plain_bias.upload();
+        memory = (double *)allocate(2 * all * sizeof(double));
+        truth = {memory, memory + ny, memory + ny + nx, memory + all, memory + all + ny, memory + all + ny + nx};
+        cpu = (float *)allocate(2 * all * sizeof(float));
+        float *plain_x = cpu + all, *plain_w = plain_x + nx, *plain_dy = plain_w + nw;
+        for (size_t i = 0; i < nx; i++) plain_x[i] = to_float(x[i]);
+        for (size_t i = 0; i < nw; i++) plain_w[i] = to_float(w[i]);
+        for (size_t i = 0; i < ny; i++) plain_dy[i] = to_float(dy[i]);
+        for (int i = 0; i < count; i++) {
+            const size_t from = (size_t)(in.table[(size_t)i].first * s.in_channels),
+                         to = (size_t)(out.table[(size_t)i].first * s.out_channels);
+            plain_conv(
+                {truth.y + to, truth.dx + from, truth.dw, truth.y_size + to, truth.dx_size + from, truth.dw_size},
+                plain_x + from, plain_w, plain_dy + to, pictures[i].height, pictures[i].width, s);
+        }
+        for (size_t i = 0; i < ny; i++) {
+            const double b = to_float(bias[i % (size_t)s.out_channels]), a = to_float(add[i]);
+            truth.y[i] = fmax(truth.y[i] + b + a, 0), truth.y_size[i] += fabs(b) + fabs(a);
+        }
+        for (size_t i = 0; i < nx; i++) {
+            truth.dx[i] += to_float(dadd[i]), truth.dx_size[i] += fabs(to_float(dadd[i]));
+            if (!(to_float(mask[i]) > 0)) truth.dx[i] = 0;
+        }
+        for (size_t i = 0; i < nw; i++) truth.dw[i] += dw[i], truth.dw_size[i] += fabs(dw[i]);
+        if (std::is_same<T, float>::value) cpu_results(plain_x, plain_w, plain_dy, pictures, count);
+    }
+    ~ConvCase() {
+        free(memory);
+        free(cpu);
+    }
+
+    void cpu_results(const float *plain_x, const float *plain_w, const float *plain_dy, const Segment *pictures,
+                     int count) {
+        const size_t sizes[3] = {packed_size(s, 0), packed_backward_size(s, 0), conv_backward_weight_workspace(s, 1)};
+        float *buffers[3];
+        for (int i = 0; i < 3; i++) {
+            buffers[i] = (float *)aligned_alloc(64, round_up(sizes[i] * sizeof(float), 64));
+            memset(buffers[i], 0, sizes[i] * sizeof(float));
+        }
+        pack_weights(buffers[0], buffers[1], plain_w, NULL, s, 0);
+        memcpy(cpu + ny + nx, dw.host, nw * sizeof(float));
+        for (int i = 0; i < count; i++) {
+            const size_t from = (size_t)(in.table[(size_t)i].first * s.in_channels),
+                         to = (size_t)(out.table[(size_t)i].first * s.out_channels);
+            const int height = pictures[i].height, width = pictures[i].width;
+            const Epilogue forward = {plain_bias.host, (Y *)add.host + to, 1, NULL, 0};
+            const Epilogue backward = {NULL, (Y *)dadd.host + from, 0, (Y *)mask.host + from, 0};
+            conv_forward(cpu + to, plain_x + from, height, width, buffers[0], forward, s, 0);
+            conv_backward_data(cpu + ny + from, plain_dy + to, height, width, buffers[1], backward, s, 0);
+            conv_backward_weight(cpu + ny + nx, NULL, plain_x + from, plain_dy + to, height, width, s, 0, buffers[2]);
+        }
+        for (int i = 0; i < 3; i++) free(buffers[i]);
+    }
+
+    // Tensor cores may cut off what does not fit, so each of `terms` additions is wrong by 2^-23 of the magnitudes at
+    // most; then the result is rounded to R.
+    template <class R>
+    void check_result(const R *ours, const double *expected, const double *size, const float *of_cpu, size_t count,
+                      int terms, const char *name) {
+        const int rows = in.map.rows, kernel = s.kernel;
+        if (std::is_same<T, float>::value) {
+            check_error((const float *)(const void *)ours, of_cpu, expected, count, name, rows, s.in_channels);
+            return;
+        }
+        const double unit = std::is_same<R, float>::value ? 0x1p-24 : std::is_same<R, __half>::value ? 0x1p-11 : 0x1p-8;
+        int wrong = 0;
+        for (size_t i = 0; i < count; i++)
+            wrong += !(fabs(to_float(ours[i]) - expected[i]) <=
+                       unit * fabs(expected[i]) + (terms + 4) * 0x1p-23 * size[i] + 0x1p-25);
+        check(wrong == 0, "%s in %s, %d to %d channels, kernel %d, stride %d, dilation %d: %d of %zu are wrong", name,
+              type_name<T>(), s.in_channels, s.out_channels, kernel, s.stride, s.dilation, wrong, count);
+    }
+    void check_forward() { check_result(y.download(), truth.y, truth.y_size, cpu, ny, (int)patch_size(s), "y"); }
+    void check_backward_data() {
+        const int terms = s.kernel * s.kernel * s.out_channels;
+        check_result(dx.download(), truth.dx, truth.dx_size, cpu + ny, nx, terms, "dx");
+    }
+    void check_backward_weight() {
+        check_result(dw.download(), truth.dw, truth.dw_size, cpu + ny + nx, nw, out.map.rows, "dw");
+    }
+};
+
+#ifdef HAVE_CUBLASLT
+template <class T, class Y>
+static void test_linear_of(int rows, int in, int out) {
+    const Segment all = {0, rows, 1, 0};
+    ConvCase<T, Y> c({in, out, 1, 1, 0, 1}, &all, 1);
+    Array<unsigned char> workspace(64);
+    linear_create(workspace.device, 64);
+    gpu_linear_forward(c.y.device, c.x.device, c.w.device, c.bias.device, c.add.device, true, rows, in, out);
+    gpu_linear_backward_data(c.dx.device, c.dy.device, c.w.device, c.dadd.device, c.mask.device, rows, in, out);
+    gpu_linear_backward_weight(c.dw.device, c.x.device, c.dy.device, rows, in, out);
+    c.check_forward();
+    c.check_backward_data();
+    c.check_backward_weight();
+    const int count = linear.count, buckets[4] = {65, 128, 129, 200};
+    if (rows >= 200) {  // in two buckets, of which the second is that of all rows
+        for (int few : buckets) gpu_linear_backward_weight(c.dw.device, c.x.device, c.dy.device, few, in, out);
+        check(count == 3 && linear.count == count + 1, "of 4 numbers of rows %d are new", linear.count - count);
+    }
+    gpu_linear_forward<T, Y>(c.y.device, c.x.device, c.w.device, NULL, NULL, false, rows, in, out);  // nothing around
+    gpu_linear_backward_data<T, Y>(c.dx.device, c.dy.device, c.w.device, NULL, NULL, rows, in, out);
+    c.y.download(), c.dx.download();
+    double y = 0, dx = 0;
+    for (int k = 0; k < in; k++) y += (double)to_float(c.x[(size_t)k]) * (double)to_float(c.w[(size_t)k]);
+    for (int n = 0; n < out; n++) dx += (double)to_float(c.dy[(size_t)n]) * (double)to_float(c.w[(size_t)(n * in)]);
+    check(fabs(to_float(c.y[0]) - y) <= 0.01 * (1 + fabs(y)) && fabs(to_float(c.dx[0]) - dx) <= 0.01 * (1 + fabs(dx)),
+          "linear layer with nothing around it: %g, %g instead of %g, %g", to_float(c.y[0]), to_float(c.dx[0]), y, dx);
+    linear_free();
+}
+
+static void test_linear() {
+    test_linear_of<float, float>(37, 40, 24);
+    test_linear_of<__nv_bfloat16, __nv_bfloat16>(250, 32, 72);
+    test_linear_of<__nv_bfloat16, float>(9, 72, 5);  // five classes
+    test_linear_of<__half, __half>(1, 8, 264);
+    test_linear_of<__half, float>(130, 64, 8);
+}
+#endif
+
+// Ours of these pictures alone, pixel by pixel the same bytes as in company?
+template <class T>
+static void check_alone(ConvCase<T, T> *c, const Segment *pictures, int count) {
+    int wrong = 0;
+    for (int i = 0; i < count; i++) {
+        RaggedTable in(pictures + i, 1, NULL), out(pictures + i, 1, &c->s);
+        const size_t from = (size_t)(c->in.table[(size_t)i].first * c->s.in_channels),
+                     to = (size_t)(c->out.table[(size_t)i].first * c->s.out_channels);
+        Array<T> y((size_t)(out.map.rows * c->s.out_channels)), dx((size_t)(in.map.rows * c->s.in_channels));
+        const Epilogue forward = {c->plain_bias.device, c->add.device + to, 1, NULL, 0};
+        const Epilogue backward = {NULL, c->dadd.device + from, 0, c->mask.device + from, 0};
+        gpu_conv_forward(y.device, c->x.device + from, c->w.device, forward, out.map, in.map, c->s);
+        wrong += memcmp(y.download(), c->y.host + to, y.count * sizeof(T)) != 0;
+        if (c->s.in_channels % 8 != 0) continue;
+        gpu_conv_backward_data(dx.device, c->dy.device + to, c->w.device, backward, out.map, in.map, c->s);
+        wrong += memcmp(dx.download(), c->dx.host + from, dx.count * sizeof(T)) != 0;
+    }
+    check(wrong == 0, "%s, kernel %d: %d results are others where a picture is alone", type_name<T>(), c->s.kernel,
+          wrong);
+}
+
+template <class T>
+static void test_conv_of(ConvShape s, const Segment *pictures, int count) {
+    s.padding = s.dilation * (s.kernel - 1) / 2;
+    ConvCase<T, T> c(s, pictures, count);
+    Array<float> partials(conv_partials(s, c.out.map.rows));
+    const Epilogue forward = {c.plain_bias.device, c.add.device, 1, NULL, 0};
+    const Epilogue backward = {NULL, c.dadd.device, 0, c.mask.device, 0};
+    gpu_conv_forward(c.y.device, c.x.device, c.w.device, forward, c.out.map, c.in.map, s);
+    if (s.in_channels % 8 == 0)
+        gpu_conv_backward_data(c.dx.device, c.dy.device, c.w.device, backward, c.out.map, c.in.map, s);
+    gpu_conv_backward_weight(c.dw.device, partials.device, c.x.device, c.dy.device, c.out.map, c.in.map, s);
+    c.check_forward();
+    if (s.in_channels % 8 == 0) c.check_backward_data();
+    c.check_backward_weight();
+    if (count > 1) check_alone(&c, pictures, count);
+}
+
+static const Segment LARGE[] = {{0, 33, 41, 0}};  // its pixels are divided into parts
+
+template <class T>
+static void test_conv_type() {
+    test_conv_of<T>({64, 64, 3, 1, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({3, 64, 7, 2, 0, 1}, PICTURES, NUM_PICTURES);  // the stem
+    test_conv_of<T>({16, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({72, 16, 3, 1, 0, 2}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({24, 136, 1, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<T>({8, 8, 3, 1, 0, 1}, LARGE, 1);
+}
+
+static void test_conv() {
+    test_conv_type<float>();
+    test_conv_type<__nv_bfloat16>();
+    test_conv_of<__half>({136, 8, 1, 1, 0, 1}, PICTURES, 1);
+    test_conv_of<__half>({40, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Positions, dropout
 
 template <class T>
 static void test_positions_of(int C) {
     enum { PLACES = 16 };  // the widest picture
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<float> x(count, 11), table(position_table_rows(PLACES) * (size_t)C / 2);
     Array<T> y(count);
@@ -352,7 +595,7 @@ static Dropout a_dropout(double p) {
 
 template <class T>
 static void test_dropout_of(double p, int C) {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<T> x(count, 16), y(count);
     float *plain = (float *)allocate(count * sizeof(float));
@@ -451,7 +694,7 @@ template <class T>
 static void test_attention_of(int C, int heads, double p, int cross) {
     Segment nine[NUM_PICTURES];
     for (int i = 0; i < NUM_PICTURES; i++) nine[i] = {0, 9, 1, PICTURES[i].image};
-    RaggedBatch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
+    RaggedTable keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
     const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
     const size_t nl = (size_t)(heads * queries.map.rows);
     Array<T> q(nq, 32), k(nk, 33), v(nk, 34), dout(nq, 35), out(nq), dq(nq), dk(nk), dv(nk);
@@ -562,7 +805,7 @@ static void plain_norm(double *y, double *dsum, double *dweight, double *dbias, 
 
 template <class T>
 static void test_norm_of(int C, double p) {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const int rows = batch.map.rows;
     const size_t count = (size_t)(rows * C), width = (size_t)C;
     Array<float> x(count, 17), residual(count, 18), weight(width, 19), bias(width, 20), dy(count, 21);
@@ -842,11 +1085,14 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
           "parameters and their operands in %s are those of the model", type_name<T>());
     int wrong_bias = 0;
     Array<float> bias((size_t)d.num_filters);
+    Array<T> bias_operand(bias.count);
     CUDA(cudaMemcpy(bias.host, d.bias, bias.count * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(bias_operand.host, d.bias_operand, bias.count * sizeof(T), cudaMemcpyDeviceToHost));
     for (int i = 0, filters = 0; i < model.num_layers; i++) {
         if (!model.layers[i]->norm_weight) continue;
-        wrong_bias +=
-            different(bias.host + filters, model.layers[i]->folded_bias, (size_t)model.layers[i]->shape.out_channels);
+        const size_t count = (size_t)model.layers[i]->shape.out_channels;
+        wrong_bias += different(bias.host + filters, model.layers[i]->folded_bias, count);
+        wrong_bias += different(bias_operand.host + filters, model.layers[i]->folded_bias, count);
         filters += model.layers[i]->shape.out_channels;
     }
     check(wrong_bias == 0, "%d folded biases are wrong", wrong_bias);
@@ -907,7 +1153,11 @@ static void test_optimizer() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-                             {"epilogue", test_epilogue}, {"maxpool", test_maxpool},     {"positions", test_positions},
+                             {"epilogue", test_epilogue},
+#ifdef HAVE_CUBLASLT
+                             {"linear", test_linear},
+#endif
+                             {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
                              {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
                              {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
 

@@ -1,8 +1,8 @@
 /*
 train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
 is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
-reference that each kernel here is held against (test_detr.cu). Convolutions and linear layers are not here yet, so
-this trains nothing by itself; and it has run on dev/emu only, never on a GPU.
+reference that each kernel here is held against (test_detr.cu). What makes a network of them is not here yet, so this
+trains nothing by itself; and it has run on dev/emu only, never on a GPU.
 doc/8-the-cuda-version.md says what is there and what each kernel costs.
 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
@@ -14,6 +14,9 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Parameters    where they lie, and what products read instead of them
     Pixels        bytes to numbers
     Epilogue      what happens to a product's sums before they are written
+    Tensor cores  and asynchronous copies: the instructions
+    Linear layers by cuBLASLt
+    Convolutions  as products whose rows are looked up (implicit GEMM), forward and backward
     Max pooling   forward and backward
     Positions     of tokens and of queries
     Dropout       masks that are asked for again, never stored
@@ -37,6 +40,10 @@ where there are few of them. No atomics on floats: every sum has an order that d
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <type_traits>
+#if __has_include(<cublasLt.h>)  // the emulator can do without: then there are no linear layers
+#define HAVE_CUBLASLT
+#include <cublasLt.h>
+#endif
 
 #include "program/ptx.h"
 
@@ -230,7 +237,10 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
     Eight sum = {};
     if (column < C) {
         for (int row = first + warp; row < rows && row < first + CHUNK_ROWS; row += WARPS) {
-            const Eight value = load8(x + (size_t)row * C + column);
+            const T *from = x + (size_t)row * C + column;
+            Eight value = {};
+            if (C % 8 == 0) value = load8(from);
+            for (int j = 0; C % 8 != 0 && j < 8 && column + j < C; j++) value.x[j] = to_float(from[j]);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum.x[j] += value.x[j];
         }
@@ -244,7 +254,8 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
     partials[(size_t)blockIdx.x * C + mine] = total;
 }
 
-// sums (C) += the sum over the rows of x (rows, C): the gradient of a bias. partials: (divide_up(rows, CHUNK_ROWS), C).
+// sums (C) += the sum over the rows of x (rows, C): the gradient of a bias; C may be any number. partials:
+// (divide_up(rows, CHUNK_ROWS), C).
 template <class T>
 static void gpu_column_sums(float *sums, float *partials, const T *x, int rows, int C) {
     const dim3 grid(blocks((size_t)rows, CHUNK_ROWS), blocks((size_t)C, THREADS));
@@ -271,6 +282,7 @@ typedef struct {
     const float *weight, *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters, length), (filters)
     void *operand;                                                              // (filters, length): weight * scale
     float *scale, *bias;                                                        // (filters), as in Layer
+    void *bias_operand;                                                         // (filters): bias, rounded to T
     float *dweight, *dnorm_weight;
     const float *dnorm_bias;
     int first, length;  // how many filters come before its own; numbers of a filter
@@ -286,6 +298,7 @@ typedef struct {
     Folded *folded;
     int num_folded, num_filters;        // convolutions with a norm, their filters
     float *scale, *bias;                // (num_filters)
+    void *bias_operand;                 // (num_filters) of T
     double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients
 } DeviceParams;
 
@@ -314,6 +327,7 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
     d->folded = (Folded *)arena_bytes(arena, (size_t)d->num_folded * sizeof(Folded));
     d->scale = arena_take(arena, (size_t)d->num_filters);
     d->bias = arena_take(arena, (size_t)d->num_filters);
+    d->bias_operand = arena_bytes(arena, (size_t)d->num_filters * number_bytes);
     d->norm_partials = (double *)arena_bytes(arena, divide_up(d->trained, NORM_CHUNKS * PARAM_CHUNK) * sizeof(double));
     d->grad_norm = (double *)arena_bytes(arena, sizeof(double));
 }
@@ -367,6 +381,7 @@ __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *laye
     if (threadIdx.x > 0) return;
     layer.scale[n] = scale;
     layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+    ((T *)layer.bias_operand)[n] = to_type<T>(layer.bias[n]);
 }
 
 // The operands, scales and biases of all convolutions with a frozen norm, as layer_pack() has them; a block does a
@@ -440,6 +455,7 @@ static void device_params_create(DeviceParams *d, const Model *model) {
         next->norm_mean = values[3], next->norm_variance = values[4];
         next->operand = (T *)d->operand + place;
         next->scale = d->scale + filters, next->bias = d->bias + filters;
+        next->bias_operand = (T *)d->bias_operand + filters;
         next->dweight = grads[0], next->dnorm_weight = grads[1], next->dnorm_bias = grads[2];
         next->first = filters, next->length = (int)(layer->weight->count / (size_t)layer->shape.out_channels);
         filters += layer->shape.out_channels;
@@ -524,18 +540,631 @@ __device__ static inline Eight finish8(Eight value, const Epilogue &e, size_t at
     return value;
 }
 
-template <class T>
+template <class T, class S>
 __global__ static void __launch_bounds__(THREADS)
-    finish_kernel(T *y, const float *sums, Epilogue epilogue, size_t count, int C) {
+    finish_kernel(T *y, const S *sums, Epilogue epilogue, size_t count, int C) {
     const int64_t at = place8(count);
     if (at >= 0) store8(y + at, finish8<T>(load8(sums + at), epilogue, (size_t)at, (int)(at % C)));
 }
 
-// y (rows, C) = the epilogue of sums (rows, C); y may be sums if T is float.
-template <class T>
-static void gpu_finish(T *y, const float *sums, Epilogue epilogue, int rows, int C) {
+// y (rows, C) = the epilogue of sums (rows, C); y may be sums if the types are the same.
+template <class T, class S>
+static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) {
     const size_t count = (size_t)rows * (size_t)C;
-    finish_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
+    finish_kernel<T, S><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
+    CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores: program/ptx.h has the instructions
+
+template <class T>
+__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    if constexpr (std::is_same<T, __half>::value)
+        mma_f16(sum, a, b, sum);
+    else
+        mma_bf16(sum, a, b, sum);
+}
+
+// Two floats as a pair of T, the first in the lower half.
+template <class T>
+__device__ static inline uint32_t pair(float first, float second) {
+    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
+    uint32_t bits;
+    memcpy(&bits, (const void *)numbers, sizeof bits);
+    return bits;
+}
+
+enum Pass { FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT };  // of a product with weights
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear layers, which 1 x 1 convolutions of stride 1 are too, by cuBLASLt. The library counts in columns: what is
+// (rows, C) here is a matrix of C rows and `rows` columns to it, with its numbers where they are.
+//
+// Which of its kernels is the fastest for a product has to be asked, which takes long, and the number of rows is
+// another one in each micro-batch. So it is asked for that number rounded up to a power of two, and the answer kept:
+// after a few steps nothing is asked any more. Kernels that split a sum among blocks are left out for results that have
+// rows.
+
+#ifdef HAVE_CUBLASLT
+static void cublas_check(cublasStatus_t status, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "error: %s:%d: cuBLASLt: %s\n", file, line, cublasLtGetStatusString(status));
+    exit(1);
+}
+#define CUBLAS(call) cublas_check((call), __FILE__, __LINE__)
+
+enum { LINEAR_WORKSPACE = 32 << 20 };  // bytes that the library is recommended to have on an H100
+
+typedef struct {
+    int pass, operand_type, result_type, epilogue, bucket, in, out;
+} LinearKey;
+
+// A product that was asked about, d = a b; a and b as the library has them.
+typedef struct {
+    LinearKey key;
+    cublasLtMatmulDesc_t how;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+    size_t workspace_bytes;
+} LinearProduct;
+
+static struct {
+    cublasLtHandle_t handle;
+    void *workspace;  // device: all products in `stream` share it
+    size_t workspace_bytes;
+    LinearProduct *products;
+    int count;
+} linear;
+
+// Before the first product. workspace: device, `bytes` of it, on 16 bytes; the caller's.
+static void linear_create(void *workspace, size_t bytes) {
+    CUBLAS(cublasLtCreate(&linear.handle));
+    linear.workspace = workspace, linear.workspace_bytes = bytes;
+}
+
+static void linear_free() {
+    for (int i = 0; i < linear.count; i++) {
+        const LinearProduct *p = &linear.products[i];
+        CUBLAS(cublasLtMatmulDescDestroy(p->how));
+        for (cublasLtMatrixLayout_t layout : {p->a, p->b, p->d}) CUBLAS(cublasLtMatrixLayoutDestroy(layout));
+    }
+    CUBLAS(cublasLtDestroy(linear.handle));
+    free(linear.products);
+    memset((void *)&linear, 0, sizeof linear);
+}
+
+template <class T>
+static cudaDataType number_type() {
+    return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, __half>::value ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+// Floats are multiplied as floats, not as TF32. Of bias, a pointer, only the alignment counts.
+static void ask_linear(LinearProduct *p, LinearKey key, const void *bias) {
+    const cublasOperation_t transpose = CUBLAS_OP_T;
+    const cudaDataType type = (cudaDataType)key.operand_type, result = (cudaDataType)key.result_type;
+    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)key.epilogue;
+    const uint64_t rows = (uint64_t)key.bucket, in = (uint64_t)key.in, out = (uint64_t)key.out;
+    p->key = key;
+    CUBLAS(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (key.pass == BACKWARD_WEIGHT) {  // dw (in, out) = x (in, rows) dy^T (rows, out)
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, in, rows, key.in));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, out, rows, key.out));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, result, in, out, key.in));
+    } else {  // y (out, rows) = w^T (out, in) x (in, rows), and dx (in, rows) = w (in, out) dy (out, rows)
+        const bool forward = key.pass == FORWARD;
+        if (forward)
+            CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, in, out, key.in));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, forward ? in : out, rows, forward ? key.in : key.out));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, result, forward ? out : in, rows, forward ? key.out : key.in));
+    }
+    cublasLtMatmulPreference_t wish;
+    cublasLtMatmulHeuristicResult_t answer;
+    const uint32_t alignment = 16, reductions = CUBLASLT_REDUCTION_SCHEME_NONE;
+    int answers = 0;
+    CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &linear.workspace_bytes,
+                                                sizeof linear.workspace_bytes));
+    for (cublasLtMatmulPreferenceAttributes_t name :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, name, &alignment, sizeof alignment));
+    if (key.pass != BACKWARD_WEIGHT)
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
+                                                    sizeof reductions));
+    CUBLAS(cublasLtMatmulAlgoGetHeuristic(linear.handle, p->how, p->a, p->b, p->d, p->d, wish, 1, &answer, &answers));
+    CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
+    if (answers == 0) {
+        fprintf(stderr, "error: cuBLASLt has no kernel for a linear layer of %d to %d channels and %d rows\n", key.in,
+                key.out, key.bucket);
+        exit(1);
+    }
+    p->algorithm = answer.algo, p->workspace_bytes = answer.workspaceSize;
+}
+
+// d = epilogue(a b + add), the key without its bucket. add: like d, and may be it, or NULL.
+static void multiply_linear(LinearKey key, void *d, const void *a, const void *b, const void *bias, const void *add,
+                            int rows) {
+    if (rows == 0) return;
+    for (key.bucket = 64; key.bucket < rows;) key.bucket *= 2;
+    int i = 0;
+    while (i < linear.count && memcmp(&linear.products[i].key, &key, sizeof key) != 0) i++;
+    if (i == linear.count) {
+        linear.products = (LinearProduct *)grow(linear.products, (size_t)linear.count, sizeof(LinearProduct));
+        ask_linear(&linear.products[linear.count++], key, bias);
+    }
+    const LinearProduct *p = &linear.products[i];
+    const uint64_t columns = (uint64_t)rows;
+    const float one = 1, beta = add ? 1 : 0;
+    for (cublasLtMatrixLayout_t layout : {key.pass == BACKWARD_WEIGHT ? p->a : p->d, p->b})
+        CUBLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_COLS, &columns, sizeof columns));
+    CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    CUBLAS(cublasLtMatmul(linear.handle, p->how, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                          &p->algorithm, linear.workspace, p->workspace_bytes, stream));
+}
+
+// y (rows, out) = relu?(x w^T + add + bias). x: (rows, in), w: (out, in), bias: (out) or NULL, add: (rows, out) or
+// NULL, may be y. Y is T or float; the library wants a bias of the result's type. Its ReLU may make 0 of NaN.
+template <class T, class Y>
+static void gpu_linear_forward(Y *y, const T *x, const T *w, const Y *bias, const Y *add, bool relu, int rows, int in,
+                               int out) {
+    const int epilogue = bias   ? relu ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_BIAS
+                         : relu ? CUBLASLT_EPILOGUE_RELU
+                                : CUBLASLT_EPILOGUE_DEFAULT;
+    const LinearKey key = {FORWARD, number_type<T>(), number_type<Y>(), epilogue, 0, in, out};
+    multiply_linear(key, (void *)y, w, x, bias, add, rows);
+}
+
+// dx (rows, in) = mask(dy w + add), mask: dx where mask > 0, else 0. dy: (rows, out), w: (out, in), add and mask: like
+// dx, each NULL or even dx. The mask is a pass of its own.
+template <class T, class Y>
+static void gpu_linear_backward_data(Y *dx, const T *dy, const T *w, const Y *add, const Y *mask, int rows, int in,
+                                     int out) {
+    const LinearKey key = {BACKWARD_DATA, number_type<T>(), number_type<Y>(), CUBLASLT_EPILOGUE_DEFAULT, 0, in, out};
+    multiply_linear(key, (void *)dx, w, dy, NULL, add, rows);
+    const Epilogue epilogue = {NULL, NULL, 0, mask, 0};
+    if (mask) gpu_finish(dx, dx, epilogue, rows, in);
+}
+
+// dw (out, in) += dy^T x. The bias's gradient is gpu_column_sums() of dy.
+template <class T>
+static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int rows, int in, int out) {
+    const LinearKey key = {BACKWARD_WEIGHT, number_type<T>(), CUDA_R_32F, CUBLASLT_EPILOGUE_DEFAULT, 0, in, out};
+    multiply_linear(key, dw, x, dy, NULL, dw, rows);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Convolutions, as products of matrices of which one is never made (implicit GEMM). A row of it is an output pixel, its
+// columns are the channels of the pixels that the kernel's taps see, tap after tap; whoever fetches a piece of 16 bytes
+// looks up where that is, and pieces outside of the image are zeros.
+//
+//   forward          y  (pixels, out) = patches of x (pixels, taps * in)    times w^T
+//   backward data    dx (pixels, in)  = patches of dy (pixels, taps * out)  times w, tap by tap
+//   backward weight  dw (out, taps * in) = dy^T (out, pixels)               times patches of x
+//
+// On the way back to x a stride of 2 makes four products: pixels of the same remainders are seen by the same taps.
+//
+// A block makes TILE_M x TILE_N sums. It goes through the inner dimension in steps of 128 bytes, of which two are on
+// their way to shared memory while a third is multiplied. Where the inner dimension is contiguous in memory a line of a
+// tile is one row's (or column's) step, and ldmatrix finds there what mma wants; where it is not, a line is one number
+// of the inner dimension for all rows, and ldmatrix transposes. Pieces are shuffled within their line, so that eight
+// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA.
+
+enum {
+    TILE_M = 128,
+    STEP_BYTES = 128,      // of the inner dimension: 64 numbers of 16 bits, or 32 floats
+    STAGES = 3,            // steps in shared memory
+    SPLIT_BLOCKS = 264,    // backward weight divides pixels among blocks until there are so many: an H100 has room for
+    SPLIT_PIXELS = 8 * 64  // 264 at a time; but none gets fewer pixels than this
+};
+
+// A tap of the kernel: how far from its row's origin it reads, and its place in w.
+typedef struct {
+    signed char y, x;
+    short index;
+} ConvTap;
+
+typedef struct {
+    int count;
+    ConvTap taps[MAX_KERNEL * MAX_KERNEL];
+} ConvTaps;
+
+template <class T>
+struct ConvParams {
+    void *result;     // y, dx (T), or sums of dw for each part of the pixels (parts, out channels, columns) (float)
+    const T *source;  // what has pixels and taps: x, or dy on the way back to x
+    const T *other;   // w, or dy
+    Ragged in, out;   // maps of x and y
+    int channels;     // of source
+    int rows, columns, tiles;  // of the result, rows at most; tiles of TILE_N columns
+    int of_part;               // pixels, backward weight
+    int stride, num_taps;      // of the whole kernel
+    Epilogue epilogue;
+    ConvTaps taps[4];  // [2 * (y % 2) + x % 2] on the way back to x, else [0]
+};
+
+// An origin: pixel (y, x) of an image of source, whose rows start at `first`. height 0: a row that does not exist.
+typedef struct {
+    int first, out_row;  // out_row: of the result, -1 where there is none
+    short y, x, height, width;
+} Origin;
+
+// Of the output pixel `row`, if there is one before `end`.
+template <class T>
+__device__ static inline Origin output_origin(const ConvParams<T> &p, int row, int end) {
+    Origin origin = {0, -1, 0, 0, 0, 0};
+    if (row >= end) return origin;
+    const int number = find_segment(p.out, row);
+    const Segment to = p.out.segments[number], from = p.in.segments[number];
+    origin.first = from.first, origin.out_row = row;
+    origin.y = (short)((row - to.first) / to.width * p.stride),
+    origin.x = (short)((row - to.first) % to.width * p.stride);
+    origin.height = (short)from.height, origin.width = (short)from.width;
+    return origin;
+}
+
+// Of the input pixel number `row` of those whose y and x have these remainders, image by image.
+template <class T>
+__device__ static inline Origin input_origin(const ConvParams<T> &p, int row, int first_y, int first_x) {
+    Origin origin = {0, -1, 0, 0, 0, 0};
+    for (int number = 0; number < p.in.count; number++) {
+        const Segment from = p.in.segments[number], to = p.out.segments[number];
+        const int height = (from.height - first_y + p.stride - 1) / p.stride;
+        const int width = (from.width - first_x + p.stride - 1) / p.stride;
+        if (row >= height * width) {
+            row -= height * width;
+            continue;
+        }
+        const int y = row / width, x = row % width;
+        origin.first = to.first;
+        origin.out_row = from.first + (y * p.stride + first_y) * from.width + x * p.stride + first_x;
+        origin.y = (short)y, origin.x = (short)x, origin.height = (short)to.height, origin.width = (short)to.width;
+        return origin;
+    }
+    return origin;
+}
+
+// The first number of a piece in a tile with PIECES pieces a line.
+template <int PIECES, class T>
+__device__ static inline T *piece_at(T *tile, int line, int piece) {
+    return tile + (line * PIECES + (piece ^ (line & 7))) * (16 / (int)sizeof(T));
+}
+
+// Asks for a tile of LINES patches, or zeros, from column `first` on.
+template <int LINES, int PIECES, class T>
+__device__ static inline void fetch_patches(T *tile, const Origin *origins, const T *source, int channels,
+                                            const ConvTap *taps, int num_taps, int first) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    const int piece = (int)threadIdx.x % PIECES, column = first + piece * PIECE;
+    for (int line = (int)threadIdx.x / PIECES; line < LINES; line += THREADS / PIECES) {
+        T *to = piece_at<PIECES>(tile, line, piece);
+        const Origin origin = origins[line];
+        int tap = column / channels, channel = column % channels;
+        auto find = [&]() -> const T * {
+            if (tap >= num_taps) return NULL;
+            const int y = origin.y + taps[tap].y, x = origin.x + taps[tap].x;
+            if (y < 0 || y >= origin.height || x < 0 || x >= origin.width) return NULL;
+            return source + (size_t)(origin.first + y * origin.width + x) * channels + channel;
+        };
+        if (channels % PIECE == 0) {
+            const T *from = find();
+            cp_async_16(to, from ? from : source, from ? 16 : 0);
+        } else {  // the picture
+            for (int i = 0; i < PIECE; i++) {
+                const T *from = find();
+                to[i] = from ? *from : to_type<T>(0);
+                if (++channel == channels) tap++, channel = 0;
+            }
+        }
+    }
+}
+
+// Asks for a tile of LINES lines with numbers side by side, `columns` of them: line(i) is where those of line i begin,
+// or NULL. aligned: all on 16 bytes.
+template <int LINES, int PIECES, class T, class Line>
+__device__ static inline void fetch_lines(T *tile, int columns, bool aligned, const T *anywhere, Line line) {
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    const int piece = (int)threadIdx.x % PIECES, column = piece * PIECE;
+    for (int i = (int)threadIdx.x / PIECES; i < LINES; i += THREADS / PIECES) {
+        T *to = piece_at<PIECES>(tile, i, piece);
+        const T *from = line(i);
+        if (aligned) {
+            const bool inside = from && column < columns;
+            cp_async_16(to, inside ? from + column : anywhere, inside ? 16 : 0);
+        } else {
+            for (int j = 0; j < PIECE; j++) to[j] = from && column + j < columns ? from[column + j] : to_type<T>(0);
+        }
+    }
+}
+
+// Four floats of the inner dimension from k on, of row (or column) i of a tile.
+template <int PIECES, bool ACROSS>
+__device__ static inline void load4(float (&to)[4], const float *tile, int i, int k) {
+    if constexpr (ACROSS) {
+#pragma unroll
+        for (int q = 0; q < 4; q++) to[q] = piece_at<PIECES>(tile, k + q, i / 4)[i % 4];
+    } else {
+        const float4 piece = *(const float4 *)piece_at<PIECES>(tile, i, k / 4);
+        to[0] = piece.x, to[1] = piece.y, to[2] = piece.z, to[3] = piece.w;
+    }
+}
+
+// How a block's sums lie in its threads. With 16 bits a warp has M x 32, and sum[4 * i + j] is what mma makes of rows
+// 16 * i and columns 8 * j on; with floats a thread has rows y + 16 * i and columns x + 16 * j, one after another.
+template <class T, int PASS, int TILE_N>
+struct ConvSums {
+    static constexpr int PIECE = 16 / (int)sizeof(T), STEP = STEP_BYTES / (int)sizeof(T);
+    static constexpr int A_PIECES = PASS == BACKWARD_WEIGHT ? TILE_M / PIECE : STEP_BYTES / 16;  // a line
+    static constexpr int B_PIECES = PASS == FORWARD ? STEP_BYTES / 16 : TILE_N / PIECE;
+    static constexpr int M = TILE_M * (TILE_N / 32) / WARPS, ROW = TILE_N + 8;  // ROW: a line of spill()'s
+    float sum[TILE_M * TILE_N / THREADS / 4][4];
+
+    // += the product of a step's tiles.
+    __device__ void multiply_add(const T *a, const T *b) {
+        if constexpr (sizeof(T) == 2) {
+            const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+            const int row = warp / (TILE_N / 32) * M, column = warp % (TILE_N / 32) * 32;
+            const int upper = lane % 16, right = lane / 16, lower = lane / 16 * 8 + lane % 8, left = lane / 8 % 2;
+#pragma unroll
+            for (int k = 0; k < STEP; k += 16) {
+                uint32_t rows[M / 16][4], columns[2][4];
+#pragma unroll
+                for (int i = 0; i < M / 16; i++) {
+                    if constexpr (PASS == BACKWARD_WEIGHT)
+                        ldmatrix_x4_trans(rows[i], piece_at<A_PIECES>(a, k + lower, row / 8 + 2 * i + left));
+                    else
+                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / 8 + right));
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    if constexpr (PASS == FORWARD)
+                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / 8 + left));
+                    else
+                        ldmatrix_x4_trans(columns[j], piece_at<B_PIECES>(b, k + upper, column / 8 + 2 * j + right));
+                }
+#pragma unroll
+                for (int i = 0; i < M / 16; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        mma<T>(sum[4 * i + j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
+            }
+        } else {
+            const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
+#pragma unroll 1
+            for (int k = 0; k < STEP; k += 4) {
+                float columns[TILE_N / 16][4];
+#pragma unroll
+                for (int j = 0; j < TILE_N / 16; j++) load4<B_PIECES, PASS != FORWARD>(columns[j], b, x + 16 * j, k);
+#pragma unroll
+                for (int i = 0; i < TILE_M / 16; i++) {
+                    float row[4];
+                    load4<A_PIECES, PASS == BACKWARD_WEIGHT>(row, a, y + 16 * i, k);
+#pragma unroll
+                    for (int j = 0; j < TILE_N / 16; j++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++) sum[(i * (TILE_N / 16) + j) / 4][j % 4] += row[q] * columns[j][q];
+                }
+            }
+        }
+    }
+
+    // Writes them to shared memory: (TILE_M, ROW).
+    __device__ void spill(float *to) const {
+        if constexpr (sizeof(T) == 2) {
+            const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+            const int row = warp / (TILE_N / 32) * M + lane / 4, column = warp % (TILE_N / 32) * 32 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < M / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    *(float2 *)(to + (row + 8 * i) * ROW + column + 8 * j) =
+                        make_float2(sum[i / 2 * 4 + j][i % 2 * 2], sum[i / 2 * 4 + j][i % 2 * 2 + 1]);
+        } else {
+            const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
+#pragma unroll
+            for (int i = 0; i < TILE_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < TILE_N / 16; j++)
+                    to[(y + 16 * i) * ROW + x + 16 * j] = sum[(i * (TILE_N / 16) + j) / 4][j % 4];
+        }
+    }
+};
+
+template <int TILE_N>
+static size_t conv_shared() {
+    return STAGES * (TILE_M + TILE_N) * STEP_BYTES + TILE_M * sizeof(Origin) +
+           MAX_KERNEL * MAX_KERNEL * sizeof(ConvTap);
+}
+
+// blockIdx.y: remainders of y and x on the way back to x, the part of the pixels on that to w.
+template <class T, int PASS, int TILE_N>
+__global__ static void __launch_bounds__(THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    typedef ConvSums<T, PASS, TILE_N> Sums;
+    constexpr int STEP = Sums::STEP;
+    Origin *origins = (Origin *)(smem + STAGES * (TILE_M + TILE_N) * STEP_BYTES);
+    ConvTap *taps = (ConvTap *)(origins + TILE_M);
+    const int thread = (int)threadIdx.x, which = PASS == BACKWARD_DATA ? (int)blockIdx.y : 0;
+    const int row = (int)blockIdx.x / p.tiles * TILE_M, column = (int)blockIdx.x % p.tiles * TILE_N;
+    const int num_taps = p.taps[which].count, first = PASS == BACKWARD_WEIGHT ? (int)blockIdx.y * p.of_part : 0;
+    const int end = min(first + p.of_part, p.out.rows);  // of the part
+    const int inner = PASS == BACKWARD_WEIGHT ? end - first : num_taps * p.channels, steps = (inner + STEP - 1) / STEP;
+
+    auto find_pixels = [&](int step) {  // backward weight: of two steps, in turns
+        if (thread < STEP) origins[step % 2 * STEP + thread] = output_origin(p, first + step * STEP + thread, end);
+    };
+    auto fetch = [&](int step) {
+        T *a = (T *)smem + step % STAGES * (TILE_M + TILE_N) * STEP, *b = a + TILE_M * STEP;
+        const int k = step * STEP;
+        if constexpr (PASS == BACKWARD_WEIGHT) {
+            fetch_lines<STEP, Sums::A_PIECES>(a, p.rows - row, true, p.other, [&](int i) {
+                return first + k + i < end ? p.other + (size_t)(first + k + i) * p.rows + row : NULL;
+            });
+            fetch_patches<STEP, Sums::B_PIECES>(b, origins + step % 2 * STEP, p.source, p.channels, taps, num_taps,
+                                                column);
+        } else {
+            fetch_patches<TILE_M, Sums::A_PIECES>(a, origins, p.source, p.channels, taps, num_taps, k);
+        }
+        if constexpr (PASS == FORWARD) {
+            fetch_lines<TILE_N, Sums::B_PIECES>(b, inner - k, inner % Sums::PIECE == 0, p.other, [&](int i) {
+                return column + i < p.columns ? p.other + (size_t)(column + i) * inner + k : NULL;
+            });
+        }
+        if constexpr (PASS == BACKWARD_DATA) {
+            const int tap = k / p.channels, channel = k % p.channels;
+            fetch_lines<STEP, Sums::B_PIECES>(b, p.columns - column, true, p.other, [&](int i) -> const T * {
+                int t = tap, c = channel + i;
+                while (c >= p.channels) t++, c -= p.channels;
+                if (t >= num_taps) return NULL;
+                return p.other + ((size_t)c * p.num_taps + taps[t].index) * p.columns + column;
+            });
+        }
+    };
+
+    if (thread < num_taps) taps[thread] = p.taps[which].taps[thread];
+    if (PASS == BACKWARD_WEIGHT) find_pixels(0), find_pixels(1);
+    if (PASS == FORWARD && thread < TILE_M) origins[thread] = output_origin(p, row + thread, p.out.rows);
+    if (PASS == BACKWARD_DATA && thread < TILE_M) origins[thread] = input_origin(p, row + thread, which / 2, which % 2);
+    __syncthreads();
+    if (PASS != BACKWARD_WEIGHT && origins[0].out_row < 0) return;  // fewer pixels have these remainders than others
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) fetch(step);
+        cp_async_commit();
+    }
+    if (PASS == BACKWARD_WEIGHT) {
+        __syncthreads();
+        find_pixels(STAGES - 1);
+    }
+    Sums sums = {};
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
+        cp_async_commit();
+        if (PASS == BACKWARD_WEIGHT) find_pixels(step + STAGES);
+        const T *a = (const T *)smem + step % STAGES * (TILE_M + TILE_N) * STEP;
+        sums.multiply_add(a, a + TILE_M * STEP);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    float *spilled = (float *)smem;
+    sums.spill(spilled);
+    __syncthreads();
+    for (int i = thread; i < TILE_M * TILE_N / 8; i += THREADS) {
+        const int r = i / (TILE_N / 8), c = i % (TILE_N / 8) * 8;
+        if (column + c >= p.columns) continue;
+        const Eight value = load8(spilled + r * Sums::ROW + c);
+        if constexpr (PASS == BACKWARD_WEIGHT) {
+            if (row + r < p.rows)
+                store8((float *)p.result + ((size_t)blockIdx.y * p.rows + row + r) * p.columns + column + c, value);
+        } else {
+            if (origins[r].out_row < 0) continue;
+            const size_t at = (size_t)origins[r].out_row * p.columns + column + c;
+            store8((T *)p.result + at, finish8<T>(value, p.epilogue, at, column + c));
+        }
+    }
+}
+
+template <class T, int PASS, int TILE_N>
+static void launch_conv_tiles(ConvParams<T> *p, unsigned layers) {
+    p->tiles = (int)divide_up((size_t)p->columns, TILE_N);
+    const dim3 grid(blocks((size_t)p->rows, TILE_M) * (unsigned)p->tiles, layers);
+    allow_shared(conv_kernel<T, PASS, TILE_N>, conv_shared<TILE_N>());
+    conv_kernel<T, PASS, TILE_N><<<grid, THREADS, conv_shared<TILE_N>(), stream>>>(*p);
+    CUDA(cudaGetLastError());
+}
+
+// What all passes have in common; result and operands are the caller's. layers: blockIdx.y's.
+template <class T, int PASS>
+static void launch_conv(ConvParams<T> *p, Ragged out, Ragged in, ConvShape s, unsigned layers) {
+    p->in = in, p->out = out, p->stride = s.stride, p->num_taps = s.kernel * s.kernel;
+    for (int first = 0; first < 4; first++) {
+        ConvTaps *list = &p->taps[first];
+        list->count = 0;
+        for (int i = 0; i < p->num_taps; i++) {
+            int y = i / s.kernel * s.dilation - s.padding, x = i % s.kernel * s.dilation - s.padding;
+            if (PASS == BACKWARD_DATA) {
+                y = first / 2 - y, x = first % 2 - x;
+                if (y % s.stride != 0 || x % s.stride != 0) continue;
+                y /= s.stride, x /= s.stride;
+            }
+            const ConvTap tap = {(signed char)y, (signed char)x, (short)i};
+            list->taps[list->count++] = tap;
+        }
+    }
+    if (p->rows == 0) return;
+    constexpr int WIDE = sizeof(T) == 2 ? 128 : 64;  // floats of a wider tile do not fit the registers
+    if (p->columns <= 64)
+        launch_conv_tiles<T, PASS, 64>(p, layers);
+    else
+        launch_conv_tiles<T, PASS, WIDE>(p, layers);
+}
+
+// conv_forward() of all images: y (out.rows, out channels) by the epilogue, whose add and mask are like y. x: (in.rows,
+// in channels), w: (out channels, kernel, kernel, in channels). Here and in the other passes out is the map that the
+// shape makes of in, the kernel's size is odd and half of it padded (as many pixels out as in, or half in both
+// directions), the stride is 1 or 2, sides are below 32768.
+template <class T>
+static void gpu_conv_forward(T *y, const T *x, const T *w, Epilogue epilogue, Ragged out, Ragged in, ConvShape s) {
+    ConvParams<T> p;
+    p.result = (void *)y, p.source = x, p.other = w, p.epilogue = epilogue;
+    p.channels = s.in_channels, p.rows = out.rows, p.columns = s.out_channels, p.of_part = 0;
+    launch_conv<T, FORWARD>(&p, out, in, s, 1);
+}
+
+// conv_backward_data(): dx (in.rows, in channels) by the epilogue, whose add and mask are like dx, and may be dx.
+template <class T>
+static void gpu_conv_backward_data(T *dx, const T *dy, const T *w, Epilogue epilogue, Ragged out, Ragged in,
+                                   ConvShape s) {
+    ConvParams<T> p;
+    p.result = (void *)dx, p.source = dy, p.other = w, p.epilogue = epilogue;
+    p.channels = s.out_channels, p.rows = out.rows, p.columns = s.in_channels, p.of_part = 0;
+    launch_conv<T, BACKWARD_DATA>(&p, out, in, s, (unsigned)(s.stride * s.stride));
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    add_parts_kernel(float *dw, const float *partials, int parts, int rows, int length, int columns) {
+    const size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= (size_t)rows * length) return;
+    const float *from = partials + at / length * columns + at % length;
+    double sum = 0;
+    for (int part = 0; part < parts; part++) sum += from[(size_t)part * rows * columns];
+    dw[at] += (float)sum;
+}
+
+// Parts of the pixels, at most, and the floats that their sums take.
+static int conv_parts(ConvShape s, int rows) {
+    const size_t tiles = divide_up((size_t)s.out_channels, TILE_M) * divide_up(patch_size(s), 128);
+    const size_t most = divide_up((size_t)rows, SPLIT_PIXELS), wanted = divide_up(SPLIT_BLOCKS, tiles);
+    return (int)(most < wanted ? most : wanted);
+}
+
+static size_t conv_partials(ConvShape s, int rows) {
+    return (size_t)conv_parts(s, rows) * (size_t)s.out_channels * round_up(patch_size(s), 8);
+}
+
+// conv_backward_weight(): dw (out channels, kernel, kernel, in channels) += that of all images, part by part. x, dy: as
+// in forward. partials: conv_partials() of as many output pixels or more.
+template <class T>
+static void gpu_conv_backward_weight(float *dw, float *partials, const T *x, const T *dy, Ragged out, Ragged in,
+                                     ConvShape s) {
+    if (out.rows == 0) return;
+    const int length = (int)patch_size(s);
+    ConvParams<T> p;
+    p.result = partials, p.source = x, p.other = dy, p.epilogue = Epilogue();
+    p.channels = s.in_channels, p.rows = s.out_channels, p.columns = (int)round_up((size_t)length, 8);
+    p.of_part = (int)round_up(divide_up((size_t)out.rows, (size_t)conv_parts(s, out.rows)), 64);
+    const unsigned parts = blocks((size_t)out.rows, (size_t)p.of_part);
+    launch_conv<T, BACKWARD_WEIGHT>(&p, out, in, s, parts);
+    const size_t count = (size_t)p.rows * (size_t)length;
+    add_parts_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(dw, partials, (int)parts, p.rows, length,
+                                                                     p.columns);
     CUDA(cudaGetLastError());
 }
 
@@ -768,27 +1397,6 @@ static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
     const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
     dropout_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, mask, map, C);
     CUDA(cudaGetLastError());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores: program/ptx.h has the instructions
-
-template <class T>
-__device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t b[2] = {b0, b1};
-    if constexpr (std::is_same<T, __half>::value)
-        mma_f16(sum, a, b, sum);
-    else
-        mma_bf16(sum, a, b, sum);
-}
-
-// Two floats as a pair of T, the first in the lower half.
-template <class T>
-__device__ static inline uint32_t pair(float first, float second) {
-    const T numbers[2] = {to_type<T>(first), to_type<T>(second)};
-    uint32_t bits;
-    memcpy(&bits, (const void *)numbers, sizeof bits);
-    return bits;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@
 
 namespace {
 using emu::fail;
-#define CALLER (emu::source((uintptr_t)__builtin_return_address(0)).c_str())
+#define PC ((uintptr_t)__builtin_return_address(0))
+#define CALLER (emu::source(PC).c_str())
 
 struct Layout {
     cudaDataType type;
@@ -32,6 +33,11 @@ struct Description {
     void *bias = nullptr;
     cudaDataType bias_type;
     bool has_bias_type = false;
+};
+
+struct Preference {
+    uint64_t workspace = 0;
+    uint32_t alignment[4] = {256, 256, 256, 256};  // of A, B, C and D
 };
 
 size_t bytes_of(cudaDataType type) {
@@ -150,9 +156,9 @@ void run(Problem p, void *workspace, size_t workspace_bytes) {
 }
 
 template <class T>
-T value(const void *p, size_t bytes, const char *caller) {
+T value(const void *p, size_t bytes, uintptr_t pc) {
     if (bytes != sizeof(T))
-        fail("cublasLt: an attribute of %zu bytes where %zu belong, at %s", bytes, sizeof(T), caller);
+        fail("cublasLt: an attribute of %zu bytes where %zu belong, at %s", bytes, sizeof(T), emu::source(pc).c_str());
     T v;
     memcpy(&v, p, sizeof v);
     return v;
@@ -189,14 +195,14 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLt
     switch (name) {
         case CUBLASLT_MATMUL_DESC_TRANSA:
         case CUBLASLT_MATMUL_DESC_TRANSB: {
-            auto v = (cublasOperation_t)value<int32_t>(p, bytes, CALLER);
+            auto v = (cublasOperation_t)value<int32_t>(p, bytes, PC);
             if (v != CUBLAS_OP_N && v != CUBLAS_OP_T)
                 fail("cublasLt: operation %d is not emulated (N and T are), at %s", (int)v, CALLER);
             (name == CUBLASLT_MATMUL_DESC_TRANSA ? d.transpose_a : d.transpose_b) = v;
             break;
         }
         case CUBLASLT_MATMUL_DESC_EPILOGUE:
-            d.epilogue = value<cublasLtEpilogue_t>(p, bytes, CALLER);
+            d.epilogue = value<cublasLtEpilogue_t>(p, bytes, PC);
             switch ((int)d.epilogue) {
                 case CUBLASLT_EPILOGUE_DEFAULT:
                 case CUBLASLT_EPILOGUE_RELU:
@@ -213,10 +219,10 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t how, cublasLt
             }
             break;
         case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
-            d.bias = value<void *>(p, bytes, CALLER);
+            d.bias = value<void *>(p, bytes, PC);
             break;
         case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
-            d.bias_type = (cudaDataType)value<int32_t>(p, bytes, CALLER);
+            d.bias_type = (cudaDataType)value<int32_t>(p, bytes, PC);
             d.has_bias_type = bytes_of(d.bias_type) != 0;
             break;
         default:
@@ -246,17 +252,23 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, c
                                                 const void *p, size_t bytes) {
     Layout &l = *(Layout *)layout;
     switch (name) {
+        case CUBLASLT_MATRIX_LAYOUT_ROWS:
+            l.rows = value<uint64_t>(p, bytes, PC);
+            break;
+        case CUBLASLT_MATRIX_LAYOUT_COLS:
+            l.columns = value<uint64_t>(p, bytes, PC);
+            break;
         case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
-            l.batch = value<int32_t>(p, bytes, CALLER);
+            l.batch = value<int32_t>(p, bytes, PC);
             break;
         case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
-            l.stride = value<int64_t>(p, bytes, CALLER);
+            l.stride = value<int64_t>(p, bytes, PC);
             break;
         case CUBLASLT_MATRIX_LAYOUT_LD:
-            l.leading = value<int64_t>(p, bytes, CALLER);
+            l.leading = value<int64_t>(p, bytes, PC);
             break;
         case CUBLASLT_MATRIX_LAYOUT_ORDER: {
-            int32_t order = value<int32_t>(p, bytes, CALLER);
+            int32_t order = value<int32_t>(p, bytes, PC);
             if (order != CUBLASLT_ORDER_COL && order != CUBLASLT_ORDER_ROW)
                 fail("cublasLt: order %d is not emulated (COL and ROW are), at %s", order, CALLER);
             l.row_major = order == CUBLASLT_ORDER_ROW;
@@ -264,27 +276,43 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, c
         }
         default:
             fail(
-                "cublasLt: attribute %d of a layout is not emulated (ORDER, LD, BATCH_COUNT and STRIDED_BATCH_OFFSET "
-                "are), at %s",
+                "cublasLt: attribute %d of a layout is not emulated (ROWS, COLS, ORDER, LD, BATCH_COUNT and "
+                "STRIDED_BATCH_OFFSET are), at %s",
                 (int)name, CALLER);
     }
     return CUBLAS_STATUS_SUCCESS;
 }
 
+// The preference is part of the algorithm, so that the product can be held to what was promised.
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
-    return *preference = (cublasLtMatmulPreference_t) new uint64_t(0), CUBLAS_STATUS_SUCCESS;
+    return *preference = (cublasLtMatmulPreference_t) new Preference, CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
-    return delete (uint64_t *)preference, CUBLAS_STATUS_SUCCESS;
+    return delete (Preference *)preference, CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                     cublasLtMatmulPreferenceAttributes_t name, const void *p,
                                                     size_t bytes) {
-    if (name != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) {
-        fail("cublasLt: attribute %d of a preference is not emulated (MAX_WORKSPACE_BYTES is), at %s", (int)name,
-             CALLER);
+    Preference &wish = *(Preference *)preference;
+    switch (name) {
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+            wish.workspace = value<uint64_t>(p, bytes, PC);
+            break;
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+            value<uint32_t>(p, bytes, PC);  // no sum is split here
+            break;
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+            wish.alignment[name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES] = value<uint32_t>(p, bytes, PC);
+            break;
+        default:
+            fail(
+                "cublasLt: attribute %d of a preference is not emulated (MAX_WORKSPACE_BYTES, REDUCTION_SCHEME_MASK "
+                "and MIN_ALIGNMENT_A_BYTES to _D_ are), at %s",
+                (int)name, CALLER);
     }
-    *(uint64_t *)preference = value<uint64_t>(p, bytes, CALLER);
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
@@ -295,8 +323,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     if (*found) {
         results[0] = cublasLtMatmulHeuristicResult_t();
         results[0].state = CUBLAS_STATUS_SUCCESS;
-        results[0].workspaceSize = *(uint64_t *)preference;  // all it may have, so that too small a one is found
-        results[0].algo.data[0] = *(uint64_t *)preference;
+        results[0].workspaceSize = ((Preference *)preference)->workspace;  // all, so that too small a one is found
+        static_assert(sizeof(Preference) <= sizeof results[0].algo.data, "");
+        memcpy(results[0].algo.data, (Preference *)preference, sizeof(Preference));
     }
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -326,9 +355,16 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t how, const 
              p.c.columns, p.d.rows, p.d.columns, CALLER);
     }
     if (p.a.type != p.b.type) fail("cublasLt: A and B of different types, at %s", CALLER);
-    if (algo && algo->data[0] > workspace_bytes)
-        fail("cublasLt: a workspace of %zu bytes where the algorithm has %lu, at %s", workspace_bytes, algo->data[0],
-             CALLER);
+    Preference promised;
+    if (algo) memcpy((void *)&promised, algo->data, sizeof promised);
+    if (algo && promised.workspace > workspace_bytes)
+        fail("cublasLt: a workspace of %zu bytes where the algorithm has %lu, at %s", workspace_bytes,
+             promised.workspace, CALLER);
+    const void *const matrices[] = {A, B, C, D};
+    for (int i = 0; algo && i < 4; i++)
+        if ((uintptr_t)matrices[i] % promised.alignment[i] != 0)
+            fail("cublasLt: matrix %c is not aligned to the %u bytes that the algorithm was chosen for, at %s",
+                 "ABCD"[i], promised.alignment[i], CALLER);
     for (const Layout *l : {&p.a, &p.b, &p.c, &p.d}) {
         if (l->leading < (int64_t)(l->row_major ? l->columns : l->rows))
             fail("cublasLt: leading dimension %ld of a %lux%lu matrix, at %s", (long)l->leading, l->rows, l->columns,
