@@ -1207,7 +1207,7 @@ INLINE void copy_patches(real *panel, const WeightPiece *p, long first_pixel, in
     const ConvShape s = p->shape;
     const int merged = s.dilation == 1 ? s.kernel : 1, out_width = conv_size(p->width, s);
     const long run = (long)merged * s.in_channels, line_length = (long)p->width * s.in_channels;
-    const long rest = (long)patch_size(s) - first_column, columns = rest < TILE_COLUMNS ? rest : TILE_COLUMNS;
+    const long rest = (long)patch_size(s) - first_column, columns = rest < TILE_COLUMNS ? rest : (long)TILE_COLUMNS;
     const size_t bytes = number_bytes(half);
     long length;  // of a stretch of columns that lie side by side in x
     for (long column = 0; column < columns; column += length) {
