@@ -99,10 +99,10 @@ static void check_error(const float *ours, const float *cpu, const double *truth
 static const Segment PICTURES[] = {{0, 7, 10, 0}, {0, 1, 1, 1}, {0, 12, 9, 3}, {0, 5, 16, 4}};
 enum { NUM_PICTURES = 4 };
 
-struct RaggedBatch {
+struct RaggedTable {
     Array<Segment> table;
     Ragged map;
-    RaggedBatch(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
+    RaggedTable(const Segment *from, int count, const ConvShape *shape) : table((size_t)count) {
         map.count = count, map.rows = ragged_segments(table.host, from, count, shape), map.segments = table.device;
         table.upload();
     }
@@ -116,7 +116,7 @@ static void test_ragged() {
     check(after[2].first == 21 && after[2].height == 6 && after[2].width == 5 && after[2].image == 3,
           "the third picture's segment behind the stem");
     check(ragged_segments(huge, huge, 2, NULL) == -1, "more rows than an int can count are refused");
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     check(batch.map.rows == 70 + 1 + 108 + 80 && batch.table[3].first == 179, "segments lie side by side");
 }
 
@@ -173,7 +173,7 @@ static void test_rows() {
 
 template <class T>
 static void test_pixels_to() {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = 3 * (size_t)batch.map.rows;  // 777: the last thread has one
     Array<unsigned char> bytes(count);
     Array<float> table(3 * 256);
@@ -231,7 +231,7 @@ static void test_epilogue() {
 
 template <class T>
 static void test_maxpool_of(int C) {
-    RaggedBatch in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
+    RaggedTable in(PICTURES, NUM_PICTURES, NULL), out(PICTURES, NUM_PICTURES, &POOLING);
     const size_t n = (size_t)(in.map.rows * C), m = (size_t)(out.map.rows * C);
     Array<T> x(n), y(m), dy(m, 10), dx(n);
     Array<unsigned char> argmax(m);
@@ -272,7 +272,7 @@ static void test_maxpool() {
 template <class T>
 static void test_positions_of(int C) {
     enum { PLACES = 16 };  // the widest picture
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<float> x(count, 11), table(position_table_rows(PLACES) * (size_t)C / 2);
     Array<T> y(count);
@@ -352,7 +352,7 @@ static Dropout a_dropout(double p) {
 
 template <class T>
 static void test_dropout_of(double p, int C) {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const size_t count = (size_t)(batch.map.rows * C);
     Array<T> x(count, 16), y(count);
     float *plain = (float *)allocate(count * sizeof(float));
@@ -451,7 +451,7 @@ template <class T>
 static void test_attention_of(int C, int heads, double p, int cross) {
     Segment nine[NUM_PICTURES];
     for (int i = 0; i < NUM_PICTURES; i++) nine[i] = {0, 9, 1, PICTURES[i].image};
-    RaggedBatch keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
+    RaggedTable keys(PICTURES, NUM_PICTURES, NULL), queries(cross ? nine : PICTURES, NUM_PICTURES, NULL);
     const size_t nq = (size_t)(queries.map.rows * C), nk = (size_t)(keys.map.rows * C);
     const size_t nl = (size_t)(heads * queries.map.rows);
     Array<T> q(nq, 32), k(nk, 33), v(nk, 34), dout(nq, 35), out(nq), dq(nq), dk(nk), dv(nk);
@@ -562,7 +562,7 @@ static void plain_norm(double *y, double *dsum, double *dweight, double *dbias, 
 
 template <class T>
 static void test_norm_of(int C, double p) {
-    RaggedBatch batch(PICTURES, NUM_PICTURES, NULL);
+    RaggedTable batch(PICTURES, NUM_PICTURES, NULL);
     const int rows = batch.map.rows;
     const size_t count = (size_t)(rows * C), width = (size_t)C;
     Array<float> x(count, 17), residual(count, 18), weight(width, 19), bias(width, 20), dy(count, 21);
