@@ -56,7 +56,7 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
-        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-headers cuda-nvcc sass demo demo-shapes install-deps format check-format clean FORCE
+        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -81,13 +81,14 @@ help:
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
+	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
 	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit"
 	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, a warning is an error; not run (needs nvcc)"
 	@echo "make sass           what nvcc made of each: registers, spills, warps, instructions (needs nvcc and cuobjdump)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
-	$(if $(CUDA),,@echo "Left out here, CUDA's headers are missing: emu-test test-cuda-emu (make cuda-headers gets them)")
+	$(if $(CUDA),,@echo "Left out here, CUDA's headers are missing: emu-test test-cuda-emu cuda-ladder (make cuda-headers gets them)")
 	$(if $(NVCC),,@echo "Left out here, there is no nvcc: emu-nvcc cuda-nvcc sass")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ EMU_FLAGS := -std=c++17 $(EMU_OPTIMIZE) -g -fno-omit-frame-pointer -fno-strict-a
 EMU_KERNELS := -Wno-unknown-pragmas -iquote . -include dev/emu/emu.h -fsanitize=alignment
 EMU_CHECKED := -fsanitize=thread --param tsan-instrument-func-entry-exit=0
 EMU_PARTS := build/emu/emu.o build/emu/cublaslt.o
-vpath %.cu . dev/emu
+vpath %.cu . dev/emu dev/cuda
 
 # The trainer has no pragmas of OpenMP here: a process of the emulator has one thread.
 EMU_LIBS := -lgomp $(LIBS)
@@ -256,14 +257,15 @@ build/emu/train_detr.cu: train_detr.cu build/emu/rewrite
 	build/emu/rewrite $< > $@
 
 EMU_TRAINER := build/emu/train_detr.cu train_detr.c $(HEADERS)
-build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: $(EMU_TRAINER)
-build/emu/test_detr build/emu/test_detr-checked: LDLIBS = $(EMU_LIBS)
-build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: EMU_KERNELS += -Wno-unused-function
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: $(EMU_TRAINER)
+build/emu/test_detr build/emu/test_detr-checked build/emu/ladder-checked build/emu/ladder-counted: LDLIBS = $(EMU_LIBS)
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: EMU_KERNELS += -Wno-unused-function
 
 # emu-test: the emulator's own tests. test-cuda-emu: the kernels of train_detr.cu against train_detr.c. Both plain and
 # with the checker.
+# cuda-ladder: the way from naive kernels to the trainer's, every version checked, then counted. LADDER=--quick: small.
 ifeq ($(CUDA),)
-emu-test test-cuda-emu:
+emu-test test-cuda-emu cuda-ladder:
 	@echo "$@: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
 	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB): make cuda-headers" >&2
 	@exit 1
@@ -275,6 +277,10 @@ emu-test test-cuda-emu:
 	    sed '/ passed, /d' build/emu/$@.txt build/emu/$@-checked.txt; \
 	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/$@.txt build/emu/$@-checked.txt | \
 	    awk '{ p += $$1; f += $$2 } END { if (NR < 2) f++; print p + 0 " passed, " f " failed"; exit f > 0 }'
+
+cuda-ladder: build/emu/ladder-checked build/emu/ladder-counted
+	build/emu/ladder-checked --quick
+	build/emu/ladder-counted $(LADDER)
 endif
 
 # They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then.
@@ -309,6 +315,9 @@ build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 build/emu/%-checked: build/emu/%-checked.o build/emu/check.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
+build/emu/%-counted: build/emu/%-checked.o build/emu/count.o $(EMU_PARTS)
+	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
+
 build/emu/self_test build/emu/test_detr: build/emu/%: build/emu/%-kernels.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
@@ -330,6 +339,12 @@ cuda-nvcc:
 	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -Xptxas -v -I. -c test_detr.cu \
 	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas-sm_$(SM).txt || { cat build/cuda/ptxas-sm_$(SM).txt >&2; exit 1; }
 	@echo "build/cuda/test_detr-sm_$(SM).o: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
+
+# For a GPU; prints times.
+build/cuda/ladder: dev/cuda/ladder.cu train_detr.cu train_detr.c $(HEADERS)
+	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+	@mkdir -p build/cuda
+	$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -O3 -I. $< -o $@ $(LIBS) -lgomp
 
 # The toolkit's, or the one that comes with PyTorch.
 CUOBJDUMP ?= $(firstword $(wildcard $(dir $(NVCC))cuobjdump) $(shell command -v cuobjdump 2>/dev/null) \
@@ -365,7 +380,7 @@ install-deps:
 # ----------------------------------------------------------------------------------------------------------------------
 # House-keeping
 
-EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu)
+EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu dev/cuda/*.cu)
 
 format:
 	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)

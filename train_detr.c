@@ -4483,7 +4483,7 @@ HOST_DEVICE static double generalized_iou(const double a[4], const double b[4], 
 // prices, under which every reduced cost is >= 0. A cost that is not finite counts as a very high one, so it ends on
 // any input. column_of_row: (rows), written. workspace: (rows + 2 * columns) doubles with (3 * columns) ints behind
 // them.
-static void assign(int *column_of_row, const double *cost, int rows, int columns, double *workspace) {
+HOST_DEVICE static void assign(int *column_of_row, const double *cost, int rows, int columns, double *workspace) {
     double *u = workspace, *v = u + rows, *shortest = v + columns;
     int *row_of_column = (int *)(shortest + columns), *before = row_of_column + columns, *done = before + columns;
     for (int i = 0; i < rows; i++) u[i] = 0;

@@ -83,12 +83,12 @@ static void device_arena_allocate(Arena *arena) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
 
-__device__ static inline float to_float(float x) { return x; }
-__device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ static inline float to_float(__half x) { return __half2float(x); }
+HOST_DEVICE static inline float to_float(float x) { return x; }
+HOST_DEVICE static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+HOST_DEVICE static inline float to_float(__half x) { return __half2float(x); }
 
 template <class T>
-__device__ static inline T to_type(float x) {
+HOST_DEVICE static inline T to_type(float x) {
     if constexpr (std::is_same<T, float>::value)
         return x;
     else if constexpr (std::is_same<T, __half>::value)

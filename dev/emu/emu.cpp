@@ -446,6 +446,7 @@ static struct {
 
 int barrier(bool predicate, const char *file, int line) {
     auto &b = block_barrier;
+    if (count_wait) count_wait(kBarrier);
     if (b.arrived && (b.line != line || strcmp(b.file, file) != 0)) {
         fail("divergent __syncthreads: this thread at %s, others of its block at %s", place(file, line).c_str(),
              place(b.file, b.line).c_str());
@@ -473,6 +474,7 @@ const uint64_t *meet(Kind kind, unsigned mask, uint64_t mine, const char *file, 
                      void (*complete)(uint64_t *)) {
     int self = state.thread, first = self & ~31;
     Warp &w = warps[self / 32];
+    if (count_wait) count_wait(kind);
     if (mask != ~0u) {
         fail("%s with mask 0x%08x at %s: lane %d is missing; only full masks are emulated", kind_name(kind), mask,
              place(file, line).c_str(), __builtin_ctz(~mask));

@@ -2,11 +2,12 @@
 // a plain C++17 compiler what nvcc would give it: threadIdx and friends, barriers, warp operations, atomics,
 // intrinsics, the twins of our PTX wrappers. Types, conversions and the declarations of the runtime come from the
 // toolkit's own headers; emu.cpp runs the threads and stands in for the runtime library, check.cpp watches every
-// access, cublaslt.cpp multiplies. doc/9-testing-a-kernel-without-a-gpu.md says how to use it and what it cannot show.
+// access, count.cpp counts them, cublaslt.cpp multiplies. doc/9-testing-a-kernel-without-a-gpu.md says how to use it
+// and what it cannot show.
 //
 // Not here on purpose, so that using it does not compile: floating-point atomics, partial masks, __activemask,
 // cooperative groups, managed memory, dynamic parallelism. Read top down: launches, barriers and warps, atomics,
-// arithmetic, tensor cores and asynchronous copies, and last what the other three files share.
+// arithmetic, tensor cores and asynchronous copies, and last what the other files share.
 #ifndef EMU_H
 #define EMU_H
 
@@ -395,7 +396,7 @@ __forceinline__ void cp_async_wait() {
 __forceinline__ void cp_async_wait_all() { emu::cp_async_wait(-1); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Shared by emu.cpp, check.cpp and cublaslt.cpp
+// Shared by emu.cpp, check.cpp, count.cpp and cublaslt.cpp
 
 namespace emu {
 // Addresses. Device memory, with shared memory at its start, and pinned host memory each have a part of the address
@@ -436,6 +437,18 @@ void check_copied(void *target, const void *source, size_t bytes) EMU_WEAK;  // 
 // [begin, end) is memory whose part [p, p + bytes) may be used and holds nothing yet.
 void check_memory(const void *begin, const void *p, size_t bytes, const void *end) EMU_WEAK;
 void check_freed(const void *begin, const void *end) EMU_WEAK;
+
+// Present only where count.cpp is linked: what the kernels did since the last call.
+struct Counts {
+    uint64_t read, written;          // bytes of global memory, each sector of 32 once a launch
+    uint64_t moved, lines;           // bytes in sectors, and lines of 128 bytes, added up over the warps' instructions
+    uint64_t wavefronts, conflicts;  // passes through shared memory; how many less there would be without conflicts
+    uint64_t waits[7];               // of threads, by Kind
+    uint64_t steps;                  // accesses and waits of the thread that has most of them
+};
+Counts take_counts() EMU_WEAK;
+void count_wait(Kind kind) EMU_WEAK;
+
 inline void touch(const void *address, size_t bytes, Access access, uintptr_t pc) {
     if (check_access && bytes) check_access(address, bytes, access, pc);
 }
