@@ -757,6 +757,7 @@ static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int r
 // pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA.
 
 enum {
+    CONV_THREADS = 128,  // two warps by two, each with half of the tile's rows and columns
     TILE_M = 128,
     STEP_BYTES = 128,      // of the inner dimension: 64 numbers of 16 bits, or 32 floats
     STAGES = 3,            // steps in shared memory
@@ -842,7 +843,7 @@ __device__ static inline void fetch_patches(T *tile, const Origin *origins, cons
                                             const ConvTap *taps, int num_taps, int first) {
     constexpr int PIECE = 16 / (int)sizeof(T);
     const int piece = (int)threadIdx.x % PIECES, column = first + piece * PIECE;
-    for (int line = (int)threadIdx.x / PIECES; line < LINES; line += THREADS / PIECES) {
+    for (int line = (int)threadIdx.x / PIECES; line < LINES; line += CONV_THREADS / PIECES) {
         T *to = piece_at<PIECES>(tile, line, piece);
         const Origin origin = origins[line];
         int tap = column / channels, channel = column % channels;
@@ -871,7 +872,7 @@ template <int LINES, int PIECES, class T, class Line>
 __device__ static inline void fetch_lines(T *tile, int columns, bool aligned, const T *anywhere, Line line) {
     constexpr int PIECE = 16 / (int)sizeof(T);
     const int piece = (int)threadIdx.x % PIECES, column = piece * PIECE;
-    for (int i = (int)threadIdx.x / PIECES; i < LINES; i += THREADS / PIECES) {
+    for (int i = (int)threadIdx.x / PIECES; i < LINES; i += CONV_THREADS / PIECES) {
         T *to = piece_at<PIECES>(tile, i, piece);
         const T *from = line(i);
         if (aligned) {
@@ -895,25 +896,25 @@ __device__ static inline void load4(float (&to)[4], const float *tile, int i, in
     }
 }
 
-// How a block's sums lie in its threads. With 16 bits a warp has M x 32, and sum[4 * i + j] is what mma makes of rows
-// 16 * i and columns 8 * j on; with floats a thread has rows y + 16 * i and columns x + 16 * j, one after another.
+// How a block's sums lie in its threads. With 16 bits a warp has M x N, and sum[N / 8 * i + j] is what mma makes of
+// rows 16 * i and columns 8 * j on; with floats a thread has rows y + 8 * i and columns x + 16 * j, one after another.
 template <class T, int PASS, int TILE_N>
 struct ConvSums {
     static constexpr int PIECE = 16 / (int)sizeof(T), STEP = STEP_BYTES / (int)sizeof(T);
     static constexpr int A_PIECES = PASS == BACKWARD_WEIGHT ? TILE_M / PIECE : STEP_BYTES / 16;  // a line
     static constexpr int B_PIECES = PASS == FORWARD ? STEP_BYTES / 16 : TILE_N / PIECE;
-    static constexpr int M = TILE_M * (TILE_N / 32) / WARPS, ROW = TILE_N + 8;  // ROW: a line of spill()'s
-    float sum[TILE_M * TILE_N / THREADS / 4][4];
+    static constexpr int M = TILE_M / 2, N = TILE_N / 2, ROW = TILE_N + 8;  // ROW: a line of spill()'s
+    float sum[TILE_M * TILE_N / CONV_THREADS / 4][4];
 
     // += the product of a step's tiles.
     __device__ void multiply_add(const T *a, const T *b) {
         if constexpr (sizeof(T) == 2) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-            const int row = warp / (TILE_N / 32) * M, column = warp % (TILE_N / 32) * 32;
+            const int row = warp / 2 * M, column = warp % 2 * N;
             const int upper = lane % 16, right = lane / 16, lower = lane / 16 * 8 + lane % 8, left = lane / 8 % 2;
 #pragma unroll
             for (int k = 0; k < STEP; k += 16) {
-                uint32_t rows[M / 16][4], columns[2][4];
+                uint32_t rows[M / 16][4], columns[N / 16][4];
 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     if constexpr (PASS == BACKWARD_WEIGHT)
@@ -922,7 +923,7 @@ struct ConvSums {
                         ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / 8 + right));
                 }
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
+                for (int j = 0; j < N / 16; j++) {
                     if constexpr (PASS == FORWARD)
                         ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / 8 + left));
                     else
@@ -931,8 +932,8 @@ struct ConvSums {
 #pragma unroll
                 for (int i = 0; i < M / 16; i++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        mma<T>(sum[4 * i + j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
+                    for (int j = 0; j < N / 8; j++)
+                        mma<T>(sum[N / 8 * i + j], rows[i], columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
             }
         } else {
             const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
@@ -942,9 +943,9 @@ struct ConvSums {
 #pragma unroll
                 for (int j = 0; j < TILE_N / 16; j++) load4<B_PIECES, PASS != FORWARD>(columns[j], b, x + 16 * j, k);
 #pragma unroll
-                for (int i = 0; i < TILE_M / 16; i++) {
+                for (int i = 0; i < TILE_M / 8; i++) {
                     float row[4];
-                    load4<A_PIECES, PASS == BACKWARD_WEIGHT>(row, a, y + 16 * i, k);
+                    load4<A_PIECES, PASS == BACKWARD_WEIGHT>(row, a, y + 8 * i, k);
 #pragma unroll
                     for (int j = 0; j < TILE_N / 16; j++)
 #pragma unroll
@@ -958,20 +959,20 @@ struct ConvSums {
     __device__ void spill(float *to) const {
         if constexpr (sizeof(T) == 2) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-            const int row = warp / (TILE_N / 32) * M + lane / 4, column = warp % (TILE_N / 32) * 32 + lane % 4 * 2;
+            const int row = warp / 2 * M + lane / 4, column = warp % 2 * N + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < M / 8; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
+                for (int j = 0; j < N / 8; j++)
                     *(float2 *)(to + (row + 8 * i) * ROW + column + 8 * j) =
-                        make_float2(sum[i / 2 * 4 + j][i % 2 * 2], sum[i / 2 * 4 + j][i % 2 * 2 + 1]);
+                        make_float2(sum[i / 2 * (N / 8) + j][i % 2 * 2], sum[i / 2 * (N / 8) + j][i % 2 * 2 + 1]);
         } else {
             const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
 #pragma unroll
-            for (int i = 0; i < TILE_M / 16; i++)
+            for (int i = 0; i < TILE_M / 8; i++)
 #pragma unroll
                 for (int j = 0; j < TILE_N / 16; j++)
-                    to[(y + 16 * i) * ROW + x + 16 * j] = sum[(i * (TILE_N / 16) + j) / 4][j % 4];
+                    to[(y + 8 * i) * ROW + x + 16 * j] = sum[(i * (TILE_N / 16) + j) / 4][j % 4];
         }
     }
 };
@@ -984,7 +985,7 @@ static size_t conv_shared() {
 
 // blockIdx.y: remainders of y and x on the way back to x, the part of the pixels on that to w.
 template <class T, int PASS, int TILE_N>
-__global__ static void __launch_bounds__(THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
+__global__ static void __launch_bounds__(CONV_THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
     typedef ConvSums<T, PASS, TILE_N> Sums;
     constexpr int STEP = Sums::STEP;
@@ -1027,10 +1028,11 @@ __global__ static void __launch_bounds__(THREADS, 2) conv_kernel(const __grid_co
         }
     };
 
+    static_assert(MAX_KERNEL * MAX_KERNEL <= CONV_THREADS && TILE_M == CONV_THREADS, "one each");
     if (thread < num_taps) taps[thread] = p.taps[which].taps[thread];
     if (PASS == BACKWARD_WEIGHT) find_pixels(0), find_pixels(1);
-    if (PASS == FORWARD && thread < TILE_M) origins[thread] = output_origin(p, row + thread, p.out.rows);
-    if (PASS == BACKWARD_DATA && thread < TILE_M) origins[thread] = input_origin(p, row + thread, which / 2, which % 2);
+    if (PASS == FORWARD) origins[thread] = output_origin(p, row + thread, p.out.rows);
+    if (PASS == BACKWARD_DATA) origins[thread] = input_origin(p, row + thread, which / 2, which % 2);
     __syncthreads();
     if (PASS != BACKWARD_WEIGHT && origins[0].out_row < 0) return;  // fewer pixels have these remainders than others
     for (int step = 0; step < STAGES - 1; step++) {
@@ -1056,7 +1058,7 @@ __global__ static void __launch_bounds__(THREADS, 2) conv_kernel(const __grid_co
     float *spilled = (float *)smem;
     sums.spill(spilled);
     __syncthreads();
-    for (int i = thread; i < TILE_M * TILE_N / 8; i += THREADS) {
+    for (int i = thread; i < TILE_M * TILE_N / 8; i += CONV_THREADS) {
         const int r = i / (TILE_N / 8), c = i % (TILE_N / 8) * 8;
         if (column + c >= p.columns) continue;
         const Eight value = load8(spilled + r * Sums::ROW + c);
@@ -1076,7 +1078,7 @@ static void launch_conv_tiles(ConvParams<T> *p, unsigned layers) {
     p->tiles = (int)divide_up((size_t)p->columns, TILE_N);
     const dim3 grid(blocks((size_t)p->rows, TILE_M) * (unsigned)p->tiles, layers);
     allow_shared(conv_kernel<T, PASS, TILE_N>, conv_shared<TILE_N>());
-    conv_kernel<T, PASS, TILE_N><<<grid, THREADS, conv_shared<TILE_N>(), stream>>>(*p);
+    conv_kernel<T, PASS, TILE_N><<<grid, CONV_THREADS, conv_shared<TILE_N>(), stream>>>(*p);
     CUDA(cudaGetLastError());
 }
 
