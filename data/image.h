@@ -29,6 +29,7 @@ enum {
     IMAGE_MAX_PIXELS = 1 << 28,
     IMAGE_MAX_SIDE = 1000000,
     JPEG_MAX_SCANS = 500,
+    JPEG_MAX_SCANNED = 1 << 30,  // pixels of a picture times its scans, from the 21st on
     JPEG_QUALITY = 92,
     IMAGE_HEADER_BYTES = 1 << 18,
     IMAGE_SPARE_BYTES = 64  // behind the last pixel, so that vectors can be read and written whole
@@ -145,11 +146,14 @@ static inline void jpeg_on_error(j_common_ptr codec) {
 
 static inline void jpeg_on_message(j_common_ptr codec, int level) { (void)codec, (void)level; }
 
-// A progressive file of a few bytes can ask for thousands of passes over a huge picture.
+// A progressive file of a few bytes can ask for thousands of passes over a huge picture. Real ones have about ten.
 static inline void jpeg_on_progress(j_common_ptr codec) {
     JpegReader *reader = (JpegReader *)codec->err;
-    if (!codec->is_decompressor || reader->decoder.input_scan_number <= JPEG_MAX_SCANS) return;
-    snprintf(reader->message, sizeof reader->message, "more than %d scans", (int)JPEG_MAX_SCANS);
+    if (!codec->is_decompressor) return;
+    const int64_t scans = reader->decoder.input_scan_number,
+                  pixels = reader->image.width * (int64_t)reader->image.height;
+    if (scans <= 20 || (scans <= JPEG_MAX_SCANS && scans * pixels <= JPEG_MAX_SCANNED)) return;
+    snprintf(reader->message, sizeof reader->message, "%lld scans are too many", (long long)scans);
     longjmp(reader->jump, 1);
 }
 
@@ -381,17 +385,24 @@ static inline int is_png(const unsigned char *bytes, size_t size) {
     return size >= 8 && memcmp(bytes, png_signature, 8) == 0;
 }
 
-// Decodes `size` bytes of a JPEG or PNG file, whichever the first bytes say, and turns the picture as EXIF says.
-// `name` is for error messages. *image is new memory (image_free), or empty on -1: another kind of file, damage, an
-// early end, a size that cannot be. The pixels are those that Pillow's Image.open().convert("RGB") gives, except that
-// 16-bit gray keeps its high byte.
-static inline int image_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, Error *error) {
-    int orientation = 1;
+// Decodes `size` bytes of a JPEG or PNG file, whichever the first bytes say, as the picture is stored. *orientation is
+// what EXIF says, 1 to 8. `name` is for error messages. *image is new memory (image_free), or empty on -1: another kind
+// of file, damage, an early end, a size that cannot be. The pixels are those that Pillow's Image.open().convert("RGB")
+// gives, except that 16-bit gray keeps its high byte.
+static inline int image_decode_stored(const unsigned char *bytes, size_t size, const char *name, Image *image,
+                                      int *orientation, Error *error) {
+    *orientation = 1;
     memset(image, 0, sizeof *image);
-    int status = is_jpeg(bytes, size)  ? jpeg_decode(bytes, size, name, 0, image, &orientation, error)
-                 : is_png(bytes, size) ? png_decode(bytes, size, name, image, &orientation, error)
+    int status = is_jpeg(bytes, size)  ? jpeg_decode(bytes, size, name, 0, image, orientation, error)
+                 : is_png(bytes, size) ? png_decode(bytes, size, name, image, orientation, error)
                                        : image_unknown(bytes, size, name, error);
     if (status != 0) memset(image, 0, sizeof *image);
+    return status;
+}
+
+// The same, turned as EXIF says.
+static inline int image_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, Error *error) {
+    int orientation, status = image_decode_stored(bytes, size, name, image, &orientation, error);
     if (status == 0) image_orient(image, orientation);
     return status;
 }
@@ -409,8 +420,8 @@ static inline int image_read(const char *path, Image *image, Error *error) {
 
 // Width and height of the picture as image_read gives it, from the file's header alone. 0, or -1.
 static inline int image_read_size(const char *path, int *width, int *height, Error *error) {
-    FILE *file = is_directory(path) ? NULL : fopen(path, "rb");
-    if (!file) return fail(error, "%s: cannot be opened: %s", path, strerror(is_directory(path) ? EISDIR : errno));
+    FILE *file = open_file(path, error);
+    if (!file) return -1;
     char *bytes = (char *)allocate(IMAGE_HEADER_BYTES);
     size_t size = fread(bytes, 1, IMAGE_HEADER_BYTES, file);
     Image image = {0, 0, NULL};

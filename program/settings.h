@@ -10,13 +10,13 @@ Part of train_detr.c, which includes it: everything a user types stands here.
 // ---------------------------------------------------------------------------------------------------------------------
 // Settings: the flags of all commands (data/flags.h makes parsing, --help, saving and resuming of this table)
 
-enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16 };
+enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16, CHECK = 32 };
 
 static const Flag FLAGS[] = {
-    {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL,
+    {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL | CHECK,
      "data set: COCO, Pascal VOC or YOLO, recognised by what the folder holds"},
-    {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN, "its split to train on"},
-    {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL,
+    {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN | CHECK, "its split to train on"},
+    {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL | CHECK,
      "its split to evaluate on (train: after each epoch, where it exists)"},
     {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN,
      "folder for the checkpoint, log.txt and report.html; OUT/best: the checkpoint with the best AP so far"},
@@ -36,7 +36,8 @@ static const Flag FLAGS[] = {
     {"preset", CHOICE, "small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
     {"annotations", PATH, "FILE", NULL, 0, 0, SCORE, "COCO annotation file with the true boxes"},
     {"results", PATH, "FILE", NULL, 0, 0, EVAL | SCORE, "COCO results: score reads them, eval writes them"},
-    {"json", PATH, "FILE", NULL, 0, 0, EVAL | PREDICT | SCORE | BENCH, "write the figures, or the boxes, as JSON"},
+    {"json", PATH, "FILE", NULL, 0, 0, EVAL | PREDICT | SCORE | BENCH | CHECK,
+     "write the figures, or the boxes, as JSON"},
     {"draw", PATH, "DIR", NULL, 0, 0, PREDICT, "write each picture with its boxes"},
     {"dump", PATH, "FILE", NULL, 0, 0, PREDICT,
      "write pixel_values, logits and pred_boxes of each picture as safetensors"},
