@@ -55,7 +55,7 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune test-inputs dumps check-python check-report bench \
         bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-nvcc demo demo-shapes install-deps format check-format clean FORCE
 
 help:
@@ -71,6 +71,7 @@ help:
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
 	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
 	@echo "make finetune       fine-tuning from end to end, with frozen parts and other classes (python3)"
+	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -187,6 +188,9 @@ determinism: train_detr
 
 finetune: train_detr
 	@$(PYTHON) dev/finetune.py
+
+test-inputs: train_detr
+	@$(PYTHON) dev/bad_inputs.py
 
 $(VENV)/ready: dev/requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

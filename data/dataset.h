@@ -194,6 +194,16 @@ static inline char **folder_names(const char *folder, int *count) {
     return names;
 }
 
+// Reads a list, a label file or data.yaml: without a byte order mark, and with '?' for zero bytes. 0, or -1.
+static inline int read_text_file(const char *path, char **text, Error *error) {
+    size_t size;
+    if (read_file(path, text, &size, error) != 0) return -1;
+    for (size_t i = 0; i < size; i++)
+        if ((*text)[i] == 0) (*text)[i] = '?';
+    if (strncmp(*text, "\xEF\xBB\xBF", 3) == 0) memmove(*text, *text + 3, size - 2);
+    return 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Building: what the three formats share
 
@@ -892,9 +902,8 @@ static inline void voc_add_image(Dataset *set, const char *folder, char *name) {
 static inline int voc_load(Dataset *set, const char *folder, const char *list, Error *error) {
     set->format = "VOC";
     set->source = format_string("%s", list);
-    char *text = NULL, *rest;
-    size_t size = 0;
-    if (read_file(list, &text, &size, error) != 0) return -1;
+    char *text, *rest;
+    if (read_text_file(list, &text, error) != 0) return -1;
     voc_categories(set, folder);
     for (char *line = strtok_r(text, "\r\n", &rest); line; line = strtok_r(NULL, "\r\n", &rest)) {
         while (isspace((unsigned char)*line)) line++;
@@ -941,11 +950,10 @@ static inline const char *yaml_skip(const char *at, int lines) {
 // The categories from data.yaml's `names`: [a, b], {0: a, 1: b}, or either of them over several lines. Not a YAML
 // parser: what else a file may hold is passed over.
 static inline int yolo_categories(Dataset *set, const char *path, Error *error) {
-    char *text = NULL, key[32], name[256];
-    size_t size = 0;
-    if (read_file(path, &text, &size, error) != 0) return -1;
-    for (size_t i = 0; i < size; i++)
-        if (text[i] == '\r' || text[i] == 0) text[i] = ' ';
+    char *text, key[32], name[256];
+    if (read_text_file(path, &text, error) != 0) return -1;
+    for (char *c = text; *c; c++)
+        if (*c == '\r') *c = ' ';
     const char *at = text;
     while (at && strncmp(at, "names:", 6) != 0) at = (at = strchr(at, '\n')) ? at + 1 : NULL;
     int good = at != NULL;
@@ -989,18 +997,15 @@ static inline int yolo_categories(Dataset *set, const char *path, Error *error) 
 
 // The boxes of one label file, for the image added last. No file: a picture without boxes.
 static inline void yolo_add_boxes(Dataset *set, const char *path) {
-    char *text = NULL, *rest;
-    size_t size = 0;
+    char *text, *rest;
     Error why;
     if (!is_file(path)) return;
-    if (read_file(path, &text, &size, &why) != 0) {
+    if (read_text_file(path, &text, &why) != 0) {
         dataset_problem(set, "%s: boxes skipped", why.text);
         return;
     }
     const DatasetImage *image = &set->images[set->num_images - 1];
     int picture_width = image->width, picture_height = image->height, line_number = 0;
-    for (size_t i = 0; i < size; i++)
-        if (text[i] == 0) text[i] = '?';
     for (char *line = text; line; line = rest) {
         rest = strchr(line, '\n');
         if (rest) *rest++ = 0;
@@ -1046,12 +1051,10 @@ static inline void yolo_add_boxes(Dataset *set, const char *path) {
 
 static inline int yolo_load(Dataset *set, const char *folder, const char *pictures, const char *labels, Error *error) {
     set->format = "YOLO";
+    set->source = format_string("%s/data.yaml", folder);
+    if (yolo_categories(set, set->source, error) != 0 || dataset_index_ids(set, error) != 0) return -1;
+    free(set->source);
     set->source = format_string("%s", pictures);
-    char *yaml = format_string("%s/data.yaml", folder);
-    int result = yolo_categories(set, yaml, error);
-    free(yaml);
-    if (result == 0) result = dataset_index_ids(set, error);
-    if (result != 0) return -1;
     int count;
     char **names = folder_names(pictures, &count);
     for (int i = 0; i < count; i++) {

@@ -20,6 +20,7 @@ finds the same. Compiles as C11 and as C++17.
 typedef enum {
     FOUND_LEFT_OUT,
     FOUND_UNREADABLE,
+    FOUND_DAMAGED,
     FOUND_KIND,
     FOUND_TURNED,
     FOUND_SIZE,
@@ -41,6 +42,7 @@ static const struct {
 } FINDINGS[NUM_FOUND] = {
     {"left_out", "left out of the data set"},
     {"unreadable", "pictures that cannot be decoded: training goes on without them"},
+    {"damaged", "pictures with damage that the decoder passes over: a part of each may be wrong"},
     {"other_kind", "pictures whose name says another kind of file: what they hold counts"},
     {"turned", "pictures that EXIF turns: boxes are taken as pixels of the turned picture"},
     {"other_size", "pictures of another size than their annotations say: boxes are taken as pixels of the picture"},
@@ -59,8 +61,8 @@ static const struct {
 // What one picture is.
 typedef struct {
     int width, height;  // upright; 0: it cannot be decoded
-    int orientation;    // as EXIF counts, 1: upright
     int is_png;
+    ImageNotes notes;
     uint64_t hash;        // of the file's bytes
     char *fault;          // why it cannot be decoded, or NULL
     const char *copy_of;  // path of the first picture that has the same bytes; NULL: this one is the first
@@ -120,11 +122,11 @@ static inline void inspect_picture(PictureFacts *facts, const char *path) {
         const unsigned char *data = (const unsigned char *)bytes;
         facts->hash = bytes_hash(bytes, size);
         facts->is_png = is_png(data, size);
-        status = image_decode_stored(data, size, path, &image, &facts->orientation, &why);
+        status = image_decode_stored(data, size, path, &image, &facts->notes, &why);
     }
     if (status != 0) facts->fault = format_string("%s", why.text);
-    facts->width = facts->orientation >= 5 ? image.height : image.width;
-    facts->height = facts->orientation >= 5 ? image.width : image.height;
+    facts->width = facts->notes.orientation >= 5 ? image.height : image.width;
+    facts->height = facts->notes.orientation >= 5 ? image.width : image.height;
     image_free(&image);
     free(bytes);
 }
@@ -153,14 +155,15 @@ static inline void inspect_facts(Inspection *inspection, const DatasetImage *ima
         inspection_add(inspection, FOUND_UNREADABLE, "%s", facts->fault);
         return;
     }
+    if (facts->notes.damage[0]) inspection_add(inspection, FOUND_DAMAGED, "%s: %s", path, facts->notes.damage);
     if (facts->is_png != ends_with(path, ".png"))
         inspection_add(inspection, FOUND_KIND, "%s: is a %s", path, facts->is_png ? "PNG" : "JPEG");
     const int differs = image->width > 0 && (image->width != facts->width || image->height != facts->height);
     const int unturned = differs && image->width == facts->height && image->height == facts->width;
-    if (facts->orientation > 1)
+    if (facts->notes.orientation > 1)
         inspection_add(inspection, FOUND_TURNED, "%s: orientation %d, upright it is %d x %d%s", path,
-                       facts->orientation, facts->width, facts->height,
-                       unturned && facts->orientation >= 5
+                       facts->notes.orientation, facts->width, facts->height,
+                       unturned && facts->notes.orientation >= 5
                            ? "; its annotations have the size before the turn: are their boxes from before it too?"
                            : "");
     if (differs)
@@ -426,7 +429,8 @@ static inline void inspection_print(FILE *file, const Inspection *inspection) {
             if (sizes[i].count > sizes[often].count) often = i;
         fprintf(file, "pictures   %s: %d decoded, %d cannot be", set->split,
                 set->num_images - inspection->unreadable[s], inspection->unreadable[s]);
-        if (count)
+        if (count == 1) fprintf(file, "; all of %d x %d", sizes[0].width, sizes[0].height);
+        if (count > 1)
             fprintf(file, "; %d sizes from %d x %d to %d x %d, most often %d x %d (%d)", count, sizes[0].width,
                     sizes[0].height, sizes[count - 1].width, sizes[count - 1].height, sizes[often].width,
                     sizes[often].height, sizes[often].count);

@@ -69,6 +69,31 @@ static int has_problem(const Dataset *set, const char *part) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Files
+
+static void test_files(void) {
+    Error error;
+    char *bytes;
+    size_t size;
+    SafeFile tensors;
+    int width, height;
+    const char *pipe = fixture_path("pipe.jpg"), *large = fixture_path("large");
+    const int made = mkfifo(pipe, 0600) == 0;  // nobody writes: whoever opened it would wait for ever
+    check(made && read_file(pipe, &bytes, &size, &error) != 0 && has_text(error.text, "pipe.jpg: is a pipe"),
+          "files: a pipe is not read");
+    check(made && image_read_size(pipe, &width, &height, &error) != 0 && has_text(error.text, "is a pipe"),
+          "files: a pipe is no picture");
+    check(made && safetensors_open(&tensors, pipe, &error) != 0 && has_text(error.text, "no file"),
+          "files: a pipe holds no tensors");
+    check(read_file(dataset_test_root, &bytes, &size, &error) != 0 && has_text(error.text, "is a folder"),
+          "files: nor is a folder");
+    fixture_text("large", "x");
+    check(truncate(large, (off_t)READ_FILE_MAX + 1) == 0 && read_file(large, &bytes, &size, &error) != 0 &&
+              has_text(error.text, "1073741825 bytes, more than"),
+          "files: too long to be read as one piece");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // JSON
 
 static void test_json(void) {
@@ -569,7 +594,9 @@ static void test_voc(void) {
         snprintf(path, sizeof path, "voc/JPEGImages/%c.png", *name);
         fixture_picture(path, 8, 8);
     }
-    fixture_text("voc/ImageSets/Main/train.txt", "a\r\n\n  b -1\nc\nd\ne\nf\ng\n../a\n/etc/x\n");
+    fixture_text("voc/ImageSets/Main/train.txt",
+                 "\xEF\xBB\xBF"
+                 "a\r\n\n  b -1\nc\nd\ne\nf\ng\n../a\n/etc/x\n");
     fixture_text("voc/ImageSets/Main/cat_train.txt", "a 1\n");
     fixture_text("voc/ImageSets/Main/trainval.txt", "");
     Dataset set;
@@ -672,8 +699,10 @@ static void test_yolo(void) {
     for (int i = 0; i < 10; i++) check(has_problem(&set, problems[i]), "yolo: listed: %s", problems[i]);
     check(has_problem(&set, "d.webp: not JPEG"), "yolo: a picture of another kind is listed");
     dataset_free(&set);
-    fixture_text("yolo2/data.yaml", "names: [cat]");
-    fixture_text("yolo2/valid/labels/a.txt", "0 .5 .5 1 1");
+    fixture_text("yolo2/data.yaml", "\xEF\xBB\xBFnames: [cat]");
+    fixture_text("yolo2/valid/labels/a.txt",
+                 "\xEF\xBB\xBF"
+                 "0 .5 .5 1 1");
     fixture_picture("yolo2/valid/images/a.png", 10, 10);
     opened = dataset_open(&set, fixture_path("yolo2"), "val", &error) == 0;
     check(opened && set.num_targets == 1, "yolo: valid/images beside valid/labels: %s", opened ? "" : error.text);
@@ -774,9 +803,9 @@ static void test_inspect(void) {
         {FOUND_TURNED, 2, "mirrored.jpg: orientation 2, upright it is 30 x 20"},
         {FOUND_SIZE, 2, "turned.jpg: is 20 x 30, its annotations say 30 x 20"},
         {FOUND_SIZE, 2, "small.png: is 8 x 8, its annotations say 64 x 48"},
-        {FOUND_OUTSIDE, 2, "a.png: dog, x 60 y 40 width 5.5 height 2 reaches out of the picture (64 x 48)"},
+        {FOUND_OUTSIDE, 2, "a.png: cat, x 60 y 40 width 5.5 height 2 reaches out of the picture (64 x 48)"},
         {FOUND_OUTSIDE, 2, "small.png: cat, x 20 y 20 width 9 height 9 is outside the picture (8 x 8)"},
-        {FOUND_TINY, 1, "a.png: cat, x 1 y 1 width 0.5 height 8"},
+        {FOUND_TINY, 1, "a.png: dog, x 1 y 1 width 0.5 height 8"},
         {FOUND_SAME_BOX, 1, "a.png: dog, x 1 y 2 width 3 height 4"},
         {FOUND_TOO_MANY, 1, "a.png: 5 boxes, 4 queries"},
         {FOUND_NO_BOX, 7, "pictures/wrong.jpg"},
@@ -812,8 +841,8 @@ static void test_inspect(void) {
                                                                                                               "20")) ","
         IMAGE("6", "small.png", SIZED("64", "48")) "," IMAGE("7", "A.jpg", SIZED("11", "12")) "," IMAGE(
             "8", "mirrored.jpg", SIZED("30", "20")) "],\"annotations\":[" BOX("1", "1", "23", "[1,2,3,4]") "," BOX(
-            "1", "1", "23", "[1,2,3,4]") "," BOX("2", "1", "1", "[1,2,3,4]") "," BOX("3", "1", "23", "[60,40,5.5,2]") ","
-        BOX("4", "1", "1", "[1,1,0.5,8]") "," BOX("9", "1", "1", "[5,5,0,5]") "," BOX(
+            "1", "1", "23", "[1,2,3,4]") "," BOX("2", "1", "1", "[1,2,3,4]") "," BOX("3", "1", "1", "[60,40,5.5,2]") ","
+        BOX("4", "1", "23", "[1,1,0.5,8]") "," BOX("9", "1", "1", "[5,5,0,5]") "," BOX(
             "5", "6", "1", "[20,20,9,9]") "],\"categories\":[{\"id\":23,\"name\":\"dog\"},{\"id\":1,\"name\":"
                                           "\"cat\"},{\"id\":-4,\"name\":\"C at\"}]}");
     fixture_text("inspect/val.json", "{\"images\":[" IMAGE("1", "again.png", SIZED("64", "48")) "],\"annotations\":[],"
@@ -869,6 +898,7 @@ static void test_dataset(void) {
         check(0, "dataset: a folder for fixtures in /tmp");
         return;
     }
+    test_files();
     test_json();
     test_safetensors();
     test_coco_annotations();

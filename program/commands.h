@@ -450,6 +450,12 @@ static int state_read(Training *run, const char *path, Error *error) {
         json_get_int64(tree, "epochs_logged", &run->epochs_logged, path, error) != 1 || run->step < 0 ||
         run->epochs_logged < 0 || !YAJL_IS_ARRAY(classes) || !YAJL_IS_ARRAY(list) || (int)list->u.array.len != count)
         return fail(error, "%s: is damaged: not what a run writes", path);
+    // An epoch whose last step is taken may not be logged yet.
+    const int64_t epochs = run->step / run->steps_per_epoch,
+                  unlogged = run->step > 0 && run->step % run->steps_per_epoch == 0;
+    if (run->epochs_logged > epochs || run->epochs_logged < epochs - unlogged || (double)run->step > MOST_STEPS)
+        return fail(error, "%s: is damaged: step %lld and %lld logged epochs of %lld steps do not go together", path,
+                    (long long)run->step, (long long)run->epochs_logged, (long long)run->steps_per_epoch);
     for (int i = 0; i < count; i++)
         sums[i] = YAJL_IS_NUMBER(list->u.array.values[i]) ? strtod(list->u.array.values[i]->u.number.r, NULL) : 0;
     int same = num_images == run->train.num_images && (int)classes->u.array.len == run->train.num_categories;
@@ -1177,6 +1183,7 @@ static int command_check(Settings *settings, Error *error) {
     training_check_flags(settings);
     training_init(&run, settings);
     memset(&inspection, 0, sizeof inspection);
+    memset(error, 0, sizeof *error);
     int status = training_find_data(settings, error);
     if (status == 0) status = training_open_data(&run, error);
     if (status == 0) status = training_open_network(&run, error);

@@ -12,6 +12,8 @@ Part of train_detr.c, which includes it: everything a user types stands here.
 
 enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16, CHECK = 32 };
 
+#define MOST_STEPS 1e15  // optimizer steps of a run
+
 static const Flag FLAGS[] = {
     {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL | CHECK,
      "data set: COCO, Pascal VOC or YOLO, recognised by what the folder holds"},
@@ -95,7 +97,7 @@ static const Flag FLAGS[] = {
      "predict take; 0: none"},
     {"clip_max_norm", NUMBER, "X", "0.1", 0, 1e9, TRAIN, "largest norm of the gradient; 0: not clipped"},
     {"epochs", INTEGER, "N", "300", 1, 1e9, TRAIN | MAY_CHANGE, "passes over the training pictures, in all"},
-    {"steps", INTEGER, "N", NULL, 1, 1e15, TRAIN | MAY_CHANGE,
+    {"steps", INTEGER, "N", NULL, 1, MOST_STEPS, TRAIN | MAY_CHANGE,
      "stop when so many optimizer steps have been taken in all"},
     {"batch_size", INTEGER, "N", "2", 1, 65536, TRAIN | BENCH,
      "pictures in one optimizer step; an epoch has floor(pictures / N) steps"},
