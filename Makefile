@@ -55,8 +55,9 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune dumps check-python check-report bench \
-        bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo demo-shapes install-deps format check-format clean FORCE
+.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune test-inputs dumps check-python \
+        check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo \
+        demo-shapes install-deps format check-format clean FORCE
 
 help:
 	@echo "make demo           install what is missing, build, train a small model on data/bccd, draw its boxes: out/demo"
@@ -71,6 +72,7 @@ help:
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
 	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
 	@echo "make finetune       fine-tuning from end to end, with frozen parts and other classes (python3)"
+	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -192,6 +194,9 @@ determinism: train_detr
 
 finetune: train_detr
 	@$(PYTHON) dev/finetune.py
+
+test-inputs: train_detr
+	@$(PYTHON) dev/bad_inputs.py
 
 $(VENV)/ready: dev/requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -362,7 +367,8 @@ DEMO_FLAGS ?=
 
 demo: install-deps
 	@$(MAKE) --no-print-directory train_detr
-	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --eval_every 10 $(DEMO_FLAGS)
+	@dev/demo.sh $(DEMO) data/bccd trainval test --vflip --transpose --epochs 40 \
+		--eval_every 10 $(DEMO_FLAGS)
 
 # The annotations come last: where they are, the pictures are whole.
 DEMO_SHAPES ?= out/demo-shapes

@@ -51,6 +51,7 @@ of threads, and a resumed run, sees the same ones.
 #include "data/flags.h"          // a table of flags: parsing, --help, resuming
 #include "data/picture_files.h"  // the pictures that a user names
 #include "data/progress.h"       // the line that updates
+#include "data/inspect.h"        // what is wrong or odd in a data set
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
@@ -5279,7 +5280,7 @@ static void wait_passively(char **argv) {
 #include "program/settings.h"    // flags and presets
 #include "program/checkpoint.h"  // config.json, tensors
 #include "program/watch.h"       // warnings, before and during training
-#include "program/commands.h"    // train, eval, predict, score, bench
+#include "program/commands.h"    // train, check, eval, predict, score, bench
 
 #ifndef MAIN
 #define MAIN main  // program/portable.c chooses among several, each of another name
@@ -5297,7 +5298,7 @@ int MAIN(int argc, char **argv) {
     for (int c = 0; c < NUM_COMMANDS && argc > 1; c++)
         if (strcmp(argv[1], COMMANDS[c].name) == 0) command = c;
     if (command < 0 && !(help && argv[1][0] == '-'))
-        usage_error("%s \"%s\": train, eval, predict, score or bench must come first: see %s --help",
+        usage_error("%s \"%s\": train, check, eval, predict, score or bench must come first: see %s --help",
                     argc < 2 ? "no command" : "unknown command", argc < 2 ? "" : argv[1], argv[0]);
     Settings settings =
         settings_for(argv[0], command < 0 ? "" : COMMANDS[command].name, command < 0 ? 0 : COMMANDS[command].command);

@@ -82,20 +82,31 @@ __attribute__((format(printf, 1, 2))) static inline char *format_string(const ch
 // ---------------------------------------------------------------------------------------------------------------------
 // Files and time
 
-// Reads a whole file. *bytes gets `size` bytes and a closing zero (not counted); the caller frees it. 0, or -1.
+enum { READ_FILE_MAX = 1 << 30 };  // bytes of a picture, a list, a log; what may be longer is not read as one piece
+
+// Opens a file to be read. NULL if it cannot be, or is something else: a folder, or a pipe, which would be waited for.
+static inline FILE *open_file(const char *path, Error *error) {
+    struct stat status;
+    FILE *file = NULL;
+    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode))
+        fail(error, "%s: is %s, not a file", path, S_ISDIR(status.st_mode) ? "a folder" : "a pipe or device");
+    else if (!(file = fopen(path, "rb")))
+        fail(error, "%s: cannot be opened: %s", path, strerror(errno));
+    return file;
+}
+
+// Reads a whole file, up to READ_FILE_MAX. *bytes gets `size` bytes and a closing zero (not counted); the caller frees
+// it. 0, or -1.
 static inline int read_file(const char *path, char **bytes, size_t *size, Error *error) {
-    FILE *file = fopen(path, "rb");
+    FILE *file = open_file(path, error);
     struct stat status;
     *bytes = NULL;
     *size = 0;
-    if (!file || fstat(fileno(file), &status) != 0) {
-        int why = errno;
-        if (file) fclose(file);
-        return fail(error, "%s: cannot be opened: %s", path, strerror(why));
-    }
-    if (!S_ISREG(status.st_mode)) {
+    if (!file) return -1;
+    if (fstat(fileno(file), &status) != 0 || status.st_size > READ_FILE_MAX) {
         fclose(file);
-        return fail(error, "%s: is not a file", path);
+        return fail(error, "%s: %lld bytes, more than the %d that are read as one piece", path,
+                    (long long)status.st_size, READ_FILE_MAX);
     }
     char *data = (char *)allocate((size_t)status.st_size + 1);
     size_t got = fread(data, 1, (size_t)status.st_size, file);

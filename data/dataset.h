@@ -194,6 +194,16 @@ static inline char **folder_names(const char *folder, int *count) {
     return names;
 }
 
+// Reads a list, a label file or data.yaml: without a byte order mark, and with '?' for zero bytes. 0, or -1.
+static inline int read_text_file(const char *path, char **text, Error *error) {
+    size_t size;
+    if (read_file(path, text, &size, error) != 0) return -1;
+    for (size_t i = 0; i < size; i++)
+        if ((*text)[i] == 0) (*text)[i] = '?';
+    if (strncmp(*text, "\xEF\xBB\xBF", 3) == 0) memmove(*text, *text + 3, size - 2);
+    return 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Building: what the three formats share
 
@@ -357,6 +367,14 @@ static inline void coco_number(CocoReader *reader, int field, const char *text, 
     }
 }
 
+// 1 for digits with or without a minus: some tools write ids as text.
+static inline int is_whole_number(const char *text, size_t length) {
+    size_t digits = length > 0 && text[0] == '-';
+    for (size_t i = digits; i < length; i++)
+        if (!isdigit((unsigned char)text[i])) return 0;
+    return length > digits;
+}
+
 // Any value at the place where the reader stands. Returns 1 for YAJL to go on.
 static inline int coco_value(CocoReader *reader, JsonKind kind, const char *text, size_t length) {
     int field = reader->field;
@@ -385,7 +403,8 @@ static inline int coco_value(CocoReader *reader, JsonKind kind, const char *text
         memcpy(reader->text, text, length);
     } else if (kind == JSON_BOOL && field == COCO_ISCROWD) {
         reader->numbers[field] = length != 0;
-    } else if (kind == JSON_NUMBER && (field != COCO_BBOX || in_bbox)) {
+    } else if ((kind == JSON_NUMBER && (field != COCO_BBOX || in_bbox)) ||
+               (kind == JSON_STRING && field <= COCO_CATEGORY_ID && is_whole_number(text, length))) {
         coco_number(reader, field, text, length);
     } else {
         coco_fault(reader, "%s %s %s, not %s", coco_field_names[field], in_bbox ? "holds" : "is", json_kind_names[kind],
@@ -786,24 +805,16 @@ static inline void voc_categories(Dataset *set, const char *folder) {
         int good = voc_read(&file, path, &unused) == 0;
         for (int k = 0; k < file.num_objects && good; k++) {
             char *name = file.objects[k].name;
-            int low = 0, high = num_names;
-            while (name && low < high) {
-                int middle = (low + high) / 2;
-                if (strcmp(names[middle], name) < 0)
-                    low = middle + 1;
-                else
-                    high = middle;
-            }
-            if (!name || (low < num_names && strcmp(names[low], name) == 0)) continue;
+            if (!name || (num_names && strcmp(names[num_names - 1], name) == 0)) continue;
             names = (char **)grow(names, (size_t)num_names, sizeof(char *));
-            memmove(names + low + 1, names + low, (size_t)(num_names - low) * sizeof(char *));
-            names[low] = format_string("%s", name);
-            num_names++;
+            names[num_names++] = format_string("%s", name);
         }
         voc_free(&file);
         free(path);
     }
-    for (int i = 0; i < num_names; i++) dataset_add_category(set, i, names[i]);
+    if (names) qsort(names, (size_t)num_names, sizeof(char *), name_order);
+    for (int i = 0; i < num_names; i++)
+        if (i == 0 || strcmp(names[i - 1], names[i]) != 0) dataset_add_category(set, set->num_categories, names[i]);
     free_names(names, num_names);
     free_names(files, num_files);
     free(annotations);
@@ -818,8 +829,14 @@ static inline void voc_add_boxes(Dataset *set, const VocFile *file, const char *
         Annotation box;
         memset(&box, 0, sizeof box);
         box.class_index = -1;
-        for (int c = 0; c < set->num_categories && object->name; c++)
-            if (strcmp(set->categories[c].name, object->name) == 0) box.class_index = c;
+        for (int low = 0, high = set->num_categories; object->name && low < high;) {  // they are sorted
+            const int middle = (low + high) / 2, order = strcmp(set->categories[middle].name, object->name);
+            if (order == 0) box.class_index = middle;
+            if (order < 0)
+                low = middle + 1;
+            else
+                high = middle;
+        }
         box.id = set->num_annotations;
         box.x = corners[0];
         box.y = corners[1];
@@ -885,9 +902,8 @@ static inline void voc_add_image(Dataset *set, const char *folder, char *name) {
 static inline int voc_load(Dataset *set, const char *folder, const char *list, Error *error) {
     set->format = "VOC";
     set->source = format_string("%s", list);
-    char *text = NULL, *rest;
-    size_t size = 0;
-    if (read_file(list, &text, &size, error) != 0) return -1;
+    char *text, *rest;
+    if (read_text_file(list, &text, error) != 0) return -1;
     voc_categories(set, folder);
     for (char *line = strtok_r(text, "\r\n", &rest); line; line = strtok_r(NULL, "\r\n", &rest)) {
         while (isspace((unsigned char)*line)) line++;
@@ -934,11 +950,10 @@ static inline const char *yaml_skip(const char *at, int lines) {
 // The categories from data.yaml's `names`: [a, b], {0: a, 1: b}, or either of them over several lines. Not a YAML
 // parser: what else a file may hold is passed over.
 static inline int yolo_categories(Dataset *set, const char *path, Error *error) {
-    char *text = NULL, key[32], name[256];
-    size_t size = 0;
-    if (read_file(path, &text, &size, error) != 0) return -1;
-    for (size_t i = 0; i < size; i++)
-        if (text[i] == '\r' || text[i] == 0) text[i] = ' ';
+    char *text, key[32], name[256];
+    if (read_text_file(path, &text, error) != 0) return -1;
+    for (char *c = text; *c; c++)
+        if (*c == '\r') *c = ' ';
     const char *at = text;
     while (at && strncmp(at, "names:", 6) != 0) at = (at = strchr(at, '\n')) ? at + 1 : NULL;
     int good = at != NULL;
@@ -982,18 +997,15 @@ static inline int yolo_categories(Dataset *set, const char *path, Error *error) 
 
 // The boxes of one label file, for the image added last. No file: a picture without boxes.
 static inline void yolo_add_boxes(Dataset *set, const char *path) {
-    char *text = NULL, *rest;
-    size_t size = 0;
+    char *text, *rest;
     Error why;
     if (!is_file(path)) return;
-    if (read_file(path, &text, &size, &why) != 0) {
+    if (read_text_file(path, &text, &why) != 0) {
         dataset_problem(set, "%s: boxes skipped", why.text);
         return;
     }
     const DatasetImage *image = &set->images[set->num_images - 1];
     int picture_width = image->width, picture_height = image->height, line_number = 0;
-    for (size_t i = 0; i < size; i++)
-        if (text[i] == 0) text[i] = '?';
     for (char *line = text; line; line = rest) {
         rest = strchr(line, '\n');
         if (rest) *rest++ = 0;
@@ -1039,12 +1051,10 @@ static inline void yolo_add_boxes(Dataset *set, const char *path) {
 
 static inline int yolo_load(Dataset *set, const char *folder, const char *pictures, const char *labels, Error *error) {
     set->format = "YOLO";
+    set->source = format_string("%s/data.yaml", folder);
+    if (yolo_categories(set, set->source, error) != 0 || dataset_index_ids(set, error) != 0) return -1;
+    free(set->source);
     set->source = format_string("%s", pictures);
-    char *yaml = format_string("%s/data.yaml", folder);
-    int result = yolo_categories(set, yaml, error);
-    free(yaml);
-    if (result == 0) result = dataset_index_ids(set, error);
-    if (result != 0) return -1;
     int count;
     char **names = folder_names(pictures, &count);
     for (int i = 0; i < count; i++) {
@@ -1237,11 +1247,26 @@ static inline int dataset_open(Dataset *set, const char *folder, const char *spl
 // ---------------------------------------------------------------------------------------------------------------------
 // Facts
 
+// The boxes of a class that are trained on; by area as COCO: less than 32 x 32 pixels, less than 96 x 96, the others.
+typedef struct {
+    int all, by_area[3];
+} BoxCounts;
+
+// By class; the caller frees them.
+static inline BoxCounts *dataset_count_boxes(const Dataset *set) {
+    BoxCounts *counts = (BoxCounts *)allocate((size_t)set->num_categories * sizeof(BoxCounts));
+    for (int i = 0; i < set->num_annotations; i++) {
+        const Annotation *box = &set->annotations[i];
+        if (!annotation_is_target(box)) continue;
+        counts[box->class_index].all++;
+        counts[box->class_index].by_area[box->area < 32 * 32 ? 0 : box->area < 96 * 96 ? 1 : 2]++;
+    }
+    return counts;
+}
+
 // What a user wants to know before a training: counts, then a line a class with the id it has in the file.
 static inline void dataset_print_facts(FILE *file, const Dataset *set) {
-    int *boxes = (int *)allocate((size_t)set->num_categories * sizeof *boxes);
-    for (int i = 0; i < set->num_annotations; i++)
-        boxes[set->annotations[i].class_index] += annotation_is_target(&set->annotations[i]);
+    BoxCounts *boxes = dataset_count_boxes(set);
     fprintf(file, "data set   %s, split %s (%s)\n", set->format, set->split, set->source);
     fprintf(file, "images     %d, %d of them without boxes\n", set->num_images, set->num_without_targets);
     fprintf(file, "boxes      %d to train on, %d crowds, %d difficult\n", set->num_targets, set->num_crowds,
@@ -1250,9 +1275,10 @@ static inline void dataset_print_facts(FILE *file, const Dataset *set) {
             set->num_problems, set->num_skipped, set->skipped_images,
             set->num_problems - set->num_skipped - set->skipped_images);
     fprintf(file, "classes    %d\n", set->num_categories);
-    fprintf(file, "  index      id   boxes  name\n");
+    fprintf(file, "  index      id   boxes   small  medium   large  name\n");
     for (int i = 0; i < set->num_categories; i++)
-        fprintf(file, "  %5d %7lld %7d  %s\n", i, (long long)set->categories[i].id, boxes[i], set->categories[i].name);
+        fprintf(file, "  %5d %7lld %7d %7d %7d %7d  %s\n", i, (long long)set->categories[i].id, boxes[i].all,
+                boxes[i].by_area[0], boxes[i].by_area[1], boxes[i].by_area[2], set->categories[i].name);
     free(boxes);
 }
 

@@ -29,10 +29,17 @@ enum {
     IMAGE_MAX_PIXELS = 1 << 28,
     IMAGE_MAX_SIDE = 1000000,
     JPEG_MAX_SCANS = 500,
+    JPEG_MAX_SCANNED = 1 << 30,  // pixels of a picture times its scans, from the 21st on
     JPEG_QUALITY = 92,
     IMAGE_HEADER_BYTES = 1 << 18,
     IMAGE_SPARE_BYTES = 64  // behind the last pixel, so that vectors can be read and written whole
 };
+
+// What a file says besides its pixels.
+typedef struct {
+    int orientation;               // from EXIF, 1 to 8; 1: upright
+    char damage[JMSG_LENGTH_MAX];  // the first that a JPEG's decoder passed over, or ""
+} ImageNotes;
 
 // A picture whose pixels are not set, for who sets them all; image_free releases it.
 static inline Image image_unset(int width, int height) {
@@ -132,8 +139,8 @@ typedef struct {
     struct jpeg_decompress_struct decoder;
     struct jpeg_source_mgr source;
     struct jpeg_progress_mgr progress;
-    Image image;         // as stored, before it is turned
-    int orientation;     // from EXIF
+    Image image;  // as stored, before it is turned
+    ImageNotes *notes;
     unsigned char *row;  // one row of CMYK
 } JpegReader;
 
@@ -143,13 +150,19 @@ static inline void jpeg_on_error(j_common_ptr codec) {
     longjmp(reader->jump, 1);
 }
 
-static inline void jpeg_on_message(j_common_ptr codec, int level) { (void)codec, (void)level; }
+static inline void jpeg_on_message(j_common_ptr codec, int level) {
+    JpegReader *reader = (JpegReader *)codec->err;
+    if (level < 0 && codec->err->num_warnings++ == 0) codec->err->format_message(codec, reader->notes->damage);
+}
 
-// A progressive file of a few bytes can ask for thousands of passes over a huge picture.
+// A progressive file of a few bytes can ask for thousands of passes over a huge picture. Real ones have about ten.
 static inline void jpeg_on_progress(j_common_ptr codec) {
     JpegReader *reader = (JpegReader *)codec->err;
-    if (!codec->is_decompressor || reader->decoder.input_scan_number <= JPEG_MAX_SCANS) return;
-    snprintf(reader->message, sizeof reader->message, "more than %d scans", (int)JPEG_MAX_SCANS);
+    if (!codec->is_decompressor) return;
+    const int64_t scans = reader->decoder.input_scan_number,
+                  pixels = reader->image.width * (int64_t)reader->image.height;
+    if (scans <= 20 || (scans <= JPEG_MAX_SCANS && scans * pixels <= JPEG_MAX_SCANNED)) return;
+    snprintf(reader->message, sizeof reader->message, "%lld scans are too many", (long long)scans);
     longjmp(reader->jump, 1);
 }
 
@@ -199,7 +212,7 @@ static inline int jpeg_decode_body(JpegReader *reader, const unsigned char *byte
 
     for (jpeg_saved_marker_ptr marker = decoder->marker_list; marker; marker = marker->next) {
         if (marker->data_length < 6 || memcmp(marker->data, "Exif\0\0", 6) != 0) continue;
-        reader->orientation = exif_orientation(marker->data, marker->data_length);
+        reader->notes->orientation = exif_orientation(marker->data, marker->data_length);
         break;
     }
     uint64_t width = decoder->image_width, height = decoder->image_height;
@@ -229,21 +242,21 @@ static inline int jpeg_decode_body(JpegReader *reader, const unsigned char *byte
     return 0;
 }
 
-// Reads a JPEG. *image gets the pixels as stored (none with header_only, only the size) and *orientation what EXIF
-// says. 0, or -1.
+// Reads a JPEG. *image gets the pixels as stored (none with header_only, only the size), and *notes is set. 0, or -1.
 static inline int jpeg_decode(const unsigned char *bytes, size_t size, const char *name, int header_only, Image *image,
-                              int *orientation, Error *error) {
+                              ImageNotes *notes, Error *error) {
     JpegReader *reader = (JpegReader *)allocate(sizeof *reader);
     reader->decoder.err = jpeg_std_error(&reader->errors);
     reader->errors.error_exit = jpeg_on_error;
     reader->errors.emit_message = jpeg_on_message;
-    reader->orientation = 1;
+    reader->notes = notes;
+    notes->orientation = 1;
+    notes->damage[0] = 0;
     int status = jpeg_decode_body(reader, bytes, size, name, header_only, error);
     jpeg_destroy_decompress(&reader->decoder);
     free(reader->row);
     if (status != 0) image_free(&reader->image);
     *image = reader->image;
-    *orientation = reader->orientation;
     free(reader);
     return status;
 }
@@ -278,9 +291,10 @@ static inline void png_on_read(png_structp codec, png_bytep to, size_t count) {
 
 // Size from the header and orientation from the eXIf chunk, found by walking over the chunks; a file is only read where
 // that is needed. 0, or -1.
-static inline int png_scan(FILE *file, const char *name, Image *image, int *orientation, Error *error) {
+static inline int png_scan(FILE *file, const char *name, Image *image, ImageNotes *notes, Error *error) {
     unsigned char head[8], header[13];
-    *orientation = 1;
+    notes->orientation = 1;
+    notes->damage[0] = 0;
     if (fread(head, 1, 8, file) != 8 || memcmp(head, png_signature, 8) != 0 || fread(head, 1, 8, file) != 8 ||
         memcmp(head, "\0\0\0\15IHDR", 8) != 0 || fread(header, 1, 13, file) != 13)
         return fail(error, "%s: damaged PNG: no header", name);
@@ -294,7 +308,7 @@ static inline int png_scan(FILE *file, const char *name, Image *image, int *orie
         if (memcmp(head + 4, "eXIf", 4) == 0) {
             unsigned char exif[4096];  // more than the first directory of any camera takes
             size_t got = fread(exif, 1, length < sizeof exif ? length : sizeof exif, file);
-            *orientation = exif_orientation(exif, got);
+            notes->orientation = exif_orientation(exif, got);
             break;
         }
         if (length > 0x7FFFFFFF || fseek(file, (long)length + 4, SEEK_CUR) != 0) break;
@@ -330,12 +344,12 @@ static inline int png_decode_body(PngReader *reader, png_structp decoder, png_in
     return 0;  // all pixels are there: whether an end chunk follows does not matter
 }
 
-// Reads a PNG. *image gets the pixels as stored and *orientation what its EXIF chunk says. 0, or -1.
-static inline int png_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, int *orientation,
+// Reads a PNG. *image gets the pixels as stored, and *notes is set. 0, or -1.
+static inline int png_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, ImageNotes *notes,
                              Error *error) {
     FILE *file = fmemopen((void *)(uintptr_t)bytes, size, "rb");
     if (!file) return fail(error, "%s: out of memory", name);
-    int status = png_scan(file, name, image, orientation, error);
+    int status = png_scan(file, name, image, notes, error);
     fclose(file);
     if (status != 0) return -1;
 
@@ -381,18 +395,26 @@ static inline int is_png(const unsigned char *bytes, size_t size) {
     return size >= 8 && memcmp(bytes, png_signature, 8) == 0;
 }
 
-// Decodes `size` bytes of a JPEG or PNG file, whichever the first bytes say, and turns the picture as EXIF says.
-// `name` is for error messages. *image is new memory (image_free), or empty on -1: another kind of file, damage, an
-// early end, a size that cannot be. The pixels are those that Pillow's Image.open().convert("RGB") gives, except that
-// 16-bit gray keeps its high byte.
-static inline int image_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, Error *error) {
-    int orientation = 1;
+// Decodes `size` bytes of a JPEG or PNG file, whichever the first bytes say, as the picture is stored; *notes is set.
+// `name` is for error messages. *image is new memory (image_free), or empty on -1: another kind
+// of file, damage, an early end, a size that cannot be. The pixels are those that Pillow's Image.open().convert("RGB")
+// gives, except that 16-bit gray keeps its high byte.
+static inline int image_decode_stored(const unsigned char *bytes, size_t size, const char *name, Image *image,
+                                      ImageNotes *notes, Error *error) {
+    memset(notes, 0, sizeof *notes);
     memset(image, 0, sizeof *image);
-    int status = is_jpeg(bytes, size)  ? jpeg_decode(bytes, size, name, 0, image, &orientation, error)
-                 : is_png(bytes, size) ? png_decode(bytes, size, name, image, &orientation, error)
+    int status = is_jpeg(bytes, size)  ? jpeg_decode(bytes, size, name, 0, image, notes, error)
+                 : is_png(bytes, size) ? png_decode(bytes, size, name, image, notes, error)
                                        : image_unknown(bytes, size, name, error);
     if (status != 0) memset(image, 0, sizeof *image);
-    if (status == 0) image_orient(image, orientation);
+    return status;
+}
+
+// The same, turned as EXIF says.
+static inline int image_decode(const unsigned char *bytes, size_t size, const char *name, Image *image, Error *error) {
+    ImageNotes notes;
+    int status = image_decode_stored(bytes, size, name, image, &notes, error);
+    if (status == 0) image_orient(image, notes.orientation);
     return status;
 }
 
@@ -409,30 +431,31 @@ static inline int image_read(const char *path, Image *image, Error *error) {
 
 // Width and height of the picture as image_read gives it, from the file's header alone. 0, or -1.
 static inline int image_read_size(const char *path, int *width, int *height, Error *error) {
-    FILE *file = is_directory(path) ? NULL : fopen(path, "rb");
-    if (!file) return fail(error, "%s: cannot be opened: %s", path, strerror(is_directory(path) ? EISDIR : errno));
+    FILE *file = open_file(path, error);
+    if (!file) return -1;
     char *bytes = (char *)allocate(IMAGE_HEADER_BYTES);
     size_t size = fread(bytes, 1, IMAGE_HEADER_BYTES, file);
     Image image = {0, 0, NULL};
-    int orientation = 1, status = -1;
+    ImageNotes notes = {1, ""};
+    int status = -1;
     if (is_png((unsigned char *)bytes, size)) {
         rewind(file);
-        status = png_scan(file, path, &image, &orientation, error);
+        status = png_scan(file, path, &image, &notes, error);
     } else if (!is_jpeg((unsigned char *)bytes, size)) {
         status = image_unknown((unsigned char *)bytes, size, path, error);
     } else {
-        status = jpeg_decode((unsigned char *)bytes, size, path, 1, &image, &orientation, error);
+        status = jpeg_decode((unsigned char *)bytes, size, path, 1, &image, &notes, error);
         if (status != 0 && size == IMAGE_HEADER_BYTES) {  // a long preview or colour profile stands before the size
             free(bytes);
             bytes = NULL;
             status = read_file(path, &bytes, &size, error);
-            if (status == 0) status = jpeg_decode((unsigned char *)bytes, size, path, 1, &image, &orientation, error);
+            if (status == 0) status = jpeg_decode((unsigned char *)bytes, size, path, 1, &image, &notes, error);
         }
     }
     free(bytes);
     fclose(file);
-    *width = orientation >= 5 ? image.height : image.width;
-    *height = orientation >= 5 ? image.width : image.height;
+    *width = notes.orientation >= 5 ? image.height : image.width;
+    *height = notes.orientation >= 5 ? image.width : image.height;
     return status;
 }
 

@@ -183,7 +183,7 @@ static inline int safe_header_read(SafeFile *file, yajl_val header, const unsign
 // Opens and checks a file. 0; or -1, and then nothing is to be closed.
 static inline int safetensors_open(SafeFile *file, const char *path, Error *error) {
     memset(file, 0, sizeof *file);
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is not waited for
     struct stat status;
     if (descriptor < 0) return fail(error, "%s: cannot be opened: %s", path, strerror(errno));
     if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size < 8) {

@@ -6,6 +6,7 @@ Every fixture is written at run time into a folder that is removed at the end.
 #define DETR_TEST_DATASET_H
 
 #include "dataset.h"
+#include "inspect.h"
 #include "safetensors.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +66,31 @@ static int has_problem(const Dataset *set, const char *part) {
     for (int i = 0; i < set->num_problems; i++)
         if (has_text(set->problems[i], part)) return 1;
     return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files
+
+static void test_files(void) {
+    Error error;
+    char *bytes;
+    size_t size;
+    SafeFile tensors;
+    int width, height;
+    const char *pipe = fixture_path("pipe.jpg"), *large = fixture_path("large");
+    const int made = mkfifo(pipe, 0600) == 0;  // nobody writes: whoever opened it would wait for ever
+    check(made && read_file(pipe, &bytes, &size, &error) != 0 && has_text(error.text, "pipe.jpg: is a pipe"),
+          "files: a pipe is not read");
+    check(made && image_read_size(pipe, &width, &height, &error) != 0 && has_text(error.text, "is a pipe"),
+          "files: a pipe is no picture");
+    check(made && safetensors_open(&tensors, pipe, &error) != 0 && has_text(error.text, "no file"),
+          "files: a pipe holds no tensors");
+    check(read_file(dataset_test_root, &bytes, &size, &error) != 0 && has_text(error.text, "is a folder"),
+          "files: nor is a folder");
+    fixture_text("large", "x");
+    check(truncate(large, (off_t)READ_FILE_MAX + 1) == 0 && read_file(large, &bytes, &size, &error) != 0 &&
+              has_text(error.text, "1073741825 bytes, more than"),
+          "files: too long to be read as one piece");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -313,8 +339,10 @@ static void test_coco_annotations(void) {
         {IDS("2", "6", "23"), "image id 6 is not", 1, 1},
         {IDS("2", "5", "0"), "category id 0 is not", 1, 1},
         {IDS("2", "5.0", "23"), "", 2, 2},
-        {IDS("\"2\"", "5", "23"), "id is text", 1, 1},
-        {IDS("2", "\"5\"", "23"), "image_id is text", 1, 1},
+        {IDS("\"2\"", "\"5\"", "\"23\""), "", 2, 2},
+        {IDS("\"2a\"", "5", "23"), "id is text", 1, 1},
+        {IDS("2", "\"\"", "23"), "image_id is text", 1, 1},
+        {IDS("2", "5", "\"-\""), "category_id is text", 1, 1},
         {IDS("2", "5", "null"), "category_id is null", 1, 1},
         {IDS("2", "5", "1.5"), "category_id 1.5 is not a whole number", 1, 1},
         {IDS("2", "99999999999999999999", "1"), "is not a whole number", 1, 1},
@@ -367,7 +395,7 @@ static void test_coco_images(void) {
         {"{\"id\":6,\"file_name\":7}", "file_name is a number"},
         {"{\"id\":6,\"file_name\":\"\"}", "file_name is empty"},
         {"{\"id\":6,\"file_name\":\"a.png\\u0000b\"}", "zero byte"},
-        {"{\"id\":\"6\",\"file_name\":\"a.png\"}", "id is text"},
+        {"{\"id\":\"six\",\"file_name\":\"a.png\"}", "id is text"},
         {"{\"id\":6,\"file_name\":\"a.png\",\"width\":\"64\",\"height\":48}", "width is text"},
         {"{\"id\":6,\"file_name\":\"a.png\",\"width\":64,\"height\":0}", "height 0 is not a size"},
         {"{\"id\":6,\"file_name\":\"../a.png\"}", "leaves the picture folder"},
@@ -526,7 +554,8 @@ static void test_coco_whole(void) {
     FILE *facts = open_memstream(&out, &size);
     dataset_print_facts(facts, &set);
     fclose(facts);
-    check(has_text(out, "10000 entries") && has_text(out, "1       1   10000  cat"), "coco: facts:\n%s", out);
+    check(has_text(out, "10000 entries") && has_text(out, "1       1   10000   10000       0       0  cat"),
+          "coco: facts:\n%s", out);
     free(out);
     dataset_free(&set);
 }
@@ -565,7 +594,9 @@ static void test_voc(void) {
         snprintf(path, sizeof path, "voc/JPEGImages/%c.png", *name);
         fixture_picture(path, 8, 8);
     }
-    fixture_text("voc/ImageSets/Main/train.txt", "a\r\n\n  b -1\nc\nd\ne\nf\ng\n../a\n/etc/x\n");
+    fixture_text("voc/ImageSets/Main/train.txt",
+                 "\xEF\xBB\xBF"
+                 "a\r\n\n  b -1\nc\nd\ne\nf\ng\n../a\n/etc/x\n");
     fixture_text("voc/ImageSets/Main/cat_train.txt", "a 1\n");
     fixture_text("voc/ImageSets/Main/trainval.txt", "");
     Dataset set;
@@ -668,8 +699,10 @@ static void test_yolo(void) {
     for (int i = 0; i < 10; i++) check(has_problem(&set, problems[i]), "yolo: listed: %s", problems[i]);
     check(has_problem(&set, "d.webp: not JPEG"), "yolo: a picture of another kind is listed");
     dataset_free(&set);
-    fixture_text("yolo2/data.yaml", "names: [cat]");
-    fixture_text("yolo2/valid/labels/a.txt", "0 .5 .5 1 1");
+    fixture_text("yolo2/data.yaml", "\xEF\xBB\xBFnames: [cat]");
+    fixture_text("yolo2/valid/labels/a.txt",
+                 "\xEF\xBB\xBF"
+                 "0 .5 .5 1 1");
     fixture_picture("yolo2/valid/images/a.png", 10, 10);
     opened = dataset_open(&set, fixture_path("yolo2"), "val", &error) == 0;
     check(opened && set.num_targets == 1, "yolo: valid/images beside valid/labels: %s", opened ? "" : error.text);
@@ -726,12 +759,146 @@ static void test_folders(void) {
     check(dataset_has_split(fixture_path("coco5"), "val"), "folder: valid is val");
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Inspection
+
+// Writes a JPEG of 30 x 20 with an EXIF orientation.
+static void fixture_turned(const char *name, int orientation) {
+    char *bytes = NULL;
+    size_t size = 0;
+    Error unused;
+    unsigned char exif[36] = "\xFF\xE1\0\42Exif\0\0MM\0*\0\0\0\10\0\1\1\22\0\3\0\0\0\1\0";
+    exif[29] = (unsigned char)orientation;
+    fixture_picture(name, 30, 20);
+    if (read_file(fixture_path(name), &bytes, &size, &unused) != 0) return;
+    char *whole = (char *)allocate(size + sizeof exif);
+    memcpy(whole, bytes, 2);  // the start of image, then the marker
+    memcpy(whole + 2, exif, sizeof exif);
+    memcpy(whole + 2 + sizeof exif, bytes + 2, size - 2);
+    fixture_bytes(name, whole, size + sizeof exif);
+    free(whole);
+    free(bytes);
+}
+
+// 1 if there are `count` findings of this kind, and one of them holds `part`.
+static int has_finding(const Inspection *inspection, FindingKind kind, int count, const char *part) {
+    int found = 0;
+    for (int i = 0; i < inspection->num_findings[kind]; i++) found |= has_text(inspection->findings[kind][i], part);
+    return inspection->num_findings[kind] == count && found;
+}
+
+static void test_inspect(void) {
+#define IMAGE(id, name, size) "{\"id\":" id ",\"file_name\":\"" name "\"," size "}"
+#define SIZED(width, height) "\"width\":" width ",\"height\":" height
+#define BOX(id, image, class_, box) "{\"id\":" id ",\"image_id\":" image ",\"category_id\":" class_ ",\"bbox\":" box "}"
+    static const struct {
+        FindingKind kind;
+        int count;
+        const char *part;
+    } cases[] = {
+        {FOUND_LEFT_OUT, 1, "(id 9): box [5, 5, 0, 5] is empty"},
+        {FOUND_UNREADABLE, 1, "cut.jpg: the JPEG is cut off"},
+        {FOUND_KIND, 1, "wrong.jpg: is a PNG"},
+        {FOUND_TURNED, 2, "turned.jpg: orientation 6, upright it is 20 x 30; its annotations have the size before"},
+        {FOUND_TURNED, 2, "mirrored.jpg: orientation 2, upright it is 30 x 20"},
+        {FOUND_SIZE, 2, "turned.jpg: is 20 x 30, its annotations say 30 x 20"},
+        {FOUND_SIZE, 2, "small.png: is 8 x 8, its annotations say 64 x 48"},
+        {FOUND_OUTSIDE, 2, "a.png: cat, x 60 y 40 width 5.5 height 2 reaches out of the picture (64 x 48)"},
+        {FOUND_OUTSIDE, 2, "small.png: cat, x 20 y 20 width 9 height 9 is outside the picture (8 x 8)"},
+        {FOUND_TINY, 1, "a.png: dog, x 1 y 1 width 0.5 height 8"},
+        {FOUND_SAME_BOX, 1, "a.png: dog, x 1 y 2 width 3 height 4"},
+        {FOUND_TOO_MANY, 1, "a.png: 5 boxes, 4 queries"},
+        {FOUND_NO_BOX, 7, "pictures/wrong.jpg"},
+        {FOUND_SAME_ID, 1, "annotation id 1"},
+        {FOUND_NAMES, 1, "a.png (id 1) and A.jpg (id 7)"},
+        {FOUND_COPIES, 1, "copy.png: the same as"},
+        {FOUND_IN_BOTH, 1, "val/again.png: the same as"},
+        {FOUND_CLASSES, 5, "\"cat\" (id 1) and \"C at\" (id -4): one class or two?"},
+        {FOUND_CLASSES, 5, "\"C at\": its id -4 is negative"},
+        {FOUND_CLASSES, 5, "\"C at\" (id -4): no box"},
+    };
+    Dataset train, val;
+    Error error;
+    char folder[512], other[512];
+    snprintf(folder, sizeof folder, "%s", fixture_path("inspect/pictures"));
+    snprintf(other, sizeof other, "%s", fixture_path("inspect/val"));
+    fixture_picture("inspect/pictures/a.png", 64, 48);
+    fixture_picture("inspect/pictures/copy.png", 64, 48);
+    fixture_picture("inspect/pictures/small.png", 8, 8);
+    fixture_picture("inspect/pictures/A.jpg", 11, 12);
+    fixture_picture("inspect/val/again.png", 64, 48);
+    fixture_picture("inspect/pictures/wrong.png", 9, 9);
+    rename(fixture_path("inspect/pictures/wrong.png"), fixture_path("inspect/pictures/wrong.jpg"));
+    fixture_turned("inspect/pictures/turned.jpg", 6);
+    fixture_turned("inspect/pictures/mirrored.jpg", 2);
+    fixture_picture("inspect/pictures/cut.jpg", 20, 20);
+    if (truncate(fixture_path("inspect/pictures/cut.jpg"), 300) != 0) check(0, "inspect: a file that is cut off");
+    fixture_text(
+        "inspect/train.json",
+        "{\"images\":[" IMAGE("1", "a.png", SIZED("64", "48")) "," IMAGE("2", "copy.png", SIZED("64", "48")) "," IMAGE(
+            "3", "wrong.jpg", SIZED("9", "9")) "," IMAGE("4", "turned.jpg", SIZED("30", "20")) "," IMAGE("5", "cut.jpg",
+                                                                                                        SIZED("20",
+                                                                                                              "20")) ","
+        IMAGE("6", "small.png", SIZED("64", "48")) "," IMAGE("7", "A.jpg", SIZED("11", "12")) "," IMAGE(
+            "8", "mirrored.jpg", SIZED("30", "20")) "],\"annotations\":[" BOX("1", "1", "23", "[1,2,3,4]") "," BOX(
+            "1", "1", "23", "[1,2,3,4]") "," BOX("2", "1", "1", "[1,2,3,4]") "," BOX("3", "1", "1", "[60,40,5.5,2]") ","
+        BOX("4", "1", "23", "[1,1,0.5,8]") "," BOX("9", "1", "1", "[5,5,0,5]") "," BOX(
+            "5", "6", "1", "[20,20,9,9]") "],\"categories\":[{\"id\":23,\"name\":\"dog\"},{\"id\":1,\"name\":"
+                                          "\"cat\"},{\"id\":-4,\"name\":\"C at\"}]}");
+    fixture_text("inspect/val.json", "{\"images\":[" IMAGE("1", "again.png", SIZED("64", "48")) "],\"annotations\":[],"
+                                     "\"categories\":[{\"id\":23,\"name\":\"dog\"},{\"id\":1,\"name\":\"cat\"}]}");
+#undef IMAGE
+#undef SIZED
+#undef BOX
+    const int opened = dataset_open_coco_file(&train, fixture_path("inspect/train.json"), folder, &error) == 0 &&
+                       dataset_open_coco_file(&val, fixture_path("inspect/val.json"), other, &error) == 0;
+    check(opened, "inspect: opens: %s", opened ? "" : error.text);
+    if (!opened) return;
+    char *said[2] = {NULL, NULL};
+    const int threads_before = omp_get_max_threads();
+    for (int threads = 0; threads < 2; threads++) {
+        Inspection inspection;
+        size_t size;
+        omp_set_num_threads(1 + 3 * threads);
+        inspect(&inspection, &train, &val, 4);
+        for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]) && threads == 0; i++)
+            check(has_finding(&inspection, cases[i].kind, cases[i].count, cases[i].part), "inspect: %d %s: %s: %s",
+                  inspection.num_findings[cases[i].kind], FINDINGS[cases[i].kind].key, cases[i].part,
+                  inspection.num_findings[cases[i].kind] ? inspection.findings[cases[i].kind][0] : "");
+        FILE *file = open_memstream(&said[threads], &size);
+        inspection_print(file, &inspection);
+        fputc('{', file);
+        inspection_write(file, &inspection);
+        fputc('}', file);
+        fclose(file);
+        inspection_free(&inspection);
+    }
+    omp_set_num_threads(threads_before);
+    check(strcmp(said[0], said[1]) == 0, "inspect: the same for any number of threads");
+    check(has_text(said[0], "pictures   ") && has_text(said[0],
+                                                       "7 decoded, 1 cannot be; 6 sizes from 8 x 8 to 64 x 48, "
+                                                       "most often 64 x 48 (2)"),
+          "inspect: sizes of pictures: %s", said[0]);
+    const char *json = strstr(said[0], "{\"splits\"");
+    yajl_val tree = json ? json_parse(json, strlen(json), "inspect", &error) : NULL,
+             splits = json_member(tree, "splits"), findings = json_member(tree, "findings");
+    check(YAJL_IS_ARRAY(splits) && splits->u.array.len == 2 && YAJL_IS_ARRAY(findings) && findings->u.array.len == 28 &&
+              has_text(said[0], "\"name\": \"cat\", \"boxes\": 3, \"small\": 3, \"medium\": 0, \"large\": 0}"),
+          "inspect: JSON: %s", json ? json : "");
+    yajl_tree_free(tree);
+    free(said[0]);
+    free(said[1]);
+    dataset_free(&train);
+    dataset_free(&val);
+}
+
 static void test_dataset(void) {
     snprintf(dataset_test_root, sizeof dataset_test_root, "/tmp/test_dataset_XXXXXX");
     if (!mkdtemp(dataset_test_root)) {
         check(0, "dataset: a folder for fixtures in /tmp");
         return;
     }
+    test_files();
     test_json();
     test_safetensors();
     test_coco_annotations();
@@ -741,6 +908,7 @@ static void test_dataset(void) {
     test_voc();
     test_yolo();
     test_folders();
+    test_inspect();
     fixture_remove(dataset_test_root);
 }
 

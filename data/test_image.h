@@ -363,6 +363,23 @@ static void test_damage(void) {
             free(bad.bytes);
         }
         check(!crashed, "a damaged file gives a picture or one line of error, kind %d", kind);
+        if (kind == 0) {  // stray bytes before the scan: passed over, and noted
+            size_t scan = 0;
+            while (scan + 2 < file.size && memcmp(file.bytes + scan, "\xFF\xDA", 2) != 0) scan++;
+            unsigned char *strayed = (unsigned char *)allocate(file.size + 3);
+            memcpy(strayed, file.bytes, scan);
+            memcpy(strayed + scan + 3, file.bytes + scan, file.size - scan);
+            Image whole, noted;
+            ImageNotes notes[2];
+            const int status = image_decode_stored(file.bytes, file.size, "a", &whole, &notes[0], &error) +
+                               image_decode_stored(strayed, file.size + 3, "b", &noted, &notes[1], &error);
+            check(status == 0 && test_mean_difference(&whole, &noted) == 0 && notes[0].damage[0] == 0 &&
+                      strstr(notes[1].damage, "3 extraneous bytes"),
+                  "damage that is passed over is noted: \"%s\", \"%s\"", notes[0].damage, notes[1].damage);
+            image_free(&whole);
+            image_free(&noted);
+            free(strayed);
+        }
         free(file.bytes);
     }
     unsigned char huge[57] = {0x89, 'P', 'N', 'G',  '\r', '\n', 0x1A, '\n', 0, 0, 0, 13, 'I', 'H', 'D',

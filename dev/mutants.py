@@ -36,7 +36,7 @@ HEART = ("matmul winograd attention dropout layernorm maxpool positions normalis
          "gradients company frozen nonfinite step calibrate track same_bytes").split()
 TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"], "program/commands.h": ["options", "detections"],
          "program/watch.h": ["watch"], "data/make_shapes.c": ["shapes"],
-         "data/common.h": ["random"] + HEART,
+         "data/common.h": ["random", "dataset"] + HEART,
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
          "data/report.h": ["eval"], "data/flags.h": ["report", "watch"],
          None: HEART + ["image", "dataset", "eval", "report"]}

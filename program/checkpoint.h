@@ -279,7 +279,7 @@ static void config_read_tree(ConfigReader *reader, Network *network, yajl_val tr
                                     {"position_embedding_type", "sine"},
                                     {"scale_embedding", "false"}};
     for (int i = 0; i < 5; i++) read_only(reader, tree, only[i][0], only[i][1]);
-    if (!json_member(tree, "model_type"))
+    if (!YAJL_IS_STRING(json_member(tree, "model_type")))
         CONFIG_FAIL(reader, "%s: has no \"model_type\", so it is no DETR", reader->path);
     config->hidden_dim = read_int(reader, tree, "d_model", 256, 4, 8192);
     config->enc_layers = read_int(reader, tree, "encoder_layers", 6, 0, 64);
@@ -330,6 +330,28 @@ static void preprocessor_read_tree(ConfigReader *reader, Network *network, yajl_
     }
 }
 
+// A lower bound of how many numbers a network of this shape has: its attention, feed-forward and convolutions.
+static double config_least_numbers(const ModelConfig *config) {
+    const double d = config->hidden_dim, layers = config->enc_layers + config->dec_layers;
+    double numbers = layers * (4 * d * d + 2 * d * config->dim_feedforward);
+    for (int s = 0; s < config->num_stages; s++)
+        numbers += 0.5 * config->depths[s] * (double)config->widths[s] * config->widths[s];
+    return numbers;
+}
+
+// Refuses a shape that the weights beside it cannot have, before memory is asked for it. 0, or -1.
+static int config_check_weights(const ModelConfig *config, const char *folder, Error *error) {
+    char *path = fileset_path(folder, "model.safetensors");
+    struct stat status;
+    const double needed = 2 * config_least_numbers(config);  // two bytes a number at least
+    int good = stat(path, &status) != 0 || (double)status.st_size >= needed;
+    if (!good)
+        fail(error, "%s: has %lld bytes; the network that config.json describes needs more than %.0f", path,
+             (long long)status.st_size, needed);
+    free(path);
+    return good ? 0 : -1;
+}
+
 // Reads a folder's config.json and preprocessor_config.json. 0, or -1 with what is not computed here, by name.
 static int config_read(Network *network, const char *folder, Error *error) {
     memset(network, 0, sizeof *network);
@@ -353,7 +375,7 @@ static int config_read(Network *network, const char *folder, Error *error) {
         yajl_tree_free(tree);
         free(path);
     }
-    return failed ? -1 : 0;
+    return failed ? -1 : config_check_weights(&network->config, folder, error);
 }
 
 static void print_int_list(FILE *file, const int *values, int count, int divisor) {

@@ -1,6 +1,6 @@
 /*
-What a user runs: train, eval, predict, score, bench. Files, flags, progress and signals are dealt with here; every
-number comes from the rooms of train_detr.c before it.
+What a user runs: train, check, eval, predict, score, bench. Files, flags, progress and signals are dealt with here;
+every number comes from the rooms of train_detr.c before it.
 
 Part of train_detr.c, which includes it last.
 */
@@ -10,10 +10,11 @@ Part of train_detr.c, which includes it last.
 // ---------------------------------------------------------------------------------------------------------------------
 // Commands: what they share
 
-// Opens a split; its problems go to stderr, one a line. 0, or -1.
+// Opens a split; its problems go to stderr, one a line, unless the command lists them itself. 0, or -1.
 static int open_split(Dataset *set, const Settings *settings, const char *split, Error *error) {
     if (dataset_open(set, flag_text(settings, "data"), split, error) != 0) return -1;
-    for (int i = 0; i < set->num_problems; i++) fprintf(stderr, "%s\n", set->problems[i]);
+    for (int i = 0; i < set->num_problems && !(settings->command & CHECK); i++)
+        fprintf(stderr, "%s\n", set->problems[i]);
     return 0;
 }
 
@@ -449,6 +450,12 @@ static int state_read(Training *run, const char *path, Error *error) {
         json_get_int64(tree, "epochs_logged", &run->epochs_logged, path, error) != 1 || run->step < 0 ||
         run->epochs_logged < 0 || !YAJL_IS_ARRAY(classes) || !YAJL_IS_ARRAY(list) || (int)list->u.array.len != count)
         return fail(error, "%s: is damaged: not what a run writes", path);
+    // An epoch whose last step is taken may not be logged yet.
+    const int64_t epochs = run->step / run->steps_per_epoch,
+                  unlogged = run->step > 0 && run->step % run->steps_per_epoch == 0;
+    if (run->epochs_logged > epochs || run->epochs_logged < epochs - unlogged || (double)run->step > MOST_STEPS)
+        return fail(error, "%s: is damaged: step %lld and %lld logged epochs of %lld steps do not go together", path,
+                    (long long)run->step, (long long)run->epochs_logged, (long long)run->steps_per_epoch);
     for (int i = 0; i < count; i++)
         sums[i] = YAJL_IS_NUMBER(list->u.array.values[i]) ? strtod(list->u.array.values[i]->u.number.r, NULL) : 0;
     int same = num_images == run->train.num_images && (int)classes->u.array.len == run->train.num_categories;
@@ -942,10 +949,9 @@ static int training_loop(Training *run, Error *error) {
     return 0;
 }
 
-// From the flags to OUT's folder: locked, and empty of other runs unless this one resumes there.
-static int training_open_folder(Training *run, Error *error) {
-    Settings *settings = run->settings;
-    const char *resume = flag_text(settings, "resume"), *output_dir = flag_text(settings, "output_dir");
+// Status 2 if flags exclude each other.
+static void training_check_flags(const Settings *settings) {
+    const char *resume = flag_text(settings, "resume");
     if (resume && flag_text(settings, "pretrained"))
         usage_error("--resume and --pretrained exclude each other: a run that goes on has its weights");
     static const char *const augmentations[] = {"scales", "vflip", "transpose"};
@@ -958,6 +964,21 @@ static int training_open_folder(Training *run, Error *error) {
         usage_error("--freeze needs --pretrained: what starts from random numbers must be trained");
     if (flag_given(settings, "lr_drop") && strcmp(flag_text(settings, "lr_schedule"), "cosine") == 0)
         usage_error("--lr_drop and --lr_schedule cosine exclude each other: the cosine falls without steps");
+}
+
+// 0; -1 if --data is no folder.
+static int training_find_data(const Settings *settings, Error *error) {
+    flag_require(settings, "data");
+    const char *data = flag_text(settings, "data");
+    if (is_directory(data)) return 0;
+    return fail(error, "%s: %s", data, access(data, F_OK) == 0 ? "is not a folder" : "does not exist");
+}
+
+// From the flags to OUT's folder: locked, and empty of other runs unless this one resumes there.
+static int training_open_folder(Training *run, Error *error) {
+    Settings *settings = run->settings;
+    const char *resume = flag_text(settings, "resume"), *output_dir = flag_text(settings, "output_dir");
+    training_check_flags(settings);
     if (!resume) flag_require(settings, "output_dir");
     if (resume && output_dir && !same_path(resume, output_dir))
         usage_error("--output_dir %s contradicts --resume %s: a run goes on in its own folder; leave --output_dir out",
@@ -965,13 +986,7 @@ static int training_open_folder(Training *run, Error *error) {
     run->folder = resume ? resume : output_dir;
     if (resume && !is_directory(resume))
         return fail(error, "%s: %s", resume, access(resume, F_OK) == 0 ? "is not a folder" : "does not exist");
-    if (!resume) {
-        flag_require(settings, "data");
-        if (!is_directory(flag_text(settings, "data")))
-            return fail(error, "%s: %s", flag_text(settings, "data"),
-                        access(flag_text(settings, "data"), F_OK) == 0 ? "is not a folder" : "does not exist");
-        if (make_directories(output_dir, error) != 0) return -1;
-    }
+    if (!resume && (training_find_data(settings, error) != 0 || make_directories(output_dir, error) != 0)) return -1;
     run->lock = fileset_lock(run->folder, error);
     if (run->lock < 0) return -1;
     char *state = format_string("%s/trainer_state.json", run->folder);
@@ -1066,9 +1081,8 @@ static LossSettings loss_from_flags(const Settings *settings, const ModelConfig 
     return loss;
 }
 
-static int training_run(Training *run, Error *error) {
-    int height = 0, width = 0, h, w;
-    if (training_open_folder(run, error) != 0 || training_open_data(run, error) != 0) return -1;
+// The network, and which of its outputs each class has. 0, or -1.
+static int training_open_network(Training *run, Error *error) {
     if ((run->state_tree ? training_resume(run, error) : training_begin(run, error)) != 0) return -1;
     run->loss = loss_from_flags(run->settings, &run->network.config);
     if (run->has_val && match_labels(run->val_labels, &run->network, &run->val)) {
@@ -1077,17 +1091,31 @@ static int training_run(Training *run, Error *error) {
                 return fail(error, "%s: class \"%s\" is not among the classes of %s", run->val.source,
                             run->val.categories[c].name, run->train.source);
     }
+    return 0;
+}
+
+// What the network and its memory will be, for the largest picture that can come. 0; -1 if memory is short.
+static int training_size(Training *run, int *height, int *width, Error *error) {
+    int h, w;
     training_print_model(stdout, run);
     LoaderSettings plain = run->loader;
     plain.augment = AUGMENT_NOTHING;
+    *height = *width = 0;
     loader_worst_size(&run->train, &run->loader, &h, &w);
-    widen_plan(&height, &width, h, w);
+    widen_plan(height, width, h, w);
     loader_worst_size(&run->train, &plain, &h, &w);
-    widen_plan(&height, &width, h, w);
+    widen_plan(height, width, h, w);
     if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
-    widen_plan(&height, &width, h, w);
+    widen_plan(height, width, h, w);
     warn_of_data(stderr, &run->train, &run->network.config, run->from_scratch);
-    if (training_plan(run, height, width, error) != 0) return -1;
+    return training_plan(run, *height, *width, error);
+}
+
+static int training_run(Training *run, Error *error) {
+    int height, width;
+    if (training_open_folder(run, error) != 0 || training_open_data(run, error) != 0 ||
+        training_open_network(run, error) != 0 || training_size(run, &height, &width, error) != 0)
+        return -1;
     const char *norm_init = flag_text(run->settings, "norm_init");
     if (run->from_scratch && !run->state_tree && !(norm_init && strcmp(norm_init, "identity") == 0) &&
         training_calibrate(run, height, width, error) != 0)
@@ -1109,15 +1137,77 @@ static int training_run(Training *run, Error *error) {
     return training_loop(run, error);
 }
 
+static void training_init(Training *run, Settings *settings) {
+    memset(run, 0, sizeof *run);
+    run->acts = (Activations *)allocate((size_t)omp_get_max_threads() * sizeof(Activations));
+    run->settings = settings;
+    run->best.epoch = run->report.epoch = -1;
+    run->report.begin = seconds_now();
+}
+
 static int command_train(Settings *settings, Error *error) {
     Training run;
-    memset(&run, 0, sizeof run);
-    run.acts = (Activations *)allocate((size_t)omp_get_max_threads() * sizeof(Activations));
-    run.settings = settings;
-    run.best.epoch = run.report.epoch = -1;
-    run.report.begin = seconds_now();
+    training_init(&run, settings);
     watch_signals();
     int status = training_run(&run, error);
+    training_free(&run);
+    return status;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: check
+
+// Everything that was found, as JSON. why: NULL, or why training cannot start. 0, or -1.
+static int check_write_json(const char *path, const Training *run, const Inspection *inspection, const char *why,
+                            Error *error) {
+    FILE *file = fopen(path, "w");
+    if (!file) return fail(error, "%s: cannot be written: %s", path, strerror(errno));
+    fprintf(file, "{\"can_start\": %s, \"error\": ", why ? "false" : "true");
+    if (why)
+        json_print_string(file, why);
+    else
+        fputs("null", file);
+    fputs(",\n", file);
+    inspection_write(file, inspection);
+    fprintf(file, ",\n\"pictures_in_flight\": %d, \"memory_bytes\": {", run->in_flight);
+    for (int i = 0; i < run->report.num_memory; i++)
+        fprintf(file, "%s\"%s\": %.0f", i ? ", " : "", run->report.memory[i].name, run->report.memory[i].value);
+    fputs("}}\n", file);
+    return coco_close(file, path, error);
+}
+
+// What train does before its first step, and a look at every picture instead of that step. 0 if it could begin.
+static int command_check(Settings *settings, Error *error) {
+    Training run;
+    Inspection inspection;
+    int height, width;
+    if (flag_on(settings, "resume")) usage_error("check is for a run that begins: leave --resume out");
+    training_check_flags(settings);
+    training_init(&run, settings);
+    memset(&inspection, 0, sizeof inspection);
+    memset(error, 0, sizeof *error);
+    int status = training_find_data(settings, error);
+    if (status == 0) status = training_open_data(&run, error);
+    if (status == 0) status = training_open_network(&run, error);
+    if (run.train.num_images) {
+        const int num_queries = run.network.config.num_queries;
+        inspect(&inspection, &run.train, run.val.num_images ? &run.val : NULL,
+                num_queries ? num_queries : flag_int(settings, "num_queries"));
+        inspection_print(stdout, &inspection);
+        if (status == 0 && inspection.unreadable[0] == run.train.num_images)
+            status = fail(error, "%s: none of %d training pictures can be read, the first: %s", run.train.source,
+                          run.train.num_images, inspection.findings[FOUND_UNREADABLE][0]);
+    }
+    if (status == 0) status = training_size(&run, &height, &width, error);
+    if (flag_on(settings, "json")) {
+        Error why = *error;
+        if (check_write_json(flag_text(settings, "json"), &run, &inspection, status == 0 ? NULL : why.text, error) != 0)
+            status = -1;
+        else if (status != 0)
+            *error = why;
+    }
+    if (status == 0) printf("training can start\n");
+    inspection_free(&inspection);
     training_free(&run);
     return status;
 }
@@ -1560,6 +1650,10 @@ static const struct {
 } COMMANDS[] = {
     {"train", TRAIN, command_train, "--data DIR --output_dir OUT [flags]  |  --resume OUT [flags]",
      "trains a network and writes checkpoints"},
+    {"check", CHECK | TRAIN, command_check, "--data DIR [--json F] [flags of train]",
+     "reads every annotation and decodes every picture of a data set, lists what is wrong or odd, and plans the memory "
+     "of a training with these flags. Status 0: training can start, without what is listed as left out; 1: it cannot, "
+     "and the last line says why"},
     {"eval", EVAL, command_eval, "--data DIR --resume OUT [flags]", "average precision of a checkpoint on a data set"},
     {"predict", PREDICT, command_predict, "--resume OUT [flags] IMAGE|DIR ...", "finds the objects in pictures"},
     {"score", SCORE, command_score, "--annotations instances.json --results results.json [--json F]",
@@ -1577,7 +1671,8 @@ static void print_help(const Settings *settings, int command) {
     for (int c = 0; c < NUM_COMMANDS; c++) {
         if (command >= 0 && command != c) continue;
         printf("\nFlags of %s, [default]:\n", COMMANDS[c].name);
-        settings_print_help(settings, COMMANDS[c].command);
+        settings_print_help(settings, COMMANDS[c].command & CHECK ? CHECK : COMMANDS[c].command);
+        if (COMMANDS[c].command & CHECK) printf("  and all flags of train but --resume: see train --help\n");
     }
     if (command < 0 || COMMANDS[command].command & (TRAIN | BENCH)) {
         printf("\nPresets (a flag that is given counts before them):\n");

@@ -10,13 +10,15 @@ Part of train_detr.c, which includes it: everything a user types stands here.
 // ---------------------------------------------------------------------------------------------------------------------
 // Settings: the flags of all commands (data/flags.h makes parsing, --help, saving and resuming of this table)
 
-enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16 };
+enum { TRAIN = 1, EVAL = 2, PREDICT = 4, SCORE = 8, BENCH = 16, CHECK = 32 };
+
+#define MOST_STEPS 1e15  // optimizer steps of a run
 
 static const Flag FLAGS[] = {
-    {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL,
+    {"data", PATH, "DIR", NULL, 0, 0, TRAIN | EVAL | CHECK,
      "data set: COCO, Pascal VOC or YOLO, recognised by what the folder holds"},
-    {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN, "its split to train on"},
-    {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL,
+    {"train_split", TEXT, "NAME", "train", 0, 0, TRAIN | CHECK, "its split to train on"},
+    {"split", TEXT, "NAME", "val", 0, 0, TRAIN | EVAL | CHECK,
      "its split to evaluate on (train: after each epoch, where it exists)"},
     {"output_dir", PATH, "OUT", NULL, 0, 0, TRAIN,
      "folder for the checkpoint, log.txt and report.html; OUT/best: the checkpoint with the best AP so far"},
@@ -36,7 +38,8 @@ static const Flag FLAGS[] = {
     {"preset", CHOICE, "small", NULL, 0, 0, TRAIN | BENCH, "other defaults: see Presets"},
     {"annotations", PATH, "FILE", NULL, 0, 0, SCORE, "COCO annotation file with the true boxes"},
     {"results", PATH, "FILE", NULL, 0, 0, EVAL | SCORE, "COCO results: score reads them, eval writes them"},
-    {"json", PATH, "FILE", NULL, 0, 0, EVAL | PREDICT | SCORE | BENCH, "write the figures, or the boxes, as JSON"},
+    {"json", PATH, "FILE", NULL, 0, 0, EVAL | PREDICT | SCORE | BENCH | CHECK,
+     "write the figures, or the boxes, as JSON"},
     {"draw", PATH, "DIR", NULL, 0, 0, PREDICT, "write each picture with its boxes"},
     {"dump", PATH, "FILE", NULL, 0, 0, PREDICT,
      "write pixel_values, logits and pred_boxes of each picture as safetensors"},
@@ -94,7 +97,7 @@ static const Flag FLAGS[] = {
      "predict take; 0: none"},
     {"clip_max_norm", NUMBER, "X", "0.1", 0, 1e9, TRAIN, "largest norm of the gradient; 0: not clipped"},
     {"epochs", INTEGER, "N", "300", 1, 1e9, TRAIN | MAY_CHANGE, "passes over the training pictures, in all"},
-    {"steps", INTEGER, "N", NULL, 1, 1e15, TRAIN | MAY_CHANGE,
+    {"steps", INTEGER, "N", NULL, 1, MOST_STEPS, TRAIN | MAY_CHANGE,
      "stop when so many optimizer steps have been taken in all"},
     {"batch_size", INTEGER, "N", "2", 1, 65536, TRAIN | BENCH,
      "pictures in one optimizer step; an epoch has floor(pictures / N) steps"},
@@ -130,12 +133,12 @@ static const Flag FLAGS[] = {
 static const Preset PRESETS[] = {
     {"small",
      "a few hundred to a few thousand pictures, no pretrained weights, a processor (doc/7-recipes.md)",
-     {{"backbone", "tiny"},    {"dilation", "1"},     {"norm_init", "track"},  {"hidden_dim", "128"},
-      {"nheads", "4"},         {"enc_layers", "0"},   {"dec_layers", "3"},     {"dim_feedforward", "512"},
-      {"num_queries", "100"},  {"dropout", "0"},      {"decoder", "anchor"},   {"class_loss", "focal"},
-      {"aux_matches", "4"},    {"short_side", "240"}, {"max_size", "320"},     {"scales", "0.3"},
-      {"batch_size", "4"},     {"lr", "1e-3"},        {"lr_backbone", "1e-3"}, {"lr_schedule", "cosine"},
-      {"warmup_steps", "100"}, {"ema", "0.998"},      {"epochs", "60"}}},
+     {{"backbone", "tiny"},  {"dilation", "1"},       {"norm_init", "track"},     {"hidden_dim", "128"},
+      {"enc_layers", "0"},   {"dec_layers", "3"},     {"dim_feedforward", "512"}, {"num_queries", "100"},
+      {"dropout", "0"},      {"decoder", "anchor"},   {"class_loss", "focal"},    {"aux_matches", "4"},
+      {"short_side", "240"}, {"max_size", "320"},     {"scales", "0.3"},          {"batch_size", "4"},
+      {"lr", "1e-3"},        {"lr_backbone", "1e-3"}, {"lr_schedule", "cosine"},  {"warmup_steps", "100"},
+      {"ema", "0.998"},      {"epochs", "60"}}},
 };
 
 // The table bound to a command (COMMANDS, below): what parsing and --help need.
