@@ -218,7 +218,7 @@ enum {
     AMX_GROUPS = 8,         // AMX: tiles of rows that are copied at a time,
     AMX_COPY = 256 << 10,   // and their units: with the panel in use they stay in the L2 cache
     AMX_WEIGHT_ROWS = 256,  // backward weight by AMX: a piece of dw, out channels
-    AMX_PIXELS = 256,       // and the pairs of pixels that are summed in registers
+    AMX_PIXELS = 512,       // and the pairs of pixels that are summed in registers: slices are no shorter
     AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
 };
 
@@ -1043,7 +1043,7 @@ static WeightPlan plan_weight(int rows, long columns, int piece_rows, int piece_
 static WeightPlan plan_backward_weight(ConvShape s, long units, int amx) {
     const long columns = (long)patch_size(s);
     if (amx)
-        return plan_weight(s.out_channels, columns, AMX_WEIGHT_ROWS, AMX_WEIGHT_COLUMNS, AMX_TILE, units, SLICE_PIXELS);
+        return plan_weight(s.out_channels, columns, AMX_WEIGHT_ROWS, AMX_WEIGHT_COLUMNS, AMX_TILE, units, AMX_PIXELS);
     return plan_weight(s.out_channels, columns, WEIGHT_ROWS, WEIGHT_COLUMNS, TILE_ROWS, units, SLICE_PIXELS);
 }
 
@@ -1124,7 +1124,7 @@ static inline size_t weight_block(void) {
 
 // Reals of workspace for conv_backward_weight() on up to `threads` threads.
 static size_t conv_backward_weight_workspace(ConvShape s, int threads) {
-    const long units = (long)WEIGHT_PIECES * SLICE_PIXELS;
+    const long units = (long)WEIGHT_PIECES * AMX_PIXELS;  // as many slices as there can be
     return larger(weight_workspace(s, plan_backward_weight(s, units, 0), threads, weight_block()),
                   weight_workspace(s, plan_backward_weight(s, units, amx_usable()), threads, weight_block()));
 }
