@@ -2475,6 +2475,16 @@ static void test_preset(void) {
                   flag_int(&settings, "enc_layers") == 0 && flag_int(&settings, "save_steps") == 0,
               "a preset, one of its numbers changed, its switch %s", off ? "off" : "on");
     }
+    const char *words[] = {"train", "--preset", "detr"};
+    Settings settings = settings_for("test_detr", "train", TRAIN), plain = settings_for("test_detr", "train", TRAIN);
+    optind = 1;
+    settings_parse(&settings, 3, (char **)words);
+    optind = 1;
+    settings_parse(&plain, 1, (char **)words);
+    for (int i = 0; i < settings.num_flags; i++)
+        check(strcmp(settings.flags[i].name, "preset") == 0 || settings.text[i] == plain.text[i] ||
+                  (settings.text[i] && plain.text[i] && strcmp(settings.text[i], plain.text[i]) == 0),
+              "--preset detr: %s is the default", settings.flags[i].name);
 }
 
 // A made-up history of steps: what they measure at a step, and after which steps something has to be said.

@@ -42,7 +42,7 @@ TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"],
          None: HEART + ["image", "dataset", "eval", "report"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
 EMULATOR = ["rewrite", "emu.o", "cublaslt.o"]  # what the folder of an error in a kernel need not build again
-BF16 = ["bf16", "attention", "dumps", "same_bytes", "company"]  # in float, which has bf16
+BF16 = ["bf16", "attention", "normalise", "maxpool", "dumps", "same_bytes", "company"]  # in float, which has bf16
 
 
 def read_table(path):
