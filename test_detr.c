@@ -2464,6 +2464,12 @@ static void test_warn_of_data(void) {
     free(images);
 }
 
+static void test_log_seconds(void) {
+    check(log_seconds("") == 0 && log_seconds("{\"epoch\": 0}\n") == 0, "a log that does not say how long it took");
+    check(log_seconds("{\"epoch\": 0, \"seconds\": 1.5}\n{\"epoch\": 1, \"seconds\": 3.2}\n") == 3.2,
+          "the last line says how long all epochs took");
+}
+
 // A preset comes before the defaults and after the user, who can switch off what it switches on.
 static void test_preset(void) {
     for (int off = 0; off < 2; off++) {
@@ -2515,6 +2521,7 @@ static void test_watch(void) {
     };
     test_warn_of_data();
     test_preset();
+    test_log_seconds();
     for (size_t h = 0; h < sizeof histories / sizeof histories[0]; h++) {
         const History *history = &histories[h];
         Watch watch = watch_begin(history->last_step);

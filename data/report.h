@@ -38,6 +38,7 @@ enum ReportColumn {
     REPORT_SPREAD,
     REPORT_TEST_SPREAD,
     REPORT_GRADIENT,
+    REPORT_SECONDS,
     REPORT_AP,  // twelve COCO numbers
     REPORT_COLUMNS = REPORT_AP + 12
 };
@@ -60,6 +61,7 @@ static const char *const report_keys[REPORT_AP + 1] = {"epoch",
                                                        "train_query_spread",
                                                        "test_query_spread",
                                                        "train_grad_norm",
+                                                       "seconds",
                                                        "test_coco_eval_bbox"};
 
 typedef struct {

@@ -609,7 +609,7 @@ static void test_report(const char *folder) {
     Report report;
     memset(&report, 0, sizeof report);
     report.title = hostile, report.command = hostile, report.facts = "x < y", report.flags = "{\"data\": \"<\"}";
-    report.log = "{\"train_loss\": 4, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"epoch\": 0}\n[</script>]\n";
+    report.log = "{\"train_loss\": 4, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"seconds\": 8.5}\n[</script>]\n";
     report.steps = 3, report.of_steps = 10, report.steps_per_epoch = 2, report.loss = NAN;
     report.epoch = 0, report.set = &set, report.scores = &scores, report.shown = shown, report.num_shown = 2;
     report.times = rows, report.num_times = 1, report.memory = rows, report.num_memory = 1;
@@ -623,7 +623,8 @@ static void test_report(const char *folder) {
     check(YAJL_IS_NULL(report_value(tree, "loss")), "report: no number that is none");
     check_report_number(tree, "steps", 3);
     check_report_number(tree, "log.rows.0.3", 4);
-    check_report_number(tree, "log.rows.0.19", 0.5);
+    check_report_number(tree, "log.rows.0.18", 8.5);
+    check_report_number(tree, "log.rows.0.20", 0.5);
     check_report_number(tree, "log.bad_lines", 1);
     check_report_text(tree, "evaluation.classes.0.name", kept);
     check_report_number(tree, "evaluation.classes.0.ap50", 0.5);

@@ -233,6 +233,14 @@ static void averages_add(Averages *sums, const Losses *losses, double lr, int la
         for (int l = 0; l < layers; l++) sums->by_layer[l][k] += from[k][l];
 }
 
+// How long the epochs of a log took, by its last line.
+static double log_seconds(const char *log) {
+    static const char key[] = "\"seconds\": ";
+    const char *last = NULL;
+    for (const char *at = log; (at = strstr(at, key)); at++) last = at;
+    return last ? strtod(last + strlen(key), NULL) : 0;
+}
+
 // The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled"). After them
 // what DETR's has not: the gradient's norm, the IoU of matched boxes, the queries' spread.
 static void averages_log(FILE *file, const Averages *sums, const char *split, int layers, const LossSettings *loss) {
@@ -376,6 +384,7 @@ typedef struct {
     int from_scratch;
     Averages averages;  // of the epoch under way
     char *log;          // log.txt
+    double logged;      // seconds_now() when that got its last line, or when this process began
     RunReport report;
 } Training;
 
@@ -819,7 +828,10 @@ static int training_end_epoch(Training *run, Error *error) {
         for (int i = 0; i < 12; i++)
             fprintf(file, "%s%.17g%s", i ? ", " : "\"test_coco_eval_bbox\": [", stats[i], i < 11 ? "" : "], ");
     }
-    fprintf(file, "\"epoch\": %lld, \"n_parameters\": %zu}\n", (long long)epoch, run->network.model.num_trained);
+    const double now = seconds_now();
+    fprintf(file, "\"epoch\": %lld, \"n_parameters\": %zu, \"seconds\": %.1f}\n", (long long)epoch,
+            run->network.model.num_trained, log_seconds(run->log) + now - run->logged);
+    run->logged = now;
     fclose(file);
     free(run->log);
     run->log = line;
@@ -1142,7 +1154,7 @@ static void training_init(Training *run, Settings *settings) {
     run->acts = (Activations *)allocate((size_t)omp_get_max_threads() * sizeof(Activations));
     run->settings = settings;
     run->best.epoch = run->report.epoch = -1;
-    run->report.begin = seconds_now();
+    run->logged = run->report.begin = seconds_now();
 }
 
 static int command_train(Settings *settings, Error *error) {
