@@ -237,7 +237,7 @@ static void averages_add(Averages *sums, const Losses *losses, double lr, int la
 static double log_seconds(const char *log) {
     static const char key[] = "\"seconds\": ";
     const char *last = NULL;
-    for (const char *at = log; (at = strstr(at, key)); at++) last = at;
+    for (const char *at = log; (at = strstr(at, key)) != NULL; at++) last = at;
     return last ? strtod(last + strlen(key), NULL) : 0;
 }
 
