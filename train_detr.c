@@ -4478,12 +4478,26 @@ HOST_DEVICE static double generalized_iou(const double a[4], const double b[4], 
     return intersection / area_union - (enclosing - area_union) / enclosing;
 }
 
+// A cost as assign() counts it: one that is not finite is a very high one, so that it ends on any input.
+HOST_DEVICE static inline double assign_cost(double c) { return isfinite(c) && fabs(c) < 1e12 ? c : 1e12; }
+
+// Every row on the path from row `start` to the free column `sink` moves to the column that it reached.
+HOST_DEVICE static inline void assign_along(int *column_of_row, int *row_of_column, const int *before, int start,
+                                            int sink) {
+    column_of_row[start] = -1;
+    for (int j = sink; j >= 0;) {
+        const int row = before[j], left = column_of_row[row];
+        row_of_column[j] = row;
+        column_of_row[row] = j;
+        j = left;
+    }
+}
+
 // The assignment of every row to a column of its own with the least sum of costs, rows <= columns, cost (rows,
 // columns): shortest augmenting paths (Jonker and Volgenant 1987; in this form Crouse 2016). Rows are entered one by
 // one; each looks for the cheapest way to a free column through columns already taken, whose rows move on. u, v: dual
-// prices, under which every reduced cost is >= 0. A cost that is not finite counts as a very high one, so it ends on
-// any input. column_of_row: (rows), written. workspace: (rows + 2 * columns) doubles with (3 * columns) ints behind
-// them.
+// prices, under which every reduced cost is >= 0. column_of_row: (rows), written. workspace: (rows + 2 * columns)
+// doubles with (3 * columns) ints behind them.
 HOST_DEVICE static void assign(int *column_of_row, const double *cost, int rows, int columns, double *workspace) {
     double *u = workspace, *v = u + rows, *shortest = v + columns;
     int *row_of_column = (int *)(shortest + columns), *before = row_of_column + columns, *done = before + columns;
@@ -4498,7 +4512,7 @@ HOST_DEVICE static void assign(int *column_of_row, const double *cost, int rows,
             for (int j = 0; j < columns; j++) {
                 if (done[j]) continue;
                 double c = cost[(size_t)row * (size_t)columns + (size_t)j];
-                double path = length + (isfinite(c) && fabs(c) < 1e12 ? c : 1e12) - u[row] - v[j];
+                double path = length + assign_cost(c) - u[row] - v[j];
                 if (path < shortest[j]) shortest[j] = path, before[j] = row;
                 if (nearest < 0 || shortest[j] < shortest[nearest]) nearest = j;
             }
@@ -4515,14 +4529,7 @@ HOST_DEVICE static void assign(int *column_of_row, const double *cost, int rows,
             u[row_of_column[j]] += length - shortest[j];
             v[j] -= length - shortest[j];
         }
-        column_of_row[start] = -1;
-        for (int j = sink; j >= 0;) {  // every row on the path moves to the column that it reached
-            row = before[j];
-            int left = column_of_row[row];
-            row_of_column[j] = row;
-            column_of_row[row] = j;
-            j = left;
-        }
+        assign_along(column_of_row, row_of_column, before, start, sink);
     }
 }
 

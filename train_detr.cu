@@ -2134,7 +2134,7 @@ __global__ static void __launch_bounds__(32) match_kernel(SetLoss p) {
             for (int j = lane; j < columns; j += 32) {
                 if (done[j]) continue;
                 const double c = transposed ? cost[(size_t)(j % N) * Q + row] : cost[(size_t)(row % N) * Q + j];
-                const double path = length + (isfinite(c) && fabs(c) < 1e12 ? c : 1e12) - u[row] - v[j];
+                const double path = length + assign_cost(c) - u[row] - v[j];
                 if (path < shortest[j]) shortest[j] = path, before[j] = row;
                 if (nearest < 0 || shortest[j] < least) nearest = j, least = shortest[j];
             }
@@ -2159,14 +2159,7 @@ __global__ static void __launch_bounds__(32) match_kernel(SetLoss p) {
         __syncwarp();
         if (lane == 0) {
             u[start] += length;
-            column_of_row[start] = -1;
-            for (int j = sink; j >= 0;) {
-                row = before[j];
-                const int left = column_of_row[row];
-                row_of_column[j] = row;
-                column_of_row[row] = j;
-                j = left;
-            }
+            assign_along(column_of_row, row_of_column, before, start, sink);
         }
         __syncwarp();
     }

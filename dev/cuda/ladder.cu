@@ -407,7 +407,7 @@ __global__ static void match_block_kernel(MatchJob p) {
             for (int j = me; j < Q; j += 128) {
                 if (done[j]) continue;
                 const double c = cost[(size_t)row * Q + j];
-                const double path = length + (isfinite(c) && fabs(c) < 1e12 ? c : 1e12) - u[row] - v[j];
+                const double path = length + assign_cost(c) - u[row] - v[j];
                 if (path < shortest[j]) shortest[j] = path, before[j] = row;
                 if (nearest[me] < 0 || shortest[j] < least[me]) nearest[me] = j, least[me] = shortest[j];
             }
@@ -437,13 +437,7 @@ __global__ static void match_block_kernel(MatchJob p) {
         __syncthreads();
         if (me == 0) {
             u[start] += length;
-            column_of_row[start] = -1;
-            for (int j = sink; j >= 0;) {
-                const int i = before[j], left = column_of_row[i];
-                row_of_column[j] = i;
-                column_of_row[i] = j;
-                j = left;
-            }
+            assign_along(column_of_row, row_of_column, before, start, sink);
         }
         __syncthreads();
     }
