@@ -204,7 +204,8 @@ enum {
     LANES = VECTOR_BYTES / sizeof(real),
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
     TILE_COLUMNS = TILE_VECTORS * LANES,
-    BLOCK_TILES = 10,       // tiles that use a panel of weights one after another, while it is in the L2 cache
+    BLOCK_TILES = 16,       // tiles that use a panel of weights one after another, while it is in the L2 cache
+    WEIGHTS_AHEAD = 8,      // lines of TILE_COLUMNS weights: the one that far ahead is asked for
     MAX_KERNEL = 7,         // taps of a kernel: 7 x 7
     MAX_PATCH = 160,        // a kernel with no more inputs than this reads all its columns as one run
     BLOCK_PIXELS = 224,     // backward weight: pixels, or pairs of them, summed in registers
@@ -403,6 +404,9 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
             vec w[TILE_VECTORS];
 #pragma GCC unroll 8
             for (int j = 0; j < TILE_VECTORS; j++) w[j] = vec_load(weights + j * LANES);
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_COLUMNS; j += 64 / (int)sizeof(real))
+                __builtin_prefetch(weights + WEIGHTS_AHEAD * panel_step + j);
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
                 if (half) {
@@ -904,6 +908,12 @@ static void amx_product(const Product *p) { (void)p; }
 static void amx_only_multiply(long units) { (void)units; }
 #endif
 
+// Parts in which the panels are shared out: one where threads have blocks enough, or there is one thread.
+static int panel_parts(long blocks, int panels) {
+    const int threads = omp_get_max_threads(), parts = threads > 1 ? (int)divide_up(4 * threads, blocks) : 1;
+    return parts < panels ? parts : panels;
+}
+
 // A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
 // there are few rows, the panels are shared out as well.
 static void product(Product *p) {
@@ -924,8 +934,7 @@ static void product(Product *p) {
         return;
     }
     long tiles = (long)divide_up(rows, TILE_ROWS), blocks = (long)divide_up(tiles, BLOCK_TILES);
-    int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = (int)divide_up(32, blocks);
-    if (parts > panels) parts = panels;
+    const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
@@ -1528,11 +1537,12 @@ static double measure_peak_gflops(int half) {
 // multiply_tile() again. Operations are counted everywhere as those of the plain sum: the speed may exceed the peak.
 
 enum {
-    WINOGRAD_BLOCK = 384 * 1024,  // bytes: transformed inputs and products of a block of tiles stay in the L2 cache
-    WINOGRAD_ROWS = 66,           // backward weight: a piece of dU, out channels
-    WINOGRAD_COLUMNS = 128,       // and in channels
-    WINOGRAD_DEPTH = 128,         // backward weight: tiles that are transformed together and summed in registers
-    WINOGRAD_CHANNELS = 32,       // backward weight: with fewer channels the transforms cost what the products save
+    WINOGRAD_BLOCK = 384 * 1024,  // bytes: transformed inputs and products of a block of tiles stay in the L2 cache,
+    WINOGRAD_GROUPS = 4,     // unless that is fewer groups than these: U is the larger then, and each passes over it
+    WINOGRAD_ROWS = 66,      // backward weight: a piece of dU, out channels
+    WINOGRAD_COLUMNS = 128,  // and in channels
+    WINOGRAD_DEPTH = 128,    // backward weight: tiles that are transformed together and summed in registers
+    WINOGRAD_CHANNELS = 32,  // backward weight: with fewer channels the transforms cost what the products save
 };
 
 // Reals from one row to the next in transformed numbers: an odd number of cache lines, because a power of two would put
@@ -1726,7 +1736,7 @@ static void transform_outputs(const Winograd *p, const real *m, size_t plane, lo
 // Most groups of TILE_ROWS tiles in a block, and reals from tile to tile in V: an odd number of cache lines.
 static int winograd_groups(int in) {
     const size_t group = 16 * TILE_ROWS * (block_stride(in) + TILE_COLUMNS) * sizeof(real);
-    return group > WINOGRAD_BLOCK ? 1 : (int)(WINOGRAD_BLOCK / group);
+    return (int)larger(WINOGRAD_BLOCK / group, WINOGRAD_GROUPS);
 }
 
 // Reals from one of the 16 matrices to the next where a row has `stride`: off a power of two.
@@ -1751,8 +1761,7 @@ static void winograd_product(const Winograd *p, real *workspace) {
     const int panels = (int)divide_up(p->out, TILE_COLUMNS), most = winograd_groups(p->in) * TILE_ROWS;
     const size_t stride = block_stride(p->in), v_plane = winograd_plane(most, stride);
     const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
-    int parts = (int)divide_up(32, blocks);
-    if (parts > panels) parts = panels;
+    const int parts = panel_parts(blocks, panels);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
