@@ -217,7 +217,7 @@ enum {
     AMX_DEPTH = 16,         // units of 4 bytes in a row of an AMX register, which has as many rows
     AMX_TILE = 32,          // rows, and columns, that AMX makes at a time, in four of its eight registers
     AMX_GROUPS = 8,         // AMX: tiles of rows that are copied at a time,
-    AMX_COPY = 256 << 10,   // and their units: with the panel in use they stay in the L2 cache
+    AMX_COPY = 128 << 10,   // and their units: with the panel in use they stay in the L2 cache
     AMX_WEIGHT_ROWS = 256,  // backward weight by AMX: a piece of dw, out channels
     AMX_PIXELS = 512,       // and the pairs of pixels that are summed in registers: slices are no shorter
     AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
