@@ -263,6 +263,11 @@ build/emu/train_detr.cu: train_detr.cu build/emu/rewrite
 
 EMU_TRAINER := build/emu/train_detr.cu train_detr.c $(HEADERS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: $(EMU_TRAINER)
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: dev/cuda/reference.h
+build/emu/test_detr build/emu/test_detr-checked: build/emu/truth.o
+build/emu/truth.o: dev/cuda/truth.c dev/cuda/reference.h train_detr.c $(HEADERS)
+	@mkdir -p build/emu
+	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function -iquote . -UREAL -DREAL=double -c $< -o $@
 build/emu/test_detr build/emu/test_detr-checked build/emu/ladder-checked build/emu/ladder-counted: LDLIBS = $(EMU_LIBS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: EMU_KERNELS += -Wno-unused-function
 
@@ -389,10 +394,10 @@ install-deps:
 EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu dev/cuda/*.cu)
 
 format:
-	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
 
 clean:
 	rm -rf build train_detr test_detr make_shapes
