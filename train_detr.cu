@@ -24,6 +24,7 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Set loss      matching, losses and their gradients
     Optimizer     norm of the gradient, AdamW
     Network       of these kernels: memory, forward, backward, the training step
+    Commands      train, eval, predict, bench
 
 Conventions. A kernel is called NAME_kernel, and the function that launches it gpu_NAME: that one has the contract. All
 launches go to `stream`. Every channel count is a multiple of 8, but for the picture's three colours, the classes and
@@ -34,6 +35,7 @@ where there are few of them. No atomics on floats: every sum has an order that d
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 1675  // nvcc does not know `#pragma GCC unroll`; the host's compiler, which gets it, does
 #endif
+#define MAIN main_of_commands
 #include "train_detr.c"
 
 #include <cuda_bf16.h>
@@ -3518,4 +3520,148 @@ static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_se
                 "step %lld: the loss is %g, the gradient's norm %g; the first tensor that is not finite is \"%s\"",
                 (long long)step + 1, losses->loss, losses->grad_norm, name ? name : "none: a sum overflowed");
 }
+
+#ifndef TRAIN_DETR_NO_MAIN
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: those of program/commands.h, computed here. The host's model has the values that a checkpoint has; between
+// fetch and send the device's may be others.
+
+template <class T>
+static DeviceNetwork<T> network_of;  // the program's, with operands of T
+
+template <class T>
+static int engine_train(Model *, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
+                        const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses,
+                        Error *error) {
+    return device_training_step(&network_of<T>, loss, optimizer, samples, batch_size, seed, step, losses, error);
+}
+
+// The host lays out its activations for what is read of them: answers, and where the decoder looked.
+template <class T>
+static void engine_encode(const Model *model, Activations *acts, const Image *image) {
+    DeviceNetwork<T> *n = &network_of<T>;
+    Answers unused;
+    Sample sample;
+    const int place = 0;
+    memset(&sample, 0, sizeof sample);
+    sample.image = *image;
+    load_image(model, acts, image);
+    take_host(n);
+    n->dropout.p = 0;
+    device_load(n, &unused, &sample, &place, 1);
+    device_forward(n);
+}
+
+// Rows of T to the host's, which are bf16 where T is that, else floats.
+template <class T>
+static void fetch_rows(void *to, const T *from, size_t count) {
+    CUDA(cudaMemcpy(to, from, count * sizeof(T), cudaMemcpyDeviceToHost));
+    if constexpr (std::is_same<T, __half>::value)  // from the last on, each to its place
+        for (size_t i = count; i-- > 0;) {
+            T number;
+            memcpy((void *)&number, (T *)to + i, sizeof number);
+            const float wide = to_float(number);
+            memcpy((float *)to + i, &wide, sizeof wide);
+        }
+}
+
+template <class T>
+static void engine_decode(const Model *model, Activations *acts) {
+    const DeviceNetwork<T> *n = &network_of<T>;
+    const ModelConfig *config = &model->config;
+    const size_t rows = (size_t)(config->dec_layers * config->num_queries), Q = (size_t)config->num_queries;
+    const size_t C = (size_t)config->hidden_dim, keys = (size_t)n->maps[n->tokens].rows;
+    CUDA(cudaStreamSynchronize(stream));
+    fetch_rows(acts->logits, n->logits, rows * (size_t)num_logits(config));
+    fetch_rows(acts->boxes, n->boxes, 4 * rows);
+    for (int l = 0; l < config->dec_layers; l++) {
+        AttentionActivations *cross = &acts->decoder_cross[l];
+        fetch_rows(cross->query, n->decoder_cross[l].query, Q * C);
+        fetch_rows(cross->key, n->decoder_cross[l].key, keys * C);
+        fetch_rows(cross->lse, n->decoder_cross[l].lse, Q * (size_t)config->nheads);
+    }
+}
+
+template <class T>
+static void engine_fetch(Model *model) {
+    const DeviceParams *d = &network_of<T>.params;
+    const cudaMemcpyKind to_host = cudaMemcpyDeviceToHost;
+    CUDA(cudaStreamSynchronize(stream));
+    device_params_copy(d, model, d->value, &Param::value, to_host);
+    device_params_copy(d, model, d->exp_avg, &Param::exp_avg, to_host);
+    device_params_copy(d, model, d->exp_avg_sq, &Param::exp_avg_sq, to_host);
+    if (d->ema) device_params_copy(d, model, d->ema, &Param::ema, to_host);
+}
+
+template <class T>
+static void engine_send(Model *model) {
+    const DeviceParams *d = &network_of<T>.params;
+    device_params_copy(d, model, d->value, &Param::value, cudaMemcpyHostToDevice);
+    gpu_round((T *)d->operand, d->value, d->count);
+    gpu_fold<T>(d);
+}
+
+// Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
+// for.
+template <class T>
+static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width,
+                           int training, int most_targets, Error *error) {
+    DeviceNetwork<T> *n = &network_of<T>;
+    const double MiB = 1048576;
+    size_t available, all;
+    device_network_free(n);
+    activations_create(acts, model, height, width, 0, 1);
+    CUDA(cudaMemGetInfo(&available, &all));
+    const int batch = training ? flag_int(settings, "batch_size") : 1;
+    int images = training && flag_int(settings, "micro_batch") ? flag_int(settings, "micro_batch") : batch;
+    DeviceParams params;
+    memset(&params, 0, sizeof params);
+    params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
+    device_params_walk(&params, model, sizeof(T));
+    free(params.place);
+    double needed = 0, pinned = 0;
+    for (images = images < batch ? images : batch; images > 0; images--) {
+        const int status =
+            device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, true, error);
+        needed = (double)(params.arena.used + n->fixed.used + n->arena.used), pinned = (double)n->host.used;
+        device_network_free(n);
+        if (device_refuses(&model->config)) return status;
+        if (status == 0 && needed < 0.95 * (double)available) break;
+    }
+    if (images == 0)
+        return fail(error, "out of memory on the GPU: one picture needs %.1f MiB and %.1f are free: a smaller %s",
+                    needed / MiB, (double)available / MiB, "--short_side and --max_size");
+    const int status =
+        device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, false, error);
+    if (status != 0) return status;
+    printf("GPU memory for pictures up to %d x %d, %d in flight\n", height, width, images);
+    printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
+           (double)n->params.arena.capacity / MiB);
+    printf("  %-30s %10.1f MiB\n", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
+    printf("  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total", needed / MiB,
+           (double)available / MiB, pinned / MiB);
+    fflush(stdout);
+    engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
+    engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
+    return 0;
+}
+
+static int engine_start_on_gpu(const Settings *settings, Model *model, Activations *acts, int height, int width,
+                               int training, int, int most_targets, Error *error) {
+    const char *precision = flag_text(settings, "precision");
+    if (model->track_norms)
+        return fail(error, "--norm_init track is not there on a GPU yet: it is on the CPU; calibrate is the default");
+    return (strcmp(precision, "bf16") == 0 ? engine_start_as<__nv_bfloat16>
+            : strcmp(precision, "fp16") == 0
+                ? engine_start_as<__half>
+                : engine_start_as<float>)(settings, model, acts, height, width, training, most_targets, error);
+}
+
+int main(int argc, char **argv) {
+    engine.is_gpu = 1, engine.start = engine_start_on_gpu;
+    return main_of_commands(argc, argv);
+}
+#endif
+#elif !defined TRAIN_DETR_NO_MAIN
+#error "cublasLt.h is missing: it is in the toolkit and in PyPI's nvidia-cublas"
 #endif
