@@ -82,6 +82,7 @@ help:
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
+	@echo "make train_detr_emu the CUDA trainer with its kernels emulated (needs CUDA's headers with cublasLt.h)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
 	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
 	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit"
@@ -263,8 +264,16 @@ build/emu/train_detr.cu: train_detr.cu build/emu/rewrite
 
 EMU_TRAINER := build/emu/train_detr.cu train_detr.c $(HEADERS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: $(EMU_TRAINER)
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: dev/cuda/reference.h
+build/emu/test_detr build/emu/test_detr-checked: build/emu/truth.o
+build/emu/truth.o: dev/cuda/truth.c dev/cuda/reference.h train_detr.c $(HEADERS)
+	@mkdir -p build/emu
+	$(CC) $(CPPFLAGS) $(FLAGS) -Wno-unused-function -iquote . -UREAL -DREAL=double -c $< -o $@
 build/emu/test_detr build/emu/test_detr-checked build/emu/ladder-checked build/emu/ladder-counted: LDLIBS = $(EMU_LIBS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: EMU_KERNELS += -Wno-unused-function
+
+train_detr_emu: build/emu/train_detr FORCE
+	@cmp -s $< $@ || cp -f $< $@
 
 # emu-test: the emulator's own tests. test-cuda-emu: the kernels of train_detr.cu against train_detr.c. Both plain and
 # with the checker.
@@ -323,7 +332,10 @@ build/emu/%-checked: build/emu/%-checked.o build/emu/check.o $(EMU_PARTS)
 build/emu/%-counted: build/emu/%-checked.o build/emu/count.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
-build/emu/self_test build/emu/test_detr: build/emu/%: build/emu/%-kernels.o $(EMU_PARTS)
+build/emu/train_detr: LDLIBS = $(EMU_LIBS)
+build/emu/train_detr-kernels.o: $(EMU_TRAINER)
+build/emu/train_detr-kernels.o: EMU_KERNELS += -Wno-unused-function
+build/emu/self_test build/emu/test_detr build/emu/train_detr: build/emu/%: build/emu/%-kernels.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
 .PRECIOUS: build/emu/%.cpp build/emu/%.o
@@ -389,10 +401,10 @@ install-deps:
 EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu dev/cuda/*.cu)
 
 format:
-	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c $(EMU_SOURCES)
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
 
 clean:
 	rm -rf build train_detr test_detr make_shapes

@@ -14,6 +14,7 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #include "train_detr.cu"
 
 #include "data/test_check.h"
+#include "dev/cuda/reference.h"
 
 static uint64_t all_bytes;  // fingerprint of all results so far
 
@@ -1151,11 +1152,251 @@ static void test_optimizer() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// The network of all kernels
+
+#ifdef HAVE_CUBLASLT
+static const OptimizerSettings OPTIMIZER = {1e-3, 3e-4, 1e-1, 0.1, 0};
+enum { MODEL_IMAGES = 3, MODEL_BATCH = 4 };  // of a batch of four one could not be read
+
+// A network that has every kind of layer, its values, and a batch of pictures of different sizes.
+struct ModelCase {
+    ModelConfig config;
+    Model model;
+    Sample samples[MODEL_BATCH];
+    const float **values;
+    size_t rows;  // answers of an image: L Q
+    int from_scratch;
+
+    ModelCase(int bottleneck, int from_scratch) : from_scratch(from_scratch) {
+        static const int sizes[MODEL_BATCH][2] = {{40, 56}, {0, 0}, {33, 47}, {72, 24}};
+        Error error;
+        memset(&config, 0, sizeof config), memset(samples, 0, sizeof samples);
+        config.bottleneck = bottleneck, config.num_stages = 2, config.stem_width = 8;
+        config.hidden_dim = 64, config.nheads = 2, config.enc_layers = 1, config.dec_layers = 2;
+        config.dim_feedforward = 72, config.num_queries = 9, config.num_labels = 3, config.dropout = 0.1;
+        for (int s = 0; s < 2; s++) config.depths[s] = 2, config.widths[s] = 32 << s;
+        rows = (size_t)(config.dec_layers * config.num_queries);
+        if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+        model_initialise(&model, 5);
+        values = (const float **)allocate((size_t)model.num_params * sizeof(float *));
+        for (int i = 0; i < model.num_params; i++) {
+            Param *param = model.params[i];
+            values[i] = param->value;
+            for (size_t k = 0; k < param->count; k++) {
+                if (param->init == INIT_ONE) param->value[k] = 1 + 0.3f * number(50, (uint64_t)i << 20 | k);
+                if (param->init == INIT_ZERO) param->value[k] = 0.1f * number(51, (uint64_t)i << 20 | k);
+            }
+        }
+        // boxes and classes that differ from query to query, so that which one matches is no matter of rounding
+        for (Param *param : {model.class_head.weight, model.box_head[2].weight})
+            for (size_t k = 0; k < param->count; k++) param->value[k] *= 6;
+        model_pack(&model);
+        for (int i = 0; i < MODEL_BATCH; i++) {
+            if (sizes[i][0] == 0) continue;
+            bench_sample(&samples[i], sizes[i][0], sizes[i][1], config.num_labels, i);
+            samples[i].num_boxes = 3 * i % 7;  // 0, 6, 2
+        }
+    }
+    ~ModelCase() {
+        for (int i = 0; i < MODEL_BATCH; i++) sample_free(&samples[i]);
+        free(values);
+        model_free(&model);
+    }
+    ModelCase(const ModelCase &) = delete;
+};
+
+// What a reference says of it.
+struct ModelResult {
+    ModelConfig config;
+    Reference r;
+    int num_params;
+    explicit ModelResult(const ModelCase &c, bool half) : config(c.config), num_params(c.model.num_params) {
+        const size_t rows = MODEL_IMAGES * c.rows, n = (size_t)num_params;
+        memset(&r, 0, sizeof r);
+        config.half = half;
+        r.config = &config, r.from_scratch = c.from_scratch, r.values = c.values, r.loss = &LOSS;
+        r.optimizer = &OPTIMIZER, r.samples = c.samples, r.count = MODEL_BATCH, r.seed = 11;
+        r.logits = (double *)allocate(rows * (size_t)num_logits(&config) * sizeof(double));
+        r.boxes = (double *)allocate(rows * 4 * sizeof(double));
+        r.match = (int *)allocate(rows * sizeof(int));
+        r.grads = (double **)allocate(n * sizeof(double *)), r.after = (double **)allocate(n * sizeof(double *));
+        for (size_t i = 0; i < n; i++) {
+            r.grads[i] = (double *)allocate(c.model.params[i]->count * sizeof(double));
+            r.after[i] = (double *)allocate(c.model.params[i]->count * sizeof(double));
+        }
+    }
+    ~ModelResult() {
+        for (int i = 0; i < num_params; i++) free(r.grads[i]), free(r.after[i]);
+        free(r.grads), free(r.after), free(r.logits), free(r.boxes), free(r.match);
+    }
+    ModelResult(const ModelResult &) = delete;
+};
+// How far our numbers are from the truth, in the norm of the whole tensor, against how far the CPU's are.
+struct Distance {
+    double ours, cpu, truth;  // sums of squares
+    void add(double our_number, double cpu_number, double true_number) {
+        ours += (our_number - true_number) * (our_number - true_number);
+        cpu += (cpu_number - true_number) * (cpu_number - true_number);
+        truth += true_number * true_number;
+    }
+    void check_against(double times, const char *what) const {
+        const double bound = times * fmax(sqrt(cpu), 0x1p-24 * sqrt(truth));
+        check(sqrt(ours) <= bound, "%s: error %.3g, may be %.3g", what, sqrt(ours), bound);
+    }
+};
+
+static const int MODEL_PLACES[MODEL_IMAGES] = {0, 2, 3};
+
+template <class T>
+static void create_model_network(DeviceNetwork<T> *n, const ModelCase &c, int max_images) {
+    Error error;
+    if (device_network_create(n, &c.model, 40, 72, max_images, 7, MODEL_BATCH, 4096, false, &error) != 0)
+        check(0, "%s", error.text);
+}
+
+// Answers of pictures first .. first + count - 1 into logits and boxes, (L, count, Q).
+template <class T>
+static void model_answers(DeviceNetwork<T> *n, const ModelCase &c, double dropout, int first, int count,
+                          Array<float> *logits, Array<float> *boxes) {
+    Answers answers;
+    take_host(n);
+    n->dropout.p = dropout, n->dropout.seed = 11, n->dropout.step = 3;
+    device_load(n, &answers, c.samples, MODEL_PLACES + first, count);
+    device_forward(n);
+    const size_t rows = (size_t)count * c.rows;
+    CUDA(cudaMemcpy(logits->device, n->logits, rows * (size_t)num_logits(&c.config) * sizeof(float),
+                    cudaMemcpyDeviceToDevice));
+    CUDA(cudaMemcpy(boxes->device, n->boxes, rows * 4 * sizeof(float), cudaMemcpyDeviceToDevice));
+    logits->download(), boxes->download();
+}
+
+template <class T>
+static void test_model_forward(DeviceNetwork<T> *n, const ModelCase &c, const ModelResult &cpu,
+                               const ModelResult &truth, double times) {
+    const size_t classes = (size_t)num_logits(&c.config), rows = c.rows, all = MODEL_IMAGES * rows;
+    const size_t Q = (size_t)c.config.num_queries;
+    Array<float> logits(all * classes), boxes(all * 4), alone_logits(rows * classes), alone_boxes(rows * 4);
+    Array<int> match(all);
+    Distance of_logits = {}, of_boxes = {};
+    int wrong = 0, other_bytes = 0;
+    model_answers(n, c, 0, 0, MODEL_IMAGES, &logits, &boxes);
+    n->loss.settings = LOSS;
+    gpu_match(n->loss);
+    CUDA(cudaMemcpy(match.host, n->loss.match, all * sizeof(int), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < all; i++) {  // the reference's rows are (image, layer, query)
+        const size_t image = i / rows, row = (i % rows / Q * MODEL_IMAGES + image) * Q + i % Q;
+        for (size_t k = 0; k < classes; k++)
+            of_logits.add(logits[row * classes + k], cpu.r.logits[i * classes + k], truth.r.logits[i * classes + k]);
+        for (size_t k = 0; k < 4; k++)
+            of_boxes.add(boxes[row * 4 + k], cpu.r.boxes[i * 4 + k], truth.r.boxes[i * 4 + k]);
+        wrong += match[row] != truth.r.match[i];
+    }
+    of_logits.check_against(times, "logits");
+    of_boxes.check_against(times, "boxes");
+    check(wrong == 0, "network in %s: %d matches are wrong", type_name<T>(), wrong);
+    // Each picture alone, with dropout
+    model_answers(n, c, c.config.dropout, 0, MODEL_IMAGES, &logits, &boxes);
+    for (int i = 0; i < MODEL_IMAGES; i++) {
+        model_answers(n, c, c.config.dropout, i, 1, &alone_logits, &alone_boxes);
+        for (size_t r = 0; r < rows; r++) {
+            const size_t row = (r / Q * MODEL_IMAGES + (size_t)i) * Q + r % Q;
+            other_bytes += memcmp(&alone_logits[r * classes], &logits[row * classes], classes * sizeof(float)) != 0;
+            other_bytes += memcmp(&alone_boxes[r * 4], &boxes[row * 4], 4 * sizeof(float)) != 0;
+        }
+    }
+    check(other_bytes == 0, "network in %s: %d answers are others where a picture is alone", type_name<T>(),
+          other_bytes);
+}
+
+// Two steps, and the first one's gradients, into gradients (trained).
+template <class T>
+static void test_model_steps(DeviceNetwork<T> *n, const ModelCase &c, const ModelResult &cpu, const ModelResult &truth,
+                             double times, Array<float> *gradients) {
+    const double unit = std::is_same<T, float>::value ? 0x1p-24 : std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
+    Distance after = {};
+    Error error;
+    for (int step = 0; step < REFERENCE_STEPS; step++) {
+        Losses losses;
+        if (device_training_step(n, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, step, &losses, &error) != 0)
+            check(0, "%s", error.text);
+        const Losses *right = &truth.r.losses[step], *theirs = &cpu.r.losses[step];
+        Distance loss = {}, norm = {}, boxes = {};
+        loss.add(losses.loss, theirs->loss, right->loss),
+            norm.add(losses.grad_norm, theirs->grad_norm, right->grad_norm);
+        boxes.add(losses.matched_iou, theirs->matched_iou, right->matched_iou);
+        boxes.add(losses.query_spread, theirs->query_spread, right->query_spread);
+        loss.check_against(times, "loss"), norm.check_against(times, "norm of the gradient");
+        boxes.check_against(times, "IoU and spread");
+        // in 16 bits two classes may be as likely
+        check(losses.matched == right->matched &&
+                  (!std::is_same<T, float>::value || losses.matched_right == right->matched_right),
+              "%d matched, %d right", losses.matched, losses.matched_right);
+        if (step > 0) continue;
+        CUDA(
+            cudaMemcpy(gradients->device, n->params.grad, n->params.trained * sizeof(float), cudaMemcpyDeviceToDevice));
+        gradients->download();
+        for (int i = 0; i < c.model.num_params; i++) {
+            const Param *param = c.model.params[i];
+            Distance distance = {};
+            for (size_t k = 0; param->trained && k < param->count; k++)
+                distance.add(gradients->host[n->params.place[i] + k], cpu.r.grads[i][k], truth.r.grads[i][k]);
+            // A key's bias adds the same to all scores of a query: its gradient is 0, and what is there are roundings
+            // of parts of the whole gradient.
+            if (sqrt(distance.truth) < 1e-12 * right->grad_norm) distance.cpu += pow(unit * right->grad_norm, 2) / 16;
+            if (param->trained) distance.check_against(times, param->name);
+        }
+    }
+    Array<float> values(n->params.count);
+    CUDA(cudaMemcpy(values.device, n->params.value, values.count * sizeof(float), cudaMemcpyDeviceToDevice));
+    values.download();
+    for (int i = 0; i < c.model.num_params; i++)
+        for (size_t k = 0; k < c.model.params[i]->count; k++)
+            after.add(values[n->params.place[i] + k], cpu.r.after[i][k], truth.r.after[i][k]);
+    after.check_against(times, "values after two steps");
+}
+
+template <class T>
+static void test_model_of(int bottleneck, int from_scratch) {
+    const double times = 4;
+    ModelCase c(bottleneck, from_scratch);
+    ModelResult cpu(c, !std::is_same<T, float>::value), truth(c, false);
+    Error error;
+    if (reference_run(&cpu.r, &error) != 0 || truth_run(&truth.r, &error) != 0) check(0, "%s", error.text);
+    DeviceNetwork<T> n;
+    create_model_network(&n, c, MODEL_IMAGES);
+    Array<float> together(n.params.trained), apart(n.params.trained);
+    test_model_forward(&n, c, cpu, truth, times);
+    test_model_steps(&n, c, cpu, truth, times, &together);
+    device_network_free(&n);
+    create_model_network(&n, c, 1);  // one picture after another
+    Losses losses;
+    if (device_training_step(&n, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
+        check(0, "%s", error.text);
+    CUDA(cudaMemcpy(apart.device, n.params.grad, apart.count * sizeof(float), cudaMemcpyDeviceToDevice));
+    apart.download();
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < apart.count; i++) {
+        difference += (apart[i] - together[i]) * (apart[i] - together[i]);
+        norm += together[i] * together[i];
+    }
+    check(sqrt(difference) <= 1e-6 * sqrt(norm), "micro-batches of one: gradients differ by %.3g of their norm",
+          sqrt(difference / norm));
+    device_network_free(&n);
+}
+
+static void test_model() {
+    test_model_of<float>(1, 1);
+    test_model_of<__nv_bfloat16>(1, 0);
+    test_model_of<__half>(0, 1);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
                              {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
-                             {"linear", test_linear},
+                             {"linear", test_linear},     {"model", test_model},
 #endif
                              {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
                              {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},

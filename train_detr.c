@@ -5327,7 +5327,7 @@ int MAIN(int argc, char **argv) {
         if (settings.num_arguments && settings.command != PREDICT)
             usage_error("%s: %s takes flags only: see %s %s --help", settings.arguments[0], settings.command_name,
                         argv[0], settings.command_name);
-        if (strcmp(flag_text(&settings, "precision"), "fp16") == 0)
+        if (!engine.is_gpu && strcmp(flag_text(&settings, "precision"), "fp16") == 0)
             usage_error("--precision fp16 is for GPUs: on the CPU there are fp32 and bf16");
         status = COMMANDS[command].run(&settings, &error);
     }

@@ -1,9 +1,8 @@
 /*
-train_detr.cu: the kernels of DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c
-is part of it: the configuration, the table of parameters, the boxes' mathematics are there once, and it is the
-reference that each kernel here is held against (test_detr.cu). What makes a network of them is not here yet, so this
-trains nothing by itself; and it has run on dev/emu only, never on a GPU.
-doc/8-the-cuda-version.md says what is there and what each kernel costs.
+train_detr.cu: DETR's training on an NVIDIA GPU of compute capability 8.0 and newer. All of train_detr.c is part of it:
+the configuration, the table of parameters, the boxes' mathematics, the commands are there once, and it is the reference
+that each kernel here is held against (test_detr.cu). It has run on dev/emu only, never on a GPU.
+doc/8-the-cuda-version.md says what is there, what is not, and what each kernel costs.
 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
 
@@ -24,6 +23,8 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Layer norm    with the residual sum before it, forward and backward
     Set loss      matching, losses and their gradients
     Optimizer     norm of the gradient, AdamW
+    Network       of these kernels: memory, forward, backward, the training step
+    Commands      train, eval, predict, bench
 
 Conventions. A kernel is called NAME_kernel, and the function that launches it gpu_NAME: that one has the contract. All
 launches go to `stream`. Every channel count is a multiple of 8, but for the picture's three colours, the classes and
@@ -34,11 +35,13 @@ where there are few of them. No atomics on floats: every sum has an order that d
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 1675  // nvcc does not know `#pragma GCC unroll`; the host's compiler, which gets it, does
 #endif
+#define MAIN main_of_commands
 #include "train_detr.c"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <initializer_list>
 #include <type_traits>
 #if __has_include(<cublasLt.h>)  // the emulator can do without: then there are no linear layers
 #define HAVE_CUBLASLT
@@ -206,8 +209,8 @@ __device__ static double block_sum(double value, double *shared) {
     return sum;
 }
 
-__global__ static void __launch_bounds__(THREADS)
-    add_partials_kernel(float *first, float *second, const float *partials, int chunks, int C, int columns) {
+__device__ static void add_partial_sums(float *first, float *second, const float *partials, int chunks, int C,
+                                        int columns) {
     __shared__ double sums[WARPS][32];
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, column = (int)blockIdx.x * 32 + lane;
     double sum = 0;
@@ -221,6 +224,11 @@ __global__ static void __launch_bounds__(THREADS)
     *to += (float)sum;
 }
 
+__global__ static void __launch_bounds__(THREADS)
+    add_partials_kernel(float *first, float *second, const float *partials, int chunks, int C, int columns) {
+    add_partial_sums(first, second, partials, chunks, C, columns);
+}
+
 // first and second (C) += the sums of partials (chunks, 2, C), or first alone of (chunks, C) if second is NULL.
 static void gpu_add_partials(float *first, float *second, const float *partials, int chunks, int C) {
     const int columns = second ? 2 * C : C;
@@ -230,7 +238,7 @@ static void gpu_add_partials(float *first, float *second, const float *partials,
 }
 
 template <class T>
-__global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *partials, const T *x, int rows, int C) {
+__device__ static void sum_columns(float *partials, const T *x, int rows, int C) {
     __shared__ float sums[WARPS][THREADS];
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int first = (int)blockIdx.x * CHUNK_ROWS, column = (int)blockIdx.y * THREADS + 8 * lane;
@@ -252,6 +260,11 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
     float total = 0;
     for (int i = 0; i < WARPS; i++) total += sums[i][threadIdx.x];
     partials[(size_t)blockIdx.x * C + mine] = total;
+}
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *partials, const T *x, int rows, int C) {
+    sum_columns(partials, x, rows, C);
 }
 
 // sums (C) += the sum over the rows of x (rows, C): the gradient of a bias; C may be any number. partials:
@@ -2013,16 +2026,22 @@ __global__ static void __launch_bounds__(THREADS, PIECES == 1 ? 2 : 1) norm_back
     }
 }
 
-// The mathematics are layernorm_backward()'s.
+// The mathematics are layernorm_backward()'s. Leaves partial sums for gpu_add_partials(); returns how many.
 template <class T>
-static void gpu_norm_backward(const NormBackward<T> &p) {
+static int launch_norm_backward(const NormBackward<T> &p) {
     const unsigned grid = blocks((size_t)p.map.rows, CHUNK_ROWS);
     if (p.C <= 256)
         norm_backward_kernel<T, 1><<<grid, THREADS, 0, stream>>>(p);
     else
         norm_backward_kernel<T, MAX_PIECES><<<grid, THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
-    if (p.dweight) gpu_add_partials(p.dweight, p.dbias, p.partials, (int)grid, p.C);
+    return (int)grid;
+}
+
+template <class T>
+static void gpu_norm_backward(const NormBackward<T> &p) {
+    const int chunks = launch_norm_backward(p);
+    if (p.dweight) gpu_add_partials(p.dweight, p.dbias, p.partials, chunks, p.C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2373,3 +2392,1276 @@ static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *s
     CUDA(cudaGetLastError());
     gpu_fold<T>(d);
 }
+
+#ifdef HAVE_CUBLASLT
+// ---------------------------------------------------------------------------------------------------------------------
+// Network: what the passes below need besides the kernels
+
+template <class T>
+__global__ static void __launch_bounds__(THREADS) scale_kernel(T *y, const T *x, float factor, size_t count) {
+    const int64_t at = place8(count);
+    if (at < 0) return;
+    Eight value = load8(x + at);
+#pragma unroll
+    for (int j = 0; j < 8; j++) value.x[j] *= factor;
+    store8(y + at, value);
+}
+
+// y = x * factor; count: a multiple of 8.
+template <class T>
+static void gpu_scale(T *y, const T *x, float factor, size_t count) {
+    scale_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, factor, count);
+    CUDA(cudaGetLastError());
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    add_kernel(float *y, const float *a, const float *b, const float *c, float *sum, size_t count) {
+    const int64_t at = place8(count);
+    if (at < 0) return;
+    Eight value = load8(a + at);
+    const Eight second = load8(b + at), third = c ? load8(c + at) : Eight();
+    Eight total = sum ? load8(sum + at) : Eight();
+#pragma unroll
+    for (int j = 0; j < 8; j++) value.x[j] = value.x[j] + second.x[j] + third.x[j], total.x[j] += second.x[j];
+    store8(y + at, value);
+    if (sum) store8(sum + at, total);
+}
+
+// y = a + b + c, and sum += b; c and sum may be NULL, y may be any of the others. count: a multiple of 8.
+static void gpu_add(float *y, const float *a, const float *b, const float *c, float *sum, size_t count) {
+    add_kernel<<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, a, b, c, sum, count);
+    CUDA(cudaGetLastError());
+}
+
+// Sums that wait. Each bias, and each norm's weight and bias, has a sum over rows for a gradient, in the two passes of
+// gpu_column_sums(): a pair of launches for each would be a third of all launches of a step. So the tensors of a block
+// share the first pass, and the second passes wait in a list, their partial sums in memory, and are one launch.
+
+enum { SUM_TENSORS = 4, WAITING_SUMS = 96 };  // of one first pass; of one second pass
+
+template <class S>
+struct ColumnSums {
+    int count;
+    const S *x[SUM_TENSORS];
+    float *partials[SUM_TENSORS];
+    int rows[SUM_TENSORS], C[SUM_TENSORS];
+};
+
+template <class S>
+__global__ static void __launch_bounds__(THREADS) column_sums_of_kernel(ColumnSums<S> p) {
+    const int i = (int)blockIdx.z;
+    if ((int)blockIdx.x * CHUNK_ROWS < p.rows[i] && (int)blockIdx.y * THREADS < p.C[i])
+        sum_columns(p.partials[i], p.x[i], p.rows[i], p.C[i]);
+}
+
+typedef struct {
+    float *first, *second;  // as in gpu_add_partials()
+    const float *partials;
+    int chunks, C;
+} WaitingSum;
+
+typedef struct {
+    WaitingSum sums[WAITING_SUMS];
+    int count;
+} WaitingSums;
+
+__global__ static void __launch_bounds__(THREADS) add_waiting_kernel(const __grid_constant__ WaitingSums p) {
+    const WaitingSum sum = p.sums[blockIdx.y];
+    add_partial_sums(sum.first, sum.second, sum.partials, sum.chunks, sum.C, sum.second ? 2 * sum.C : sum.C);
+}
+
+// A layer's tensors in device memory: as floats, and as what products with operands of T read.
+typedef struct {
+    const float *weight, *bias;          // bias: of a convolution with a frozen norm the folded one
+    const void *operand, *bias_operand;  // T
+    float *dweight, *dbias;              // NULL if they are not trained
+} DeviceLayer;
+
+static void device_layers(DeviceLayer *layers, const DeviceParams *d, const Model *model, size_t number_bytes) {
+    size_t filters = 0;
+    for (int i = 0; i < model->num_layers; i++) {
+        const Layer *layer = model->layers[i];
+        const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
+        const size_t place = device_place(d, model, layer->weight), bias_place = device_place(d, model, bias);
+        DeviceLayer *to = &layers[i];
+        to->weight = d->value + place, to->operand = (char *)d->operand + place * number_bytes;
+        to->bias = layer->bias ? d->value + bias_place : d->bias + filters;
+        to->bias_operand = layer->bias ? (char *)d->operand + bias_place * number_bytes
+                                       : (char *)d->bias_operand + filters * number_bytes;
+        to->dweight = layer->weight->trained ? d->grad + place : NULL;
+        to->dbias = bias->trained ? d->grad + bias_place : NULL;
+        if (!layer->bias) filters += (size_t)layer->shape.out_channels;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Network: where the activations of a micro-batch lie
+
+// Sizes that the maps of a micro-batch have on their way; behind these one for each stride of the blocks, then the
+// queries (num_queries x 1 an image), and the queries of all decoder layers as one map.
+enum { LEVEL_PICTURE, LEVEL_STEM, LEVEL_POOLED, MAX_LEVELS = LEVEL_POOLED + MAX_STAGES + 2 };
+
+// As in train_detr.c, with the rows of all images. Pixels, maps and operands are T.
+template <class T>
+struct DeviceBlock {
+    int in_level, out_level;
+    T *in, *inner[2], *shortcut, *out;
+};
+
+template <class T>
+struct DeviceAttention {
+    Ragged queries, keys;
+    int query_parts, key_parts;
+    const T *query_in, *key_in, *value_in;
+    const float *residual;
+    T *query, *key, *value, *attended;
+    float *lse, *sum, *mean, *rstd, *out;
+    T *operand;  // out, rounded; with T float out itself
+};
+
+template <class T>
+struct DeviceFeedForward {
+    Ragged map;
+    const T *in;
+    const float *residual;
+    T *hidden;
+    float *sum, *mean, *rstd, *out;
+    T *operand;
+};
+
+// What the host tells of a micro-batch, in one piece: the same layout in pinned and in device memory.
+typedef struct {
+    Segment *segments[MAX_LEVELS];
+    int *first_target, *target_classes;  // (images + 1), (targets)
+    double *target_boxes;                // (targets, 4)
+    unsigned char *pixels;               // (rows of LEVEL_PICTURE, 3)
+} Feed;
+
+// What the device tells of a micro-batch, in pinned memory, there when the step is done. places: of its images in the
+// batch.
+typedef struct {
+    float *boxes;  // (images, Q, 4), of the last decoder layer
+    int *match;    // (images, Q)
+    const int *places;
+    int images;
+} Answers;
+
+template <class T>
+struct DeviceNetwork {
+    const Model *model;
+    DeviceParams params;
+    DeviceLayer *layers;  // as model->layers
+    int training;
+    int batch, max_images;   // of a step, of a micro-batch
+    int max_places;          // height or width of the largest map of tokens
+    size_t workspace_bytes;  // of cuBLASLt
+    Arena fixed;             // device: tables, sums, cuBLASLt's workspace
+    Arena arena;             // device: of a micro-batch, laid out anew for each
+    Arena host;              // pinned: what is on its way from or to the device within a step
+    float *pixel_table, *position_table;
+    void *workspace;
+    double *loss_sums;             // (dec_layers, LOSS_SUMS), of a step
+    int tokens, queries, answers;  // levels
+    // The micro-batch
+    int images, num_targets, most_targets;
+    Segment *segments;  // host: (MAX_LEVELS, max_images)
+    int *places;        // of the step's images in the batch, those that could be read
+    Answers *told;      // of each micro-batch of a step
+    Ragged maps[MAX_LEVELS];
+    Dropout dropout;
+    Feed feed;  // device
+    T *pixels, *stem, *pooled;
+    unsigned char *argmax;
+    DeviceBlock<T> *blocks;
+    float *token_rows;  // (tokens, C), as an operand: token_operand
+    T *token_operand, **encoder_query, *memory_query;
+    DeviceAttention<T> *encoder_attention, *decoder_self, *decoder_cross;
+    DeviceFeedForward<T> *encoder_ffn, *decoder_ffn;
+    float *target;  // zeros
+    T *target_operand;
+    T **self_query, **cross_query;
+    // (L, images, Q) are rows, of what the layers' feed forwards leave too
+    float *states, *state_mean, *state_rstd, *logits, *box_hidden[2], *box_logits, *boxes;
+    SetLoss loss;
+    // The way back
+    T *dshortcut, *dprojected, *dattended, *dq, *dk, *dv;
+    float *dstates, *dx, *dsum, *dquery, *dmemory, *dmemory_query, *dpositions, *dots, *conv_partials;
+    float *partials;
+    size_t partials_used, partials_count;
+    WaitingSums waiting;
+};
+
+template <class T>
+static T *take(Arena *arena, size_t count) {
+    return (T *)arena_bytes(arena, count * sizeof(T));
+}
+
+static void feed_walk(Feed *feed, Arena *arena, int images, int targets, size_t rows) {
+    for (int i = 0; i < MAX_LEVELS; i++) feed->segments[i] = take<Segment>(arena, (size_t)images);
+    feed->first_target = take<int>(arena, (size_t)images + 1);
+    feed->target_classes = take<int>(arena, (size_t)targets);
+    feed->target_boxes = take<double>(arena, 4 * (size_t)targets);
+    feed->pixels = take<unsigned char>(arena, 3 * rows);
+}
+
+// The level behind a block; block: its number.
+static int level_behind(const Model *model, int block, int level) {
+    for (int j = 0; j < model->blocks[block].num_convs; j++) level += model->blocks[block].conv[j].shape.stride > 1;
+    return level;
+}
+
+// Makes the tables of all levels from that of the pictures. False if a map has more rows than an int can count.
+template <class T>
+static bool network_levels(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const int Q = model->config.num_queries, L = model->config.dec_layers;
+    const ConvShape *shapes[MAX_LEVELS] = {NULL, &model->stem.shape, &POOLING};
+    int level = LEVEL_POOLED;
+    for (int i = 0; i < model->num_blocks; i++) {
+        const int behind = level_behind(model, i, level);
+        for (int j = 0; j < model->blocks[i].num_convs && behind > level; j++)
+            if (model->blocks[i].conv[j].shape.stride > 1) shapes[behind] = &model->blocks[i].conv[j].shape;
+        level = behind;
+    }
+    n->tokens = level, n->queries = level + 1, n->answers = level + 2;
+    for (int i = 0; i <= n->tokens; i++) {
+        Segment *to = n->segments + i * n->max_images;
+        n->maps[i].rows = ragged_segments(to, i ? to - n->max_images : to, n->images, shapes[i]);
+        n->maps[i].count = n->images;
+        if (n->maps[i].rows < 0) return false;
+    }
+    for (int i = 0; i < n->images; i++) {
+        const Segment segment = {i * Q, Q, 1, n->segments[i].image};
+        n->segments[n->queries * n->max_images + i] = segment;
+    }
+    const Segment all = {0, L * n->images, Q, 0};
+    n->segments[n->answers * n->max_images] = all;
+    n->maps[n->queries] = {NULL, n->images, n->images * Q};
+    n->maps[n->answers] = {NULL, 1, L * n->images * Q};
+    return true;
+}
+
+template <class T>
+static void plan_device_backbone(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    Arena *arena = &n->arena;
+    const int stem_kept = n->training && model->stem.weight->trained;
+    const size_t stem = (size_t)n->maps[LEVEL_STEM].rows * (size_t)model->config.stem_width,
+                 pooled = (size_t)n->maps[LEVEL_POOLED].rows * (size_t)model->config.stem_width,
+                 pixels = 3 * (size_t)n->maps[LEVEL_PICTURE].rows;
+    // As on the CPU: blocks that are not trained share two inner maps and two outer ones, and a block without a
+    // shortcut adds to its input in place.
+    size_t map[2] = {larger(pooled, pixels), stem}, inner[2] = {pooled, 0}, shortcut = 0;
+    int level = LEVEL_POOLED, at = 0;
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        DeviceBlock<T> *b = &n->blocks[i];
+        b->in_level = level, b->out_level = level = level_behind(model, i, level);
+        const size_t in = (size_t)n->maps[b->in_level].rows, out = (size_t)n->maps[b->out_level].rows;
+        if (block->has_shortcut && block->shortcut.needs_input_gradient)
+            shortcut = larger(shortcut, in * (size_t)block->shortcut.shape.in_channels);
+        if (block->trained && n->training) continue;
+        for (int j = 0; j < block->num_convs - 1; j++)
+            inner[j] = larger(inner[j], in * (size_t)block->conv[j].shape.out_channels);
+        at ^= block->has_shortcut;
+        map[at] = larger(map[at], out * (size_t)block->conv[block->num_convs - 1].shape.out_channels);
+    }
+    T *maps[2], *inners[2];
+    for (int i = 0; i < 2; i++) maps[i] = take<T>(arena, map[i]), inners[i] = take<T>(arena, inner[i]);
+    n->dshortcut = take<T>(arena, shortcut);
+    n->pixels = stem_kept ? take<T>(arena, pixels) : maps[0];
+    n->stem = stem_kept ? take<T>(arena, stem) : maps[1];
+    n->pooled = stem_kept ? take<T>(arena, pooled) : maps[0];
+    n->argmax = stem_kept ? take<unsigned char>(arena, pooled) : (unsigned char *)inners[0];
+    T *in = n->pooled;
+    at = 0;
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        DeviceBlock<T> *b = &n->blocks[i];
+        const int kept = block->trained && n->training, last = block->num_convs - 1;
+        int of_conv = b->in_level;
+        for (int j = 0; j < last; j++) {
+            if (block->conv[j].shape.stride > 1) of_conv = b->out_level;
+            const size_t count = (size_t)n->maps[of_conv].rows * (size_t)block->conv[j].shape.out_channels;
+            b->inner[j] = kept ? take<T>(arena, count) : inners[j];
+        }
+        at ^= block->has_shortcut;
+        const size_t count = (size_t)n->maps[b->out_level].rows * (size_t)block->conv[last].shape.out_channels;
+        b->in = in, b->out = kept ? take<T>(arena, count) : maps[at];
+        b->shortcut = block->has_shortcut ? b->out : b->in;
+        in = b->out;
+    }
+}
+
+// out as what the next product multiplies.
+template <class T>
+static T *take_operand(Arena *arena, float *out, size_t count) {
+    if constexpr (std::is_same<T, float>::value) return (void)arena, (void)count, out;
+    return take<T>(arena, count);
+}
+
+template <class T>
+static void plan_device_attention(DeviceNetwork<T> *n, DeviceAttention<T> *a, int queries, int keys) {
+    Arena *arena = &n->arena;
+    const size_t C = (size_t)n->model->config.hidden_dim, rows = (size_t)n->maps[queries].rows,
+                 of_keys = (size_t)n->maps[keys].rows;
+    a->queries = n->maps[queries], a->keys = n->maps[keys];
+    a->query_parts = attention_parts(n->segments + queries * n->max_images, n->images);
+    a->key_parts = attention_parts(n->segments + keys * n->max_images, n->images);
+    a->query = take<T>(arena, rows * C), a->key = take<T>(arena, of_keys * C), a->value = take<T>(arena, of_keys * C);
+    a->attended = take<T>(arena, rows * C);
+    a->lse = take<float>(arena, rows * (size_t)n->model->config.nheads);
+    a->sum = take<float>(arena, rows * C), a->mean = take<float>(arena, rows), a->rstd = take<float>(arena, rows);
+    a->out = take<float>(arena, rows * C);
+    a->operand = take_operand<T>(arena, a->out, rows * C);
+}
+
+// f->out is there.
+template <class T>
+static void plan_device_feed_forward(DeviceNetwork<T> *n, DeviceFeedForward<T> *f, int level) {
+    Arena *arena = &n->arena;
+    const size_t C = (size_t)n->model->config.hidden_dim, rows = (size_t)n->maps[level].rows;
+    f->map = n->maps[level];
+    f->hidden = take<T>(arena, rows * (size_t)n->model->config.dim_feedforward);
+    f->sum = take<float>(arena, rows * C), f->mean = take<float>(arena, rows), f->rstd = take<float>(arena, rows);
+    f->operand = take_operand<T>(arena, f->out, rows * C);
+}
+
+template <class T>
+static void plan_device_transformer(DeviceNetwork<T> *n) {
+    const ModelConfig *config = &n->model->config;
+    Arena *arena = &n->arena;
+    const size_t C = (size_t)config->hidden_dim, tokens = (size_t)n->maps[n->tokens].rows,
+                 queries = (size_t)n->maps[n->queries].rows;
+    float *x = n->token_rows = take<float>(arena, tokens * C);
+    const T *operand = n->token_operand = take_operand<T>(arena, x, tokens * C);
+    for (int l = 0; l < config->enc_layers; l++) {
+        DeviceAttention<T> *a = &n->encoder_attention[l];
+        DeviceFeedForward<T> *f = &n->encoder_ffn[l];
+        a->query_in = a->key_in = n->encoder_query[l] = take<T>(arena, tokens * C);
+        a->value_in = operand, a->residual = x;
+        plan_device_attention(n, a, n->tokens, n->tokens);
+        f->out = take<float>(arena, tokens * C);
+        plan_device_feed_forward(n, f, n->tokens);
+        f->in = a->operand, f->residual = a->out;
+        x = f->out, operand = f->operand;
+    }
+    const T *memory = operand;
+    n->memory_query = take<T>(arena, tokens * C);
+    x = n->target = take<float>(arena, queries * C);
+    operand = n->target_operand = take_operand<T>(arena, x, queries * C);
+    for (int l = 0; l < config->dec_layers; l++)  // side by side: C is whole cache lines
+        n->decoder_ffn[l].out = take<float>(arena, queries * C);
+    for (int l = 0; l < config->dec_layers; l++) {
+        DeviceAttention<T> *self = &n->decoder_self[l], *cross = &n->decoder_cross[l];
+        DeviceFeedForward<T> *f = &n->decoder_ffn[l];
+        self->query_in = self->key_in = n->self_query[l] = take<T>(arena, queries * C);
+        self->value_in = operand, self->residual = x;
+        plan_device_attention(n, self, n->queries, n->queries);
+        cross->query_in = n->cross_query[l] = take<T>(arena, queries * C);
+        cross->key_in = n->memory_query, cross->value_in = memory, cross->residual = self->out;
+        plan_device_attention(n, cross, n->queries, n->tokens);
+        plan_device_feed_forward(n, f, n->queries);
+        f->in = cross->operand, f->residual = cross->out;
+        x = f->out, operand = f->operand;
+    }
+}
+
+template <class T>
+static void plan_device_heads(DeviceNetwork<T> *n) {
+    const ModelConfig *config = &n->model->config;
+    Arena *arena = &n->arena;
+    const size_t C = (size_t)config->hidden_dim, rows = (size_t)n->maps[n->answers].rows,
+                 classes = (size_t)num_logits(config);
+    n->states = take<float>(arena, rows * C);
+    n->state_mean = take<float>(arena, rows), n->state_rstd = take<float>(arena, rows);
+    n->logits = take<float>(arena, rows * classes);
+    for (int i = 0; i < 2; i++) n->box_hidden[i] = take<float>(arena, rows * C);
+    n->box_logits = take<float>(arena, 4 * rows), n->boxes = take<float>(arena, 4 * rows);
+    SetLoss *p = &n->loss;
+    p->layers = config->dec_layers, p->images = n->images, p->Q = config->num_queries, p->classes = num_logits(config);
+    p->num_labels = config->num_labels, p->focal = config->focal;
+    p->num_targets = n->num_targets, p->most_targets = n->most_targets;
+    p->target_boxes = n->feed.target_boxes, p->target_classes = n->feed.target_classes;
+    p->first_target = n->feed.first_target, p->logits = n->logits, p->boxes = n->boxes, p->sums = n->loss_sums;
+    if (!n->training) return;
+    p->costs = take<double>(arena, (size_t)(config->dec_layers * n->num_targets) * (size_t)config->num_queries);
+    p->match = take<int>(arena, rows);
+    p->dlogits = take<float>(arena, rows * classes), p->dbox_logits = take<float>(arena, 4 * rows);
+    p->terms = take<double>(arena, 3 * rows), p->answers = take<unsigned char>(arena, rows);
+}
+
+template <class T>
+static void plan_device_backward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const ModelConfig *config = &model->config;
+    Arena *arena = &n->arena;
+    const size_t C = (size_t)config->hidden_dim, tokens = (size_t)n->maps[n->tokens].rows,
+                 queries = (size_t)n->maps[n->queries].rows, answers = (size_t)n->maps[n->answers].rows,
+                 rows = larger(tokens, queries), most = divide_up(larger(tokens, answers), CHUNK_ROWS);
+    for (T **to : {&n->dprojected, &n->dattended, &n->dq, &n->dk, &n->dv}) *to = take<T>(arena, rows * C);
+    for (float **to : {&n->dx, &n->dsum, &n->dquery}) *to = take<float>(arena, rows * C);
+    n->dmemory = take<float>(arena, tokens * C), n->dmemory_query = take<float>(arena, tokens * C);
+    n->dpositions = take<float>(arena, queries * C), n->dstates = take<float>(arena, answers * C);
+    n->dots = take<float>(arena, rows * (size_t)config->nheads);
+    // Partial sums of every bias and norm, and of the convolution that has most
+    size_t of_conv = 0;
+    n->partials_count = (size_t)(2 * config->enc_layers + 3 * config->dec_layers + 1) * 2 * C * most;
+    for (int i = 0; i < model->num_layers; i++)
+        if (model->layers[i]->bias) n->partials_count += (size_t)model->layers[i]->shape.out_channels * most;
+    for (int i = -1; i < model->num_blocks; i++) {
+        const Block *block = i < 0 ? NULL : &model->blocks[i];
+        int level = i < 0 ? LEVEL_STEM : n->blocks[i].in_level;
+        for (int j = 0; j < (block ? block->num_convs + block->has_shortcut : 1); j++) {
+            const Layer *layer = !block ? &model->stem : j < block->num_convs ? &block->conv[j] : &block->shortcut;
+            if (block && layer->shape.stride > 1) level = n->blocks[i].out_level;
+            if (!layer->weight->trained) continue;
+            of_conv = larger(of_conv, conv_partials(layer->shape, n->maps[level].rows));
+            if (layer->norm_bias->trained)
+                n->partials_count +=
+                    (size_t)layer->shape.out_channels * divide_up((size_t)n->maps[level].rows, CHUNK_ROWS);
+        }
+    }
+    n->conv_partials = take<float>(arena, of_conv);
+    n->partials = take<float>(arena, n->partials_count);
+}
+
+// Gives everything of the micro-batch whose pictures are in n->segments its place. With arena.base NULL: only counts.
+template <class T>
+static bool plan_device_network(DeviceNetwork<T> *n) {
+    if (!network_levels(n)) return false;
+    n->arena.used = 0;
+    feed_walk(&n->feed, &n->arena, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
+    for (int i = 0; i < MAX_LEVELS; i++) n->maps[i].segments = n->feed.segments[i];
+    plan_device_backbone(n);
+    plan_device_transformer(n);
+    plan_device_heads(n);
+    if (n->training) plan_device_backward(n);
+    return true;
+}
+
+// What stays: from an arena without memory, only counts.
+template <class T>
+static void plan_device_fixed(DeviceNetwork<T> *n) {
+    const ModelConfig *config = &n->model->config;
+    n->pixel_table = take<float>(&n->fixed, 3 * 256);
+    n->position_table = take<float>(&n->fixed, position_table_rows(n->max_places) * (size_t)config->hidden_dim / 2);
+    n->loss_sums = take<double>(&n->fixed, (size_t)config->dec_layers * LOSS_SUMS);
+    n->workspace = take<unsigned char>(&n->fixed, n->workspace_bytes);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Network: forward and backward of a micro-batch. The functions are those of train_detr.c, rows of all images at once.
+
+template <class T>
+static const DeviceLayer *layer_of(const DeviceNetwork<T> *n, const Layer *layer) {
+    int i = 0;
+    while (n->model->layers[i] != layer) i++;
+    return &n->layers[i];
+}
+
+template <class T>
+static const float *value_of(const DeviceNetwork<T> *n, const Param *param) {
+    return n->params.value + device_place(&n->params, n->model, param);
+}
+
+template <class T>
+static float *grad_of(const DeviceNetwork<T> *n, const Param *param) {
+    return param->trained ? n->params.grad + device_place(&n->params, n->model, param) : NULL;
+}
+
+// Adds up what waits.
+template <class T>
+static void add_waiting(DeviceNetwork<T> *n) {
+    size_t columns = 0;
+    for (int i = 0; i < n->waiting.count; i++)
+        columns = larger(columns, (size_t)n->waiting.sums[i].C * (n->waiting.sums[i].second ? 2 : 1));
+    const dim3 grid(blocks(columns, 32), (unsigned)n->waiting.count);
+    if (n->waiting.count) add_waiting_kernel<<<grid, THREADS, 0, stream>>>(n->waiting);
+    CUDA(cudaGetLastError());
+    n->waiting.count = 0, n->partials_used = 0;
+}
+
+// Room for the partial sums of (rows, C), or (rows, 2, C), which will be added to first and second.
+template <class T>
+static float *wait_for(DeviceNetwork<T> *n, float *first, float *second, int rows, int C) {
+    float *partials = n->partials + n->partials_used;
+    const int chunks = (int)divide_up((size_t)rows, CHUNK_ROWS);
+    const WaitingSum sum = {first, second, partials, chunks, C};
+    n->partials_used += (size_t)chunks * (size_t)C * (second ? 2 : 1);
+    n->waiting.sums[n->waiting.count++] = sum;
+    return partials;
+}
+
+// The gradients of the layers' biases, as far as they are trained: sums over rows of dy.
+template <class S>
+struct BiasSum {
+    const Layer *layer;
+    const S *dy;
+    int rows;
+};
+
+template <class S, class T>
+static void sum_biases(DeviceNetwork<T> *n, std::initializer_list<BiasSum<S>> list) {
+    ColumnSums<S> p;
+    p.count = 0;
+    size_t chunks = 0, columns = 0;
+    if (n->waiting.count + SUM_TENSORS > WAITING_SUMS) add_waiting(n);
+    for (const BiasSum<S> &sum : list) {
+        float *dbias = layer_of(n, sum.layer)->dbias;
+        if (!dbias) continue;
+        const int i = p.count++, C = sum.layer->shape.out_channels;
+        p.x[i] = sum.dy, p.partials[i] = wait_for(n, dbias, NULL, sum.rows, C), p.rows[i] = sum.rows, p.C[i] = C;
+        chunks = larger(chunks, divide_up((size_t)sum.rows, CHUNK_ROWS)), columns = larger(columns, (size_t)C);
+    }
+    const dim3 grid((unsigned)chunks, blocks(columns, THREADS), (unsigned)p.count);
+    if (p.count) column_sums_of_kernel<S><<<grid, THREADS, 0, stream>>>(p);
+    CUDA(cudaGetLastError());
+}
+
+static bool is_linear(ConvShape s) { return s.kernel == 1 && s.stride == 1; }
+
+// y = relu?(convolution of x + add), with its frozen norm.
+template <class T>
+static void convolve(const DeviceNetwork<T> *n, T *y, const T *x, const Layer *layer, int in_level, int out_level,
+                     bool relu, const T *add) {
+    const DeviceLayer *d = layer_of(n, layer);
+    const ConvShape s = layer->shape;
+    const Epilogue epilogue = {d->bias, add, relu, NULL, 0};
+    if (is_linear(s))
+        gpu_linear_forward(y, x, (const T *)d->operand, (const T *)d->bias_operand, add, relu, n->maps[in_level].rows,
+                           s.in_channels, s.out_channels);
+    else
+        gpu_conv_forward(y, x, (const T *)d->operand, epilogue, n->maps[out_level], n->maps[in_level], s);
+}
+
+// dx = mask(dy W^T + add) of a convolution; dx may be mask or add. cuBLASLt does no mask before it writes, so there
+// 1 x 1 convolutions too are done by the kernel.
+template <class T>
+static void convolve_backward_data(T *dx, const T *dy, const void *w, Ragged out, Ragged in, ConvShape s, const T *add,
+                                   const T *mask) {
+    const Epilogue epilogue = {NULL, add, 0, mask, 0};
+    if (is_linear(s) && !mask)
+        gpu_linear_backward_data<T, T>(dx, dy, (const T *)w, add, NULL, in.rows, s.in_channels, s.out_channels);
+    else
+        gpu_conv_backward_data(dx, dy, (const T *)w, epilogue, out, in, s);
+}
+
+// Both, where something is trained.
+template <class T>
+static void convolve_backward(DeviceNetwork<T> *n, T *dx, const T *x, const T *dy, const Layer *layer, int in_level,
+                              int out_level, const T *add, const T *mask) {
+    const DeviceLayer *d = layer_of(n, layer);
+    const ConvShape s = layer->shape;
+    const Ragged out = n->maps[out_level], in = n->maps[in_level];
+    if (d->dweight) {
+        if (is_linear(s))
+            gpu_linear_backward_weight(d->dweight, x, dy, in.rows, s.in_channels, s.out_channels);
+        else
+            gpu_conv_backward_weight(d->dweight, n->conv_partials, x, dy, out, in, s);
+        sum_biases<T>(n, {{layer, dy, out.rows}});
+    }
+    if (layer->needs_input_gradient) convolve_backward_data(dx, dy, d->operand, out, in, s, add, mask);
+}
+
+// y (rows, out) = relu?(x W + b) of a linear layer; operands of type S, T or float, results Y.
+template <class S, class Y, class T>
+static void project(const DeviceNetwork<T> *n, Y *y, const S *x, const Layer *layer, bool relu, int rows) {
+    const DeviceLayer *d = layer_of(n, layer);
+    const void *weight = std::is_same<S, float>::value ? d->weight : d->operand;
+    const void *bias = std::is_same<Y, float>::value ? d->bias : d->bias_operand;
+    gpu_linear_forward<S, Y>(y, x, (const S *)weight, (const Y *)bias, NULL, relu, rows, layer->shape.in_channels,
+                             layer->shape.out_channels);
+}
+
+// dW += x^T dy; dx = dy W^T + add, if something before is trained; add may be NULL or dx. Biases: sum_biases().
+template <class S, class Y, class T>
+static void project_backward(const DeviceNetwork<T> *n, Y *dx, const S *x, const S *dy, const Layer *layer,
+                             const Y *add, int rows) {
+    const DeviceLayer *d = layer_of(n, layer);
+    const int in = layer->shape.in_channels, out = layer->shape.out_channels;
+    const void *weight = std::is_same<S, float>::value ? d->weight : d->operand;
+    if (d->dweight) gpu_linear_backward_weight(d->dweight, x, dy, rows, in, out);
+    if (layer->needs_input_gradient)
+        gpu_linear_backward_data<S, Y>(dx, dy, (const S *)weight, add, NULL, rows, in, out);
+}
+
+template <class T>
+static Mask mask_at(const DeviceNetwork<T> *n, int site) {
+    Dropout dropout = n->dropout;
+    dropout.site = (uint32_t)site;
+    return dropout_mask(dropout);
+}
+
+// out = norm(sum) with sum = residual + dropout(sum), or with no_site as sum is; operand: out rounded.
+enum { NO_SITE = -1 };
+
+template <class T>
+static void norm_rows(const DeviceNetwork<T> *n, const Norm *of, float *sum, const float *residual, int site,
+                      float *out, T *operand, float *mean, float *rstd, Ragged map) {
+    NormForward<T> p;
+    memset((void *)&p, 0, sizeof p);
+    p.sum = sum, p.y = out, p.mean = mean, p.rstd = rstd;
+    p.operand = (void *)operand == (void *)out ? NULL : operand;
+    p.x = site == NO_SITE ? NULL : sum, p.residual = site == NO_SITE ? sum : residual;
+    p.weight = value_of(n, of->weight), p.bias = value_of(n, of->bias);
+    if (site != NO_SITE) p.mask = mask_at(n, site);
+    p.map = map, p.C = n->model->config.hidden_dim;
+    gpu_norm_forward(p);
+}
+
+// dsum, and dx = dropout(dsum) as an operand, NULL with no site.
+template <class T>
+static void norm_rows_backward(DeviceNetwork<T> *n, const Norm *of, float *dsum, T *dx, const float *dy,
+                               const float *sum, const float *mean, const float *rstd, int site, Ragged map) {
+    NormBackward<T> p;
+    memset((void *)&p, 0, sizeof p);
+    p.dsum = dsum, p.dx = dx, p.dy = dy, p.sum = sum, p.mean = mean, p.rstd = rstd;
+    p.dweight = grad_of(n, of->weight), p.dbias = grad_of(n, of->bias);
+    p.weight = value_of(n, of->weight);
+    if (site != NO_SITE) p.mask = mask_at(n, site);
+    p.map = map, p.C = n->model->config.hidden_dim;
+    if (n->waiting.count == WAITING_SUMS) add_waiting(n);
+    if (p.dweight) p.partials = wait_for(n, p.dweight, p.dbias, map.rows, p.C);
+    launch_norm_backward(p);
+}
+
+template <class T>
+static AttentionParams<T> attention_params(const DeviceNetwork<T> *n, const DeviceAttention<T> *a, int site) {
+    AttentionParams<T> p;
+    memset((void *)&p, 0, sizeof p);
+    p.out = a->attended, p.lse = a->lse, p.q = a->query, p.k = a->key, p.v = a->value;
+    p.queries = a->queries, p.keys = a->keys, p.mask = mask_at(n, site);
+    p.C = n->model->config.hidden_dim, p.heads = n->model->config.nheads;
+    return p;
+}
+
+// attention_block_forward()
+template <class T>
+static void attend(const DeviceNetwork<T> *n, const AttentionBlock *block, DeviceAttention<T> *a, int site) {
+    project(n, a->query, a->query_in, &block->query, false, a->queries.rows);
+    project(n, a->key, a->key_in, &block->key, false, a->keys.rows);
+    project(n, a->value, a->value_in, &block->value, false, a->keys.rows);
+    gpu_attention_forward(attention_params(n, a, site), a->query_parts);
+    project(n, a->sum, (const T *)a->attended, &block->output, false, a->queries.rows);
+    norm_rows(n, &block->norm, a->sum, a->residual, site + 1, a->out, a->operand, a->mean, a->rstd, a->queries);
+}
+
+// attention_block_backward(). dout: gradient of `out`. Written: dresidual, and dquery = the gradient of query_in +
+// add_query, which may be NULL. Added to: dkey, dvalue. dquery, dkey, dvalue, dout and (after the first use) add_query
+// may be the same memory where one tensor plays several parts.
+template <class T>
+static void attend_backward(DeviceNetwork<T> *n, const AttentionBlock *block, const DeviceAttention<T> *a, int site,
+                            float *dresidual, float *dquery, const float *add_query, float *dkey, float *dvalue,
+                            const float *dout) {
+    const int rows = a->queries.rows, keys = a->keys.rows;
+    AttentionParams<T> p = attention_params(n, a, site);
+    norm_rows_backward(n, &block->norm, dresidual, n->dprojected, dout, a->sum, a->mean, a->rstd, site + 1, a->queries);
+    project_backward(n, n->dattended, (const T *)a->attended, (const T *)n->dprojected, &block->output, (const T *)NULL,
+                     rows);
+    p.dout = n->dattended, p.dq = n->dq, p.dk = n->dk, p.dv = n->dv, p.dots = n->dots;
+    gpu_attention_backward(p, a->query_parts, a->key_parts);
+    project_backward(n, dquery, a->query_in, (const T *)n->dq, &block->query, add_query, rows);
+    project_backward(n, dkey, a->key_in, (const T *)n->dk, &block->key, (const float *)dkey, keys);
+    project_backward(n, dvalue, a->value_in, (const T *)n->dv, &block->value, (const float *)dvalue, keys);
+    sum_biases<T>(n, {{&block->output, n->dprojected, rows},
+                      {&block->query, n->dq, rows},
+                      {&block->key, n->dk, keys},
+                      {&block->value, n->dv, keys}});
+}
+
+// feed_forward_forward()
+template <class T>
+static void feed_forward(const DeviceNetwork<T> *n, const FeedForward *ffn, DeviceFeedForward<T> *f, int site) {
+    project(n, f->hidden, f->in, &ffn->fc1, true, f->map.rows);
+    if (n->dropout.p > 0) gpu_dropout(f->hidden, f->hidden, mask_at(n, site), f->map, n->model->config.dim_feedforward);
+    project(n, f->sum, (const T *)f->hidden, &ffn->fc2, false, f->map.rows);
+    norm_rows(n, &ffn->norm, f->sum, f->residual, site + 1, f->out, f->operand, f->mean, f->rstd, f->map);
+}
+
+// feed_forward_backward()
+template <class T>
+static void feed_forward_backward(DeviceNetwork<T> *n, const FeedForward *ffn, const DeviceFeedForward<T> *f, int site,
+                                  float *din, const float *dout) {
+    const int rows = f->map.rows;
+    const T *dprojected = n->dprojected;
+    const DeviceLayer *fc2 = layer_of(n, &ffn->fc2);
+    const ConvShape shape = ffn->fc2.shape;
+    norm_rows_backward(n, &ffn->norm, n->dsum, n->dprojected, dout, f->sum, f->mean, f->rstd, site + 1, f->map);
+    if (fc2->dweight)
+        gpu_linear_backward_weight(fc2->dweight, f->hidden, dprojected, rows, shape.in_channels, shape.out_channels);
+    if (ffn->fc2.needs_input_gradient) {
+        if (n->dropout.p > 0) {
+            const float factor = (float)(1 / (1 - n->dropout.p));
+            gpu_scale(n->dattended, dprojected, factor, (size_t)rows * (size_t)shape.out_channels);
+            dprojected = n->dattended;
+        }
+        convolve_backward_data(f->hidden, dprojected, fc2->operand, f->map, f->map, shape, (const T *)NULL,
+                               (const T *)f->hidden);
+    }
+    project_backward(n, din, f->in, (const T *)f->hidden, &ffn->fc1, (const float *)n->dsum, rows);
+    sum_biases<T>(n, {{&ffn->fc2, n->dprojected, rows}, {&ffn->fc1, f->hidden, rows}});
+}
+
+// x as an operand: rounded, or as it is.
+template <class T>
+static const T *rounded_to(T *operand, const float *x, size_t count) {
+    if constexpr (std::is_same<T, float>::value) return (void)operand, (void)count, x;
+    gpu_round(operand, x, count);
+    return operand;
+}
+
+// backbone_forward() from the bytes of the pictures on
+template <class T>
+static void device_backbone_forward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const int C = model->config.hidden_dim, tokens = n->maps[n->tokens].rows;
+    gpu_pixels(n->pixels, n->feed.pixels, n->pixel_table, 3 * (size_t)n->maps[LEVEL_PICTURE].rows);
+    convolve(n, n->stem, (const T *)n->pixels, &model->stem, LEVEL_PICTURE, LEVEL_STEM, true, (const T *)NULL);
+    gpu_maxpool_forward(n->pooled, n->argmax, n->stem, n->maps[LEVEL_POOLED], n->maps[LEVEL_STEM],
+                        model->config.stem_width);
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        const DeviceBlock<T> *b = &n->blocks[i];
+        const T *x = b->in;
+        int level = b->in_level;
+        if (block->has_shortcut)
+            convolve(n, b->shortcut, x, &block->shortcut, level, b->out_level, false, (const T *)NULL);
+        for (int j = 0; j < block->num_convs; j++) {
+            const int last = j == block->num_convs - 1, to = block->conv[j].shape.stride > 1 ? b->out_level : level;
+            T *y = last ? b->out : b->inner[j];
+            convolve(n, y, x, &block->conv[j], level, to, true, last ? (const T *)b->shortcut : NULL);
+            x = y, level = to;
+        }
+    }
+    project(n, n->token_rows, (const T *)n->blocks[model->num_blocks - 1].out, &model->input_projection, false, tokens);
+    rounded_to(n->token_operand, n->token_rows, (size_t)tokens * (size_t)C);
+}
+
+template <class T>
+static void device_encoder_forward(DeviceNetwork<T> *n) {
+    const ModelConfig *config = &n->model->config;
+    const Ragged map = n->maps[n->tokens];
+    const float *x = n->token_rows;
+    for (int l = 0; l < config->enc_layers; l++) {
+        gpu_add_positions(n->encoder_query[l], x, n->position_table, map, config->hidden_dim);
+        attend(n, &n->model->encoder_attention[l], &n->encoder_attention[l], 4 * l);
+        feed_forward(n, &n->model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2);
+        x = n->encoder_ffn[l].out;
+    }
+    gpu_add_positions(n->memory_query, x, n->position_table, map, config->hidden_dim);
+}
+
+template <class T>
+static void device_decoder_forward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, Q = config->num_queries, rows = n->maps[n->answers].rows;
+    const size_t count = (size_t)(n->images * Q) * (size_t)C;
+    const float *embeddings = value_of(n, model->query_embeddings), *x = n->target;
+    CUDA(cudaMemsetAsync(n->target, 0, count * sizeof(float), stream));
+    CUDA(cudaMemsetAsync(n->target_operand, 0, count * sizeof(T), stream));
+    for (int l = 0; l < config->dec_layers; l++) {
+        const int site = 4 * config->enc_layers + 6 * l;
+        gpu_add_queries(n->self_query[l], x, embeddings, n->images, Q, C);
+        attend(n, &model->decoder_self[l], &n->decoder_self[l], site);
+        gpu_add_queries(n->cross_query[l], n->decoder_self[l].out, embeddings, n->images, Q, C);
+        attend(n, &model->decoder_cross[l], &n->decoder_cross[l], site + 2);
+        feed_forward(n, &model->decoder_ffn[l], &n->decoder_ffn[l], site + 4);
+        x = n->decoder_ffn[l].out;
+    }
+    norm_rows(n, &model->decoder_norm, n->decoder_ffn[0].out, NULL, NO_SITE, n->states, (T *)NULL, n->state_mean,
+              n->state_rstd, n->maps[n->answers]);
+    project(n, n->logits, (const float *)n->states, &model->class_head, false, rows);
+    project(n, n->box_hidden[0], (const float *)n->states, &model->box_head[0], true, rows);
+    project(n, n->box_hidden[1], (const float *)n->box_hidden[0], &model->box_head[1], true, rows);
+    project(n, n->box_logits, (const float *)n->box_hidden[1], &model->box_head[2], false, rows);
+    gpu_sigmoid(n->boxes, n->box_logits, 4 * (size_t)rows);
+}
+
+// Leaves the gradient of the states in dstates.
+template <class T>
+static void device_heads_backward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const Ragged map = n->maps[n->answers];
+    float *const *hidden = n->box_hidden;
+    const float *const dlogits = n->loss.dlogits, *dy = n->loss.dbox_logits;
+    project_backward(n, n->dstates, (const float *)n->states, dlogits, &model->class_head, (const float *)NULL,
+                     map.rows);
+    for (int i = 2; i > 0; i--) {  // the gradients of hidden units take their place
+        const Layer *layer = &model->box_head[i];
+        const DeviceLayer *d = layer_of(n, layer);
+        const ConvShape s = layer->shape;
+        if (d->dweight)
+            gpu_linear_backward_weight(d->dweight, hidden[i - 1], dy, map.rows, s.in_channels, s.out_channels);
+        if (layer->needs_input_gradient)
+            convolve_backward_data<float>(hidden[i - 1], dy, d->weight, map, map, s, NULL, hidden[i - 1]);
+        dy = hidden[i - 1];
+    }
+    project_backward(n, n->dstates, (const float *)n->states, dy, &model->box_head[0], (const float *)n->dstates,
+                     map.rows);
+    sum_biases<float>(n, {{&model->class_head, dlogits, map.rows},
+                          {&model->box_head[2], n->loss.dbox_logits, map.rows},
+                          {&model->box_head[1], hidden[1], map.rows},
+                          {&model->box_head[0], hidden[0], map.rows}});
+}
+
+// decoder_backward(): leaves the gradient of the encoder's output in dmemory.
+template <class T>
+static void device_decoder_backward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const ModelConfig *config = &model->config;
+    const int C = config->hidden_dim, Q = config->num_queries;
+    const size_t count = (size_t)(n->images * Q) * (size_t)C, tokens = (size_t)n->maps[n->tokens].rows * (size_t)C;
+    for (float *memory : {n->dmemory, n->dmemory_query})
+        CUDA(cudaMemsetAsync(memory, 0, tokens * sizeof(float), stream));
+    CUDA(cudaMemsetAsync(n->dpositions, 0, count * sizeof(float), stream));
+    norm_rows_backward(n, &model->decoder_norm, n->dstates, (T *)NULL, n->dstates, n->decoder_ffn[0].out, n->state_mean,
+                       n->state_rstd, NO_SITE, n->maps[n->answers]);
+    const float *dout = n->dstates + (size_t)(config->dec_layers - 1) * count;
+    for (int l = config->dec_layers - 1; l >= 0 && model->decoder_ffn[l].trained; l--) {
+        const int site = 4 * config->enc_layers + 6 * l;
+        const float *before = l > 0 ? n->dstates + (size_t)(l - 1) * count : NULL;  // what the heads ask of it
+        feed_forward_backward(n, &model->decoder_ffn[l], &n->decoder_ffn[l], site + 4, n->dx, dout);
+        attend_backward(n, &model->decoder_cross[l], &n->decoder_cross[l], site + 2, n->dsum, n->dquery, NULL,
+                        n->dmemory_query, n->dmemory, n->dx);
+        gpu_add(n->dx, n->dsum, n->dquery, NULL, n->dpositions, count);
+        attend_backward(n, &model->decoder_self[l], &n->decoder_self[l], site, n->dsum, n->dquery, NULL, n->dquery,
+                        n->dsum, n->dx);
+        gpu_add(n->dx, n->dsum, n->dquery, before, n->dpositions, count);
+        dout = n->dx;
+    }
+    float *embeddings = grad_of(n, model->query_embeddings);
+    if (embeddings) gpu_add_queries_backward(embeddings, n->dpositions, n->images, Q, C);
+    gpu_add(n->dmemory, n->dmemory, n->dmemory_query, NULL, NULL, tokens);
+}
+
+template <class T>
+static void device_encoder_backward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    float *dx = n->dmemory;
+    for (int l = model->config.enc_layers - 1; l >= 0 && model->encoder_ffn[l].trained; l--) {
+        feed_forward_backward(n, &model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2, dx, dx);
+        attend_backward(n, &model->encoder_attention[l], &n->encoder_attention[l], 4 * l, n->dsum, dx, n->dsum, dx, dx,
+                        dx);
+    }
+}
+
+template <class T>
+static void device_backbone_backward(DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const Layer *projection = &model->input_projection;
+    const size_t count = (size_t)n->maps[n->tokens].rows * (size_t)model->config.hidden_dim;
+    T *map = n->blocks[model->num_blocks - 1].out;
+    convolve_backward(n, map, map, rounded_to(n->dprojected, n->dmemory, count), projection, n->tokens, n->tokens,
+                      (const T *)NULL, map);
+    for (int i = model->num_blocks - 1; i >= 0 && model->blocks[i].trained; i--) {
+        const Block *block = &model->blocks[i];
+        const DeviceBlock<T> *b = &n->blocks[i];
+        const int last = block->num_convs - 1;
+        int level = b->out_level;
+        const T *dy = b->out, *dshortcut = b->out;
+        for (int j = last; j > 0; j--) {
+            const int from = block->conv[j].shape.stride > 1 ? b->in_level : level;
+            convolve_backward(n, b->inner[j - 1], b->inner[j - 1], dy, &block->conv[j], from, level, (const T *)NULL,
+                              (const T *)b->inner[j - 1]);
+            dy = b->inner[j - 1], level = from;
+        }
+        if (block->has_shortcut) {
+            convolve_backward(n, n->dshortcut, b->in, b->out, &block->shortcut, b->in_level, b->out_level,
+                              (const T *)NULL, (const T *)NULL);
+            dshortcut = n->dshortcut;
+        }
+        convolve_backward(n, b->in, b->in, dy, &block->conv[0], b->in_level, level, dshortcut, (const T *)b->in);
+    }
+    if (!model->stem.weight->trained) return;
+    gpu_maxpool_backward(n->stem, n->pooled, n->argmax, n->maps[LEVEL_POOLED], n->maps[LEVEL_STEM],
+                         model->config.stem_width);
+    convolve_backward(n, (T *)NULL, n->pixels, n->stem, &model->stem, LEVEL_PICTURE, LEVEL_STEM, (const T *)NULL,
+                      (const T *)NULL);
+}
+
+// The whole network on the micro-batch that device_load() has brought.
+template <class T>
+static void device_forward(DeviceNetwork<T> *n) {
+    device_backbone_forward(n);
+    device_encoder_forward(n);
+    device_decoder_forward(n);
+}
+
+// Adds its gradients to those of the parameters.
+template <class T>
+static void device_backward(DeviceNetwork<T> *n) {
+    device_heads_backward(n);
+    if (n->model->class_head.needs_input_gradient) {
+        device_decoder_backward(n);
+        device_encoder_backward(n);
+        device_backbone_backward(n);
+    }
+    add_waiting(n);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Network: its memory, and the training step
+
+// Why this network cannot be computed here, or NULL.
+static const char *device_refuses(const ModelConfig *config) {
+    const int head = config->hidden_dim / config->nheads;
+    int odd = config->stem_width % 8 || config->dim_feedforward % 8;
+    for (int s = 0; s < config->num_stages; s++) odd |= config->widths[s] % (config->bottleneck ? 32 : 8);
+    return config->anchor ? "--decoder anchor is not there on a GPU yet: it is on the CPU"
+           : head != 32 && head != 64
+               ? "on a GPU an attention head has 32 or 64 channels: --hidden_dim must be that many times --nheads"
+           : config->hidden_dim > MAX_NORM_CHANNELS ? "on a GPU --hidden_dim is 1024 at most"
+           : odd ? "on a GPU the backbone's channels and --dim_feedforward must be multiples of 8"
+                 : NULL;
+}
+
+// Pinned memory of a step: the sums of losses and behind them the gradient's norm; then what each micro-batch takes.
+template <class T>
+static double *take_host(DeviceNetwork<T> *n) {
+    n->host.used = 0;
+    return take<double>(&n->host, (size_t)n->model->config.dec_layers * LOSS_SUMS + 1);
+}
+
+template <class T>
+static void take_micro_batch(DeviceNetwork<T> *n, Feed *feed, Answers *answers) {
+    const size_t queries = (size_t)(n->images * n->model->config.num_queries);
+    feed_walk(feed, &n->host, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
+    answers->boxes = take<float>(&n->host, 4 * queries), answers->match = take<int>(&n->host, queries);
+}
+
+// Everything on the device that `model` needs for micro-batches of max_images pictures, none larger than (max_height,
+// max_width), either way round, with max_targets boxes each, of batches of `batch` pictures; training: the model's, and
+// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: in n->fixed.used, n->arena.used
+// (device) and n->host.used (pinned). 0, or -1 with the reason.
+template <class T>
+static int device_network_create(DeviceNetwork<T> *n, const Model *model, int max_height, int max_width, int max_images,
+                                 int max_targets, int batch, size_t workspace_bytes, bool counting, Error *error) {
+    const ModelConfig *config = &model->config;
+    const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers;
+    Feed feed;
+    memset((void *)n, 0, sizeof *n);
+    if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
+    n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
+    n->max_images = n->images = max_images, n->batch = batch;
+    n->num_targets = n->training ? max_images * max_targets : 0;
+    n->places = (int *)allocate((size_t)batch * sizeof(int));
+    n->told = (Answers *)allocate(divide_up((size_t)batch, (size_t)max_images) * sizeof(Answers));
+    n->segments = (Segment *)allocate((size_t)(MAX_LEVELS * max_images) * sizeof(Segment));
+    n->blocks = (DeviceBlock<T> *)allocate((size_t)model->num_blocks * sizeof(DeviceBlock<T>));
+    n->encoder_query = (T **)allocate(enc * sizeof(T *));
+    n->encoder_attention = (DeviceAttention<T> *)allocate(enc * sizeof(DeviceAttention<T>));
+    n->encoder_ffn = (DeviceFeedForward<T> *)allocate(enc * sizeof(DeviceFeedForward<T>));
+    n->self_query = (T **)allocate(dec * sizeof(T *)), n->cross_query = (T **)allocate(dec * sizeof(T *));
+    n->decoder_self = (DeviceAttention<T> *)allocate(dec * sizeof(DeviceAttention<T>));
+    n->decoder_cross = (DeviceAttention<T> *)allocate(dec * sizeof(DeviceAttention<T>));
+    n->decoder_ffn = (DeviceFeedForward<T> *)allocate(dec * sizeof(DeviceFeedForward<T>));
+    for (int i = 0; i < max_images; i++) n->segments[i] = {0, max_height, max_width, i};
+    if (!plan_device_network(n))
+        return fail(error, "%d pictures of %d x %d at once are too many: a smaller --micro_batch", max_images,
+                    max_height, max_width);
+    const Segment *last = &n->segments[n->tokens * max_images];
+    n->max_places = last->height > last->width ? last->height : last->width;
+    plan_device_fixed(n);
+    take_host(n);
+    for (int i = 0; i < batch; i += max_images) take_micro_batch(n, &feed, &n->told[0]);
+    if (counting) return 0;
+
+    n->layers = (DeviceLayer *)allocate((size_t)model->num_layers * sizeof(DeviceLayer));
+    device_params_create<T>(&n->params, model);
+    device_layers(n->layers, &n->params, model, sizeof(T));
+    device_arena_allocate(&n->arena);
+    device_arena_allocate(&n->fixed);
+    plan_device_fixed(n);
+    n->host.capacity = n->host.used;
+    CUDA(cudaMallocHost((void **)&n->host.base, n->host.capacity));
+    CUDA(cudaMemset(n->arena.base, 0, n->arena.capacity));
+    const size_t positions = position_table_rows(n->max_places) * (size_t)config->hidden_dim / 2;
+    float *table = (float *)allocate(larger(positions, 3 * 256) * sizeof(float));
+    pixel_table(table);
+    CUDA(cudaMemcpy(n->pixel_table, table, 3 * 256 * sizeof(float), cudaMemcpyHostToDevice));
+    position_table(table, n->max_places, config->hidden_dim / 2);
+    CUDA(cudaMemcpy(n->position_table, table, positions * sizeof(float), cudaMemcpyHostToDevice));
+    free(table);
+    linear_create(n->workspace, n->workspace_bytes);
+    return 0;
+}
+
+template <class T>
+static void device_network_free(DeviceNetwork<T> *n) {
+    if (n->layers) {
+        CUDA(cudaStreamSynchronize(stream));
+        linear_free();
+        device_params_free(&n->params);
+        CUDA(cudaFree(n->arena.base));
+        CUDA(cudaFree(n->fixed.base));
+        CUDA(cudaFreeHost(n->host.base));
+    }
+    free(n->layers);
+    free(n->places);
+    free(n->told);
+    free(n->segments);
+    free(n->blocks);
+    free(n->encoder_query);
+    free(n->encoder_attention);
+    free(n->encoder_ffn);
+    free(n->self_query);
+    free(n->cross_query);
+    free(n->decoder_self);
+    free(n->decoder_cross);
+    free(n->decoder_ffn);
+    memset((void *)n, 0, sizeof *n);
+}
+
+// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes, and sends it on its way.
+template <class T>
+static void device_load(DeviceNetwork<T> *n, Answers *answers, const Sample *samples, const int *places, int count) {
+    Feed feed;
+    n->images = count, n->num_targets = n->most_targets = 0;
+    for (int i = 0; i < count; i++) {
+        const Sample *sample = &samples[places[i]];
+        const int targets = n->training ? sample->num_boxes : 0;
+        n->segments[i] = {0, sample->image.height, sample->image.width, places[i]};
+        n->num_targets += targets, n->most_targets = targets > n->most_targets ? targets : n->most_targets;
+    }
+    plan_device_network(n);
+    take_micro_batch(n, &feed, answers);
+    answers->places = places, answers->images = count;
+    for (int i = 0; i <= n->answers; i++)
+        memcpy(feed.segments[i], n->segments + i * n->max_images, (size_t)n->maps[i].count * sizeof(Segment));
+    int targets = 0;
+    for (int i = 0; i < count; i++) {
+        const Sample *sample = &samples[places[i]];
+        const Segment *picture = &n->segments[i];
+        feed.first_target[i] = targets;
+        for (int t = 0; n->training && t < sample->num_boxes; t++, targets++) {
+            feed.target_classes[targets] = sample->classes[t];
+            memcpy(feed.target_boxes + 4 * targets, sample->boxes + 4 * t, 4 * sizeof(double));
+        }
+        memcpy(feed.pixels + 3 * (size_t)picture->first, sample->image.pixels,
+               3 * (size_t)picture->height * (size_t)picture->width);
+    }
+    feed.first_target[count] = targets;
+    const char *first = (const char *)feed.segments[0], *end = (const char *)answers->boxes;
+    CUDA(cudaMemcpyAsync(n->arena.base, first, (size_t)(end - first), cudaMemcpyHostToDevice, stream));
+}
+
+// What the device has added up over a step, as Losses. sums: (dec_layers, LOSS_SUMS).
+static void device_losses(Losses *losses, const double *sums, const ModelConfig *config, const LossSettings *settings) {
+    for (int l = 0; l < config->dec_layers; l++, sums += LOSS_SUMS) {
+        losses->loss_ce[l] = sums[SUM_CE], losses->loss_bbox[l] = sums[SUM_BBOX], losses->loss_giou[l] = sums[SUM_GIOU];
+        losses->cardinality_error[l] = sums[SUM_CARDINALITY];
+        losses->matched = (int)sums[SUM_MATCHED], losses->matched_right = (int)sums[SUM_RIGHT];
+    }
+    losses_finish(losses, config->dec_layers, settings);
+}
+
+// training_step() on the device, in micro-batches of n->max_images pictures. The host waits once, for the losses, when
+// all is done.
+template <class T>
+static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_settings,
+                                const OptimizerSettings *optimizer_settings, const Sample *samples, int batch_size,
+                                uint64_t seed, int64_t step, Losses *losses, Error *error) {
+    const ModelConfig *config = &n->model->config;
+    const size_t L = (size_t)config->dec_layers, Q = (size_t)config->num_queries;
+    double *sums = take_host(n), *grad_norm = sums + L * LOSS_SUMS;
+    int count = 0, num_told = 0;
+    LossDivisors divisors = {{0, 0}, {0, 0}, 0};
+    memset(losses, 0, sizeof *losses);
+    for (int i = 0; i < batch_size; i++) {
+        if (!samples[i].image.pixels) continue;
+        n->places[count++] = i;
+        divisors_add(&divisors, samples[i].num_boxes, config->num_queries, loss_settings);
+    }
+    n->dropout.p = config->dropout, n->dropout.seed = seed, n->dropout.step = (uint32_t)step;
+    CUDA(cudaMemsetAsync(n->params.grad, 0, n->params.trained * sizeof(float), stream));
+    CUDA(cudaMemsetAsync(n->loss_sums, 0, L * LOSS_SUMS * sizeof(double), stream));
+    for (int first = 0; first < count; first += n->max_images) {
+        Answers *answers = &n->told[num_told++];
+        const int images = count - first < n->max_images ? count - first : n->max_images;
+        device_load(n, answers, samples, n->places + first, images);
+        n->loss.settings = *loss_settings, n->loss.divisors = divisors;
+        device_forward(n);
+        gpu_match(n->loss);
+        gpu_set_loss(n->loss);
+        const size_t queries = (size_t)images * Q, last = (L - 1) * queries;
+        CUDA(cudaMemcpyAsync(answers->boxes, n->boxes + 4 * last, 4 * queries * sizeof(float), cudaMemcpyDeviceToHost,
+                             stream));
+        CUDA(cudaMemcpyAsync(answers->match, n->loss.match + last, queries * sizeof(int), cudaMemcpyDeviceToHost,
+                             stream));
+        device_backward(n);
+    }
+    gpu_unfold(&n->params);
+    gpu_gradient_norm(&n->params);
+    gpu_optimizer_step<T>(&n->params, optimizer_settings, step);
+    CUDA(cudaMemcpyAsync(sums, n->loss_sums, L * LOSS_SUMS * sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(grad_norm, n->params.grad_norm, sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    device_losses(losses, sums, config, loss_settings);
+    losses->grad_norm = *grad_norm;
+    Model last = *n->model;  // watch_boxes() looks at the last layer; here there is no other
+    last.config.dec_layers = 1;
+    for (int i = 0; i < num_told; i++) {
+        for (int image = 0; image < n->told[i].images; image++) {
+            const Sample *sample = &samples[n->told[i].places[image]];
+            const Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
+            Activations acts;
+            memset(&acts, 0, sizeof acts);
+            acts.boxes = n->told[i].boxes + 4 * (size_t)image * Q, acts.match = n->told[i].match + (size_t)image * Q;
+            watch_boxes(&last, &acts, targets, divisors.images, losses);
+        }
+    }
+    if (isfinite(losses->loss) && isfinite(losses->grad_norm)) return 0;
+    device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
+    device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
+    const char *name = first_nonfinite(n->model, NULL);
+    return fail(error,
+                "step %lld: the loss is %g, the gradient's norm %g; the first tensor that is not finite is \"%s\"",
+                (long long)step + 1, losses->loss, losses->grad_norm, name ? name : "none: a sum overflowed");
+}
+
+#ifndef TRAIN_DETR_NO_MAIN
+// ---------------------------------------------------------------------------------------------------------------------
+// Commands: those of program/commands.h, computed here. The host's model has the values that a checkpoint has; between
+// fetch and send the device's may be others.
+
+template <class T>
+static DeviceNetwork<T> network_of;  // the program's, with operands of T
+
+template <class T>
+static int engine_train(Model *, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
+                        const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses,
+                        Error *error) {
+    return device_training_step(&network_of<T>, loss, optimizer, samples, batch_size, seed, step, losses, error);
+}
+
+// The host lays out its activations for what is read of them: answers, and where the decoder looked.
+template <class T>
+static void engine_encode(const Model *model, Activations *acts, const Image *image) {
+    DeviceNetwork<T> *n = &network_of<T>;
+    Answers unused;
+    Sample sample;
+    const int place = 0;
+    memset(&sample, 0, sizeof sample);
+    sample.image = *image;
+    load_image(model, acts, image);
+    take_host(n);
+    n->dropout.p = 0;
+    device_load(n, &unused, &sample, &place, 1);
+    device_forward(n);
+}
+
+// Rows of T to the host's, which are bf16 where T is that, else floats.
+template <class T>
+static void fetch_rows(void *to, const T *from, size_t count) {
+    CUDA(cudaMemcpy(to, from, count * sizeof(T), cudaMemcpyDeviceToHost));
+    if constexpr (std::is_same<T, __half>::value)  // from the last on, each to its place
+        for (size_t i = count; i-- > 0;) {
+            T number;
+            memcpy((void *)&number, (T *)to + i, sizeof number);
+            const float wide = to_float(number);
+            memcpy((float *)to + i, &wide, sizeof wide);
+        }
+}
+
+template <class T>
+static void engine_decode(const Model *model, Activations *acts) {
+    const DeviceNetwork<T> *n = &network_of<T>;
+    const ModelConfig *config = &model->config;
+    const size_t rows = (size_t)(config->dec_layers * config->num_queries), Q = (size_t)config->num_queries;
+    const size_t C = (size_t)config->hidden_dim, keys = (size_t)n->maps[n->tokens].rows;
+    CUDA(cudaStreamSynchronize(stream));
+    fetch_rows(acts->logits, n->logits, rows * (size_t)num_logits(config));
+    fetch_rows(acts->boxes, n->boxes, 4 * rows);
+    for (int l = 0; l < config->dec_layers; l++) {
+        AttentionActivations *cross = &acts->decoder_cross[l];
+        fetch_rows(cross->query, n->decoder_cross[l].query, Q * C);
+        fetch_rows(cross->key, n->decoder_cross[l].key, keys * C);
+        fetch_rows(cross->lse, n->decoder_cross[l].lse, Q * (size_t)config->nheads);
+    }
+}
+
+template <class T>
+static void engine_fetch(Model *model) {
+    const DeviceParams *d = &network_of<T>.params;
+    const cudaMemcpyKind to_host = cudaMemcpyDeviceToHost;
+    CUDA(cudaStreamSynchronize(stream));
+    device_params_copy(d, model, d->value, &Param::value, to_host);
+    device_params_copy(d, model, d->exp_avg, &Param::exp_avg, to_host);
+    device_params_copy(d, model, d->exp_avg_sq, &Param::exp_avg_sq, to_host);
+    if (d->ema) device_params_copy(d, model, d->ema, &Param::ema, to_host);
+}
+
+template <class T>
+static void engine_send(Model *model) {
+    const DeviceParams *d = &network_of<T>.params;
+    device_params_copy(d, model, d->value, &Param::value, cudaMemcpyHostToDevice);
+    gpu_round((T *)d->operand, d->value, d->count);
+    gpu_fold<T>(d);
+}
+
+// Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
+// for.
+template <class T>
+static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width,
+                           int training, int most_targets, Error *error) {
+    DeviceNetwork<T> *n = &network_of<T>;
+    const double MiB = 1048576;
+    size_t available, all;
+    device_network_free(n);
+    activations_create(acts, model, height, width, 0, 1);
+    CUDA(cudaMemGetInfo(&available, &all));
+    const int batch = training ? flag_int(settings, "batch_size") : 1;
+    int images = training && flag_int(settings, "micro_batch") ? flag_int(settings, "micro_batch") : batch;
+    DeviceParams params;
+    memset(&params, 0, sizeof params);
+    params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
+    device_params_walk(&params, model, sizeof(T));
+    free(params.place);
+    double needed = 0, pinned = 0;
+    for (images = images < batch ? images : batch; images > 0; images--) {
+        const int status =
+            device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, true, error);
+        needed = (double)(params.arena.used + n->fixed.used + n->arena.used), pinned = (double)n->host.used;
+        device_network_free(n);
+        if (device_refuses(&model->config)) return status;
+        if (status == 0 && needed < 0.95 * (double)available) break;
+    }
+    if (images == 0)
+        return fail(error, "out of memory on the GPU: one picture needs %.1f MiB and %.1f are free: a smaller %s",
+                    needed / MiB, (double)available / MiB, "--short_side and --max_size");
+    const int status =
+        device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, false, error);
+    if (status != 0) return status;
+    printf("GPU memory for pictures up to %d x %d, %d in flight\n", height, width, images);
+    printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
+           (double)n->params.arena.capacity / MiB);
+    printf("  %-30s %10.1f MiB\n", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
+    printf("  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total", needed / MiB,
+           (double)available / MiB, pinned / MiB);
+    fflush(stdout);
+    engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
+    engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
+    return 0;
+}
+
+static int engine_start_on_gpu(const Settings *settings, Model *model, Activations *acts, int height, int width,
+                               int training, int, int most_targets, Error *error) {
+    const char *precision = flag_text(settings, "precision");
+    if (model->track_norms)
+        return fail(error, "--norm_init track is not there on a GPU yet: it is on the CPU; calibrate is the default");
+    return (strcmp(precision, "bf16") == 0 ? engine_start_as<__nv_bfloat16>
+            : strcmp(precision, "fp16") == 0
+                ? engine_start_as<__half>
+                : engine_start_as<float>)(settings, model, acts, height, width, training, most_targets, error);
+}
+
+int main(int argc, char **argv) {
+    engine.is_gpu = 1, engine.start = engine_start_on_gpu;
+    return main_of_commands(argc, argv);
+}
+#endif
+#elif !defined TRAIN_DETR_NO_MAIN
+#error "cublasLt.h is missing: it is in the toolkit and in PyPI's nvidia-cublas"
+#endif

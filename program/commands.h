@@ -18,6 +18,49 @@ static int open_split(Dataset *set, const Settings *settings, const char *split,
     return 0;
 }
 
+// Who computes: the functions of this name, or those of train_detr.cu on a GPU, which has values of its own.
+static int engine_start(const Settings *settings, Model *model, Activations *acts, int height, int width, int training,
+                        int in_flight, int most_targets, Error *error) {
+    (void)settings, (void)most_targets, (void)error;
+    activations_create(acts, model, height, width, training, in_flight);
+    return 0;
+}
+
+static void values_are_here(Model *model) { (void)model; }
+
+static struct {
+    int is_gpu;
+    // Plans and takes memory for pictures of at most this size, with so many boxes. 0, or -1 with the reason.
+    int (*start)(const Settings *, Model *, Activations *, int height, int width, int training, int in_flight,
+                 int most_targets, Error *);
+    int (*train)(Model *, Activations *, const LossSettings *, const OptimizerSettings *, const Sample *,
+                 int batch_size, uint64_t seed, int64_t step, Losses *, Error *);
+    void (*encode)(const Model *, Activations *, const Image *);
+    void (*decode)(const Model *, Activations *);
+    void (*fetch)(Model *), (*send)(Model *);  // the model's values before they are used here, after they were changed
+} engine = {0, engine_start, training_step, encode_image, decoder_forward, values_are_here, values_are_here};
+
+// To compute with the averages, and to go back.
+static void engine_swap(Model *model) {
+    if (!model->ema.base) return;
+    engine.fetch(model);
+    ema_swap(model);
+    engine.send(model);
+}
+
+// Boxes of the picture that has most.
+static int most_targets(const Dataset *set) {
+    int most = 0;
+    for (int i = 0; i < set->num_images; i++) {
+        const DatasetImage *image = &set->images[i];
+        int targets = 0;
+        for (int a = 0; a < image->num_annotations; a++)
+            targets += annotation_is_target(&set->annotations[image->first_annotation + a]);
+        most = targets > most ? targets : most;
+    }
+    return most;
+}
+
 // Makes (height, width) the smallest plan that also holds (other_height, other_width), either way round.
 static void widen_plan(int *height, int *width, int other_height, int other_width) {
     int low = other_height < other_width ? other_height : other_width,
@@ -309,12 +352,12 @@ static int evaluate(Network *network, Activations *acts, const Dataset *set, Loa
             continue;
         }
         const double started = seconds_now();
-        encode_image(&network->model, acts, &sample->image);
+        engine.encode(&network->model, acts, &sample->image);
         const double encoded = seconds_now() - started;
         for (int d = 0; d < depths; d++) {
             const double decoding = seconds_now();
             dec_layers_use(network, layers - depths + 1 + d);
-            decoder_forward(&network->model, acts);
+            engine.decode(&network->model, acts);
             detect(network, acts, sample->original_width, sample->original_height, found);
             if (seconds) seconds[d] += encoded + seconds_now() - decoding;
             for (int q = 0; q < num_queries; q++) {
@@ -555,6 +598,7 @@ static int training_save(Training *run, const char *folder, Error *error) {
     const Model *model = &run->network.model;
     const double begin = seconds_now();
     if (fileset_begin(folder, error) != 0) return -1;
+    engine.fetch(&run->network.model);
     FILE *log = fileset_create(folder, "log.txt");
     if (log) fputs(run->log, log);
     int status = fileset_close(log, folder, "log.txt", error);
@@ -718,7 +762,7 @@ static int training_calibrate(Training *run, int height, int width, Error *error
 // them. other: bytes that will be taken besides their activations.
 static int pictures_in_flight(const Settings *settings, const Model *model, int height, int width, double other) {
     const int threads = omp_get_max_threads(), most = flag_int(settings, "micro_batch");
-    if (flag_int(settings, "batch_size") < threads || (most && most < threads)) return 1;
+    if (engine.is_gpu || flag_int(settings, "batch_size") < threads || (most && most < threads)) return 1;
     const double needed = other + (double)activations_bytes(model, height, width, 1, threads),
                  available = memory_free();
     return needed <= available || available == 0 ? threads : 1;
@@ -732,14 +776,14 @@ static int training_plan(Training *run, int height, int width, Error *error) {
         (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
     const double followed = model->track_norms ? calibration_bytes(model, height, width) : 0;
     run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures);
-    const ReportRow rows[] = {
-        {"weights", NULL, (double)model->weights.used, 0},
-        {"packed weights", NULL, (double)model->packed.used, 0},
-        {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
-        {"average of the weights", NULL, (double)model->ema.used, 0},
-        {"activations and workspace", NULL, (double)activations_bytes(model, height, width, 1, run->in_flight), 0},
-        {"pictures the norms follow", NULL, followed, 0},
-        {"pictures read ahead", NULL, pictures, 0}};
+    const ReportRow rows[] = {{"weights", NULL, (double)model->weights.used, 0},
+                              {"packed weights", NULL, (double)model->packed.used, 0},
+                              {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
+                              {"average of the weights", NULL, (double)model->ema.used, 0},
+                              {"activations and workspace", NULL,
+                               (double)activations_bytes(model, height, width, !engine.is_gpu, run->in_flight), 0},
+                              {"pictures the norms follow", NULL, followed, 0},
+                              {"pictures read ahead", NULL, pictures, 0}};
     double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
         available = memory_free() + taken;
     printf("\nmemory     for pictures up to %d x %d, %d in flight\n", height, width, run->in_flight);
@@ -757,7 +801,8 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, 1, 1) > 0.95 * available)
+        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, !engine.is_gpu, 1) >
+            0.95 * available)
             continue;
         return fail(error,
                     "out of memory: the plan needs %.1f MiB and %.1f are free: --short_side %d --max_size %d would fit",
@@ -806,10 +851,10 @@ static int training_end_epoch(Training *run, Error *error) {
         const double begin = seconds_now();
         EvalDetection *detections;
         int num_detections;
-        ema_swap(&run->network.model);
+        engine_swap(&run->network.model);
         int stopped = evaluate(&run->network, run->acts, &run->val, run->loader, run->val_labels, &run->loss, &test,
                                &run->report, 1, &detections, &num_detections, NULL);
-        ema_swap(&run->network.model);
+        engine_swap(&run->network.model);
         if (!stopped) {
             coco_scores_free(&run->report.scores);
             coco_score(&run->report.scores, &run->val, detections, num_detections);
@@ -865,8 +910,8 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
             fprintf(stderr, "%s: skipped\n", samples[i].error.text);
         for (int b = 0; b < samples[i].num_boxes; b++) samples[i].classes[b] = run->train_labels[samples[i].classes[b]];
     }
-    status = training_step(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
-                           run->step, losses, error);
+    status = engine.train(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
+                          run->step, losses, error);
     if (status != 0) {
         size_t used = strlen(error->text);
         for (int i = 0; i < batch && used < sizeof error->text; i++)
@@ -1133,7 +1178,9 @@ static int training_run(Training *run, Error *error) {
         training_calibrate(run, height, width, error) != 0)
         return -1;
     model_pack(&run->network.model);
-    activations_create(run->acts, &run->network.model, height, width, 1, run->in_flight);
+    if (engine.start(run->settings, &run->network.model, run->acts, height, width, 1, run->in_flight,
+                     most_targets(&run->train), error) != 0)
+        return -1;
     if (run->state_tree)
         printf("resume     %s at step %lld of %lld\n", run->folder, (long long)run->step, (long long)run->last_step);
     if (run->step >= run->last_step &&
@@ -1278,7 +1325,7 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
             fprintf(stderr, "warning: class \"%s\" is not in id2label: its boxes cannot be found\n",
                     set->categories[c].name);
     loader_worst_size(set, &loader, &height, &width);
-    activations_create(acts, &network->model, height, width, 0, 1);
+    if (engine.start(settings, &network->model, acts, height, width, 0, 1, 0, error) != 0) return -1;
     EvalDetection *detections[MAX_DEC_LAYERS];
     evaluate(network, acts, set, loader, labels, NULL, NULL, NULL, depths, detections, num_detections, seconds);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
@@ -1382,7 +1429,8 @@ static int predict_picture(Prediction *run, Sample *sample, Detection *found, Er
         run->unreadable++;
         return 0;
     }
-    predict_image(&run->network.model, &run->acts, &sample->image);
+    engine.encode(&run->network.model, &run->acts, &sample->image);
+    engine.decode(&run->network.model, &run->acts);
     detect(&run->network, &run->acts, width, height, found);
     for (int q = 0; q < num_queries; q++) {
         if (!(found[q].score > flag_number(run->settings, "threshold"))) continue;
@@ -1462,7 +1510,7 @@ static int predict_all(Prediction *run, Error *error) {
         resized_size(w, h, run->network.short_side, run->network.max_size, &out_width, &out_height);
         widen_plan(&height, &width, out_height, out_width);
     }
-    activations_create(&run->acts, &run->network.model, height, width, 0, 1);
+    if (engine.start(settings, &run->network.model, &run->acts, height, width, 0, 1, 0, error) != 0) return -1;
     if (json) fputc('[', run->json);
     if (run->pictures.count) status = predict_pictures(run, error);
     if (json) fputs("]\n", run->json);
@@ -1579,8 +1627,9 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
         double begin = seconds_now();
         if (run == 0) profile.count = 0;
         if (!train) {
-            predict_image(model, acts, &samples[0].image);
-        } else if (training_step(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0) {
+            engine.encode(model, acts, &samples[0].image);
+            engine.decode(model, acts);
+        } else if (engine.train(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0) {
             return -1;
         }
         if (run < 0) continue;
@@ -1608,7 +1657,7 @@ static int command_bench(Settings *settings, Error *error) {
     profile.on = flag_on(settings, "profile");
     const int in_flight = profile.on ? 1 : pictures_in_flight(settings, &model, height, width, 0);
     Activations *acts = (Activations *)allocate((size_t)in_flight * sizeof(Activations));
-    activations_create(acts, &model, height, width, 1, in_flight);
+    if (engine.start(settings, &model, acts, height, width, 1, in_flight, 7, error) != 0) return -1;
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
     double peak = measure_peak_gflops(config.half), infer_seconds = 0,
@@ -1617,7 +1666,7 @@ static int command_bench(Settings *settings, Error *error) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     activations_free(acts);
-    activations_create(acts, &model, height, width, 0, 1);
+    if (engine.start(settings, &model, acts, height, width, 0, 1, 0, error) != 0) return -1;
     if (train_seconds > 0) infer_seconds = bench_seconds(&model, acts, &loss, samples, batch, 0, peak, error);
     double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;
