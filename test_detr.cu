@@ -171,7 +171,7 @@ static void test_rows() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Pixels, epilogue, max pooling
+// Pixels
 
 template <class T>
 static void test_pixels_to() {
@@ -197,6 +197,170 @@ static void test_pixels() {
     test_pixels_to<__nv_bfloat16>();
     test_pixels_to<__half>();
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Feed, pictures
+
+__global__ static void __launch_bounds__(THREADS) double_kernel(int *y, const int *x) {
+    y[threadIdx.x] = 2 * x[threadIdx.x];
+}
+
+// Seven batches, none of which the host waits for.
+static void test_feed() {
+    enum { BATCHES = 7 };
+    Array<int> y(BATCHES * THREADS);
+    Feed feed;
+    feed_create(&feed, (3 + THREADS) * sizeof(int) + 128 - THREADS * sizeof(int) % 64);
+    for (int batch = 0; batch < BATCHES; batch++) {
+        const int *little, *x;
+        feed_begin(&feed);
+        feed_take(&feed, 3, &little)[0] = batch;
+        int *host = feed_take(&feed, THREADS, &x);
+        for (int i = 0; i < THREADS; i++) host[i] = THREADS * batch + i;
+        feed_send(&feed);
+        double_kernel<<<1, THREADS, 0, stream>>>(y.device + THREADS * batch, x);
+        feed_end(&feed);
+        check((uintptr_t)x % 64 == 0 && (const char *)x - (const char *)little == 64, "what is taken lies on 64 bytes");
+    }
+    y.download();
+    int wrong = 0;
+    for (int i = 0; i < BATCHES * THREADS; i++) wrong += y[(size_t)i] != 2 * i;
+    check(wrong == 0, "%d numbers of batches on their way are wrong", wrong);
+    feed_free(&feed);
+}
+
+// Sizes and what is to be done, of each kind: larger, smaller, along y first, one direction alone, none; mirrored all
+// ways; cropped; two resizes.
+static const struct {
+    int width, height;
+    ImageChange change;
+} CHANGES[] = {
+    {40, 30, {0, 0, 0, 1, {{53, 41, 0, 0, 53, 41}}}},
+    {61, 47, {1, 0, 0, 1, {{20, 15, 0, 0, 20, 15}}}},
+    {30, 64, {0, 1, 0, 1, {{25, 31, 0, 0, 25, 31}}}},
+    {50, 37, {1, 1, 1, 2, {{30, 41, 4, 7, 19, 25}, {33, 43, 0, 0, 33, 43}}}},
+    {1, 1, {0, 0, 1, 1, {{3, 5, 0, 0, 3, 5}}}},
+    {33, 20, {0, 0, 0, 0, {}}},
+    {45, 52, {0, 0, 1, 2, {{37, 19, 9, 3, 21, 15}, {30, 22, 0, 0, 30, 22}}}},
+    {57, 60, {1, 0, 1, 2, {{50, 22, 11, 3, 33, 17}, {17, 9, 0, 0, 17, 9}}}},
+    {17, 19, {0, 1, 1, 1, {{19, 30, 2, 4, 16, 20}}}},
+    {17, 40, {1, 1, 0, 1, {{17, 10, 3, 2, 9, 5}}}},
+    {22, 11, {1, 0, 1, 1, {{11, 22, 4, 5, 6, 16}}}},
+};
+enum { NUM_CHANGES = sizeof CHANGES / sizeof CHANGES[0], CHANGE_SIDE = 64 };
+
+template <class T>
+static void test_pictures_to() {
+    enum { BATCHES = 4, COUNT = 5 };  // a batch's samples, of which one has no picture
+    Feed feed;
+    Pictures pictures;
+    Arena arena;
+    memset(&arena, 0, sizeof arena);
+    const size_t most = (size_t)COUNT * CHANGE_SIDE * CHANGE_SIDE * 3;
+    for (int turn = 0; turn < 2; turn++) {
+        pictures_walk(&pictures, &arena, COUNT, CHANGE_SIDE, 100);
+        if (turn == 0) device_arena_allocate(&arena);
+    }
+    feed_create(&feed, pictures_bytes(COUNT, CHANGE_SIDE, 100));
+    Array<float> table(3 * 256);
+    Array<T> y(BATCHES * most);
+    pixel_table(table.host);
+    table.upload();
+    float *expected = (float *)allocate(BATCHES * most * sizeof(float));
+    size_t counts[BATCHES] = {};
+    for (int batch = 0; batch < BATCHES; batch++) {
+        Sample samples[COUNT];
+        memset((void *)samples, 0, sizeof samples);
+        for (int i = 0; i < COUNT; i++) {
+            const int which = (3 * batch + i) % NUM_CHANGES;
+            if (i == 2) continue;
+            Image image = image_new(CHANGES[which].width, CHANGES[which].height);
+            const size_t bytes = 3 * (size_t)image.width * (size_t)image.height;
+            for (size_t k = 0; k < bytes; k++)
+                image.pixels[k] = (unsigned char)random_word(7, RANDOM_TEST, 70, (uint32_t)which, 0, k);
+            for (size_t k = 0; k < bytes / 2; k++)  // half of it black or white: sums that reach both ends
+                image.pixels[k] = image.pixels[k] < 128 ? 0 : 255;
+            samples[i].image = image_new(image.width, image.height), samples[i].change = CHANGES[which].change;
+            memcpy(samples[i].image.pixels, image.pixels, bytes);
+            image_change(&image, &CHANGES[which].change);
+            normalise_pixels(expected + (size_t)batch * most + counts[batch], &image, 0);
+            counts[batch] += 3 * (size_t)image.width * (size_t)image.height;
+            image_free(&image);
+        }
+        feed_begin(&feed);
+        feed_pictures(&feed, &pictures, samples, COUNT);
+        feed_send(&feed);
+        gpu_pictures(y.device + (size_t)batch * most, &pictures, table.device);
+        feed_end(&feed);
+        for (int i = 0; i < COUNT; i++) image_free(&samples[i].image);
+    }
+    for (int batch = 0; batch < BATCHES; batch++) {
+        Array<T> ours(counts[batch]);
+        CUDA(
+            cudaMemcpy(ours.device, y.device + (size_t)batch * most, ours.count * sizeof(T), cudaMemcpyDeviceToDevice));
+        const int wrong = different(ours.download(), expected + (size_t)batch * most, ours.count);
+        check(wrong == 0, "pictures to %s, batch %d: %d of %zu numbers are not the CPU's", type_name<T>(), batch, wrong,
+              ours.count);
+    }
+    free(expected);
+    feed_free(&feed);
+    CUDA(cudaFree(arena.base));
+}
+
+static void test_pictures() {
+    test_pictures_to<float>();
+    test_pictures_to<__nv_bfloat16>();
+    test_pictures_to<__half>();
+
+    // The largest tables fit in what is planned: two resizes that take one pixel away, in both directions.
+    Sample sample;
+    Feed feed;
+    Pictures pictures;
+    memset((void *)&sample, 0, sizeof sample), memset(&pictures, 0, sizeof pictures);
+    sample.image = image_new(CHANGE_SIDE, CHANGE_SIDE);
+    sample.change = {0, 0, 0, 2, {{63, 63, 0, 0, 63, 63}, {62, 62, 0, 0, 62, 62}}};
+    feed_create(&feed, pictures_bytes(1, CHANGE_SIDE, 0));
+    feed_begin(&feed);
+    feed_pictures(&feed, &pictures, &sample, 1);
+    check(feed.host[feed.turn].used <= feed.host[feed.turn].capacity, "the largest tables fit");
+    feed_free(&feed);
+    image_free(&sample.image);
+
+    // A long white line stays white, as on the CPU, though its weights' sum passes 1 by half a percent.
+    enum { LONG = 798937 };
+    Array<float> table(3 * 256), y(3);
+    Array<uint32_t> scratch(1);
+    pixel_table(table.host);
+    table.upload();
+    sample.image = image_new(LONG, 1);
+    memset(sample.image.pixels, 255, 3 * LONG);
+    sample.change = {0, 0, 0, 1, {{1, 1, 0, 0, 1, 1}, {}}};
+    pictures.scratch[0] = scratch.device;
+    feed_create(&feed, 3 * LONG + 3 * LONG * sizeof(int));
+    feed_begin(&feed);
+    feed_pictures(&feed, &pictures, &sample, 1);
+    feed_send(&feed);
+    gpu_pictures(y.device, &pictures, table.device);
+    feed_end(&feed);
+    y.download();
+    check(y[0] == table[255] && y[1] == table[511] && y[2] == table[767], "a long white line is %g %g %g", y[0], y[1],
+          y[2]);
+    feed_free(&feed);
+    image_free(&sample.image);
+
+    DatasetImage images[2];
+    Dataset set;
+    memset((void *)images, 0, sizeof images), memset((void *)&set, 0, sizeof set);
+    images[0].width = 640, images[1].height = 1500, set.images = images, set.num_images = 2;
+    const int small = picture_side(&set, 800, 1333), large = picture_side(&set, 800, 3000);
+    images[0].width = 9000;
+    const int most = picture_side(&set, 800, 1333);
+    check(small == 1500 && large == 3000 && most == MOST_DEFERRED_SIDE, "deferred up to sides of %d, %d, %d", small,
+          large, most);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogue, max pooling
 
 template <class T>
 static void test_epilogue_of() {
@@ -1153,7 +1317,7 @@ static void test_optimizer() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-                             {"epilogue", test_epilogue},
+                             {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
                              {"linear", test_linear},
 #endif

@@ -8,11 +8,13 @@ doc/8-the-cuda-version.md says what is there and what each kernel costs.
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
 
     Device        errors, memory that is planned before it is used
+    Feed          what comes from the host, while kernels run
     Numbers       how a kernel reads and writes: eight at a time, stored as float, bf16 or fp16
     Ragged        a micro-batch: the rows of all its images one after another
     Sums          the two passes that every sum over rows takes
     Parameters    where they lie, and what products read instead of them
     Pixels        bytes to numbers
+    Pictures      from what a file holds to what the network sees
     Epilogue      what happens to a product's sums before they are written
     Tensor cores  and asynchronous copies: the instructions
     Linear layers by cuBLASLt
@@ -79,6 +81,76 @@ static void device_arena_allocate(Arena *arena) {
     arena->used = 0;
     CUDA(cudaMalloc((void **)&arena->base, arena->capacity));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Feed. What kernels need of the host comes batch by batch, each in one copy: the host takes room in pinned memory and
+// fills it, the copy has a stream of its own, and `stream` waits for its event, not the host. All is there twice, so
+// that one batch is filled and copied while kernels read the other. In turn, for each batch:
+//
+//     feed_begin, feed_take ..., feed_send; launches of kernels that read what was sent; feed_end
+//
+// What is sent before the host waits for results of the batch before is on its way while that is computed.
+
+typedef struct {
+    Arena host[2];  // pinned; what is taken lies at the same place in device[turn]
+    char *device[2];
+    int turn;
+    cudaStream_t stream;             // of the copies
+    cudaEvent_t copied[2], read[2];  // the copy has ended; so have the kernels
+} Feed;
+
+// bytes: of a batch, what is taken being rounded up to 64 each time.
+static void feed_create(Feed *feed, size_t bytes) {
+    memset((void *)feed, 0, sizeof *feed);
+    CUDA(cudaStreamCreateWithFlags(&feed->stream, cudaStreamNonBlocking));
+    for (int i = 0; i < 2; i++) {
+        feed->host[i].capacity = bytes;
+        CUDA(cudaMallocHost((void **)&feed->host[i].base, bytes));
+        CUDA(cudaMalloc((void **)&feed->device[i], bytes));
+        CUDA(cudaEventCreateWithFlags(&feed->copied[i], cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&feed->read[i], cudaEventDisableTiming));
+    }
+}
+
+static void feed_free(Feed *feed) {
+    for (int i = 0; i < 2; i++) {
+        CUDA(cudaEventDestroy(feed->copied[i]));
+        CUDA(cudaEventDestroy(feed->read[i]));
+        CUDA(cudaFreeHost(feed->host[i].base));
+        CUDA(cudaFree(feed->device[i]));
+    }
+    CUDA(cudaStreamDestroy(feed->stream));
+    memset((void *)feed, 0, sizeof *feed);
+}
+
+// Waits until the batch before the last has been copied, whose memory this one takes.
+static void feed_begin(Feed *feed) {
+    feed->turn ^= 1;
+    feed->host[feed->turn].used = 0;
+    CUDA(cudaEventSynchronize(feed->copied[feed->turn]));
+}
+
+// Room for `count` of V, which the caller fills before feed_send(); *device: where kernels find them, on 64 bytes.
+template <class V>
+static V *feed_take(Feed *feed, size_t count, const V **device) {
+    Arena *host = &feed->host[feed->turn];
+    V *memory = (V *)arena_bytes(host, count * sizeof(V));
+    *device = (const V *)(feed->device[feed->turn] + ((char *)memory - host->base));
+    return memory;
+}
+
+// Copies what was taken, as soon as kernels have read what lies there; what is launched in `stream` from now on reads
+// it.
+static void feed_send(Feed *feed) {
+    const Arena *host = &feed->host[feed->turn];
+    CUDA(cudaStreamWaitEvent(feed->stream, feed->read[feed->turn], 0));
+    CUDA(cudaMemcpyAsync(feed->device[feed->turn], host->base, host->used, cudaMemcpyHostToDevice, feed->stream));
+    CUDA(cudaEventRecord(feed->copied[feed->turn], feed->stream));
+    CUDA(cudaStreamWaitEvent(stream, feed->copied[feed->turn], 0));
+}
+
+// Behind the last launch that reads what was sent.
+static void feed_end(Feed *feed) { CUDA(cudaEventRecord(feed->read[feed->turn], stream)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
@@ -508,6 +580,210 @@ template <class T>
 static void gpu_pixels(T *y, const unsigned char *bytes, const float *table, size_t count) {
     pixels_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, bytes, table, count);
     CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pictures. They come as files hold them, and image_change() of data/loader.h happens here, with the same weights and
+// the same roundings: the same bytes as on the CPU. A resize is a pass along x and one along y, each rounded to 8 bits;
+// mirroring is how the first one reads. A pass does all pictures that have one, up to four in all; those with fewer
+// join later, and the last pass writes what the network reads.
+
+enum { PICTURE_PASSES = 4, PICTURE_TILE = 16, MOST_DEFERRED_SIDE = 2048 };
+
+// What a pass does to a picture: pixels of the result are weighted means of pixels of the source, along y or along x.
+typedef struct {
+    const unsigned char *from;  // the source's pixel (0, 0): red, green, blue
+    int right, below;           // bytes from one of its pixels to the next in both directions
+    int along_y, packed;        // packed: as in a file, three bytes a pixel; else four
+    int width, height;          // of the result
+    int first_tile;             // how many tiles come before its own
+    size_t first;               // how many pixels
+    // (2 + taps, places), places being rows or columns of the result: the first pixel that each is a mean of, how many
+    // there are, their weights. NULL: that direction stays as it is.
+    const int *table;
+} PicturePass;
+
+// A micro-batch's pictures on their way.
+typedef struct {
+    const PicturePass *passes[PICTURE_PASSES];  // device
+    int counts[PICTURE_PASSES], tiles[PICTURE_PASSES];
+    uint32_t *scratch[2];  // what a pass leaves for the next one: pixels of four bytes
+} Pictures;
+
+// The side up to which the loader shall defer (LoaderSettings) what is done to pictures: the longest of the data set,
+// but no more than MOST_DEFERRED_SIDE, and no less than what the network sees at most. Larger ones are done by the
+// loader's threads.
+static int picture_side(const Dataset *set, int worst_height, int worst_width) {
+    int side = 0;
+    for (int i = 0; i < set->num_images; i++) {
+        const int width = set->images[i].width, height = set->images[i].height;
+        side = width > side ? width : side, side = height > side ? height : side;
+    }
+    side = side < MOST_DEFERRED_SIDE ? side : MOST_DEFERRED_SIDE;
+    side = worst_height > side ? worst_height : side;
+    return worst_width > side ? worst_width : side;
+}
+
+// The most pixels that one of a picture's stages has. side: the loader's defer_side; worst_pixels: of what the network
+// sees.
+static size_t picture_pixels(int side, size_t worst_pixels) {
+    const size_t square = (size_t)side * (size_t)side;
+    return square > worst_pixels ? square : worst_pixels;
+}
+
+// Bytes of a Feed that `count` pictures take at most. A table of n places out of m has two numbers a place and
+// 2 max(1, m / n) + 3 weights at most, so less than 7 times the longer side.
+static size_t pictures_bytes(int count, int side, size_t worst_pixels) {
+    const size_t of_tables = 2 * PICTURE_PASSES * 64 + PICTURE_PASSES * 7 * (size_t)side * sizeof(int);
+    return (size_t)count * (3 * picture_pixels(side, worst_pixels) + 64 + of_tables) +
+           PICTURE_PASSES * ((size_t)count * sizeof(PicturePass) + 64);
+}
+
+// Takes the scratch of `count` pictures.
+static void pictures_walk(Pictures *p, Arena *arena, int count, int side, size_t worst_pixels) {
+    const size_t bytes = (size_t)count * picture_pixels(side, worst_pixels) * sizeof(uint32_t);
+    for (int i = 0; i < 2; i++) p->scratch[i] = (uint32_t *)arena_bytes(arena, bytes);
+}
+
+// One direction of a resize: of `size` places `kept` from `first` on in a result of `full`. Afterwards first and length
+// are the places that this needs.
+typedef struct {
+    ResizeTable table;
+    int resized, first, length, kept;
+} ResizeAxis;
+
+static ResizeAxis resize_axis(int size, int full, int first, int kept) {
+    ResizeAxis axis = {{NULL, NULL, NULL, 0}, full != size, first, kept, kept};
+    if (!axis.resized) return axis;
+    axis.table = resize_table(size, full, first, kept);
+    axis.first = axis.table.starts[0];
+    axis.length = axis.table.starts[kept - 1] + axis.table.counts[kept - 1] - axis.first;
+    return axis;
+}
+
+// The table as PicturePass has it, or NULL; places count from axis->first.
+static const int *feed_table(Feed *feed, const ResizeAxis *axis) {
+    const int *device, places = axis->kept, taps = axis->table.taps;
+    if (!axis->resized) return NULL;
+    int *to = feed_take(feed, (size_t)places * (size_t)(2 + taps), &device);
+    for (int i = 0; i < places; i++) {
+        to[i] = axis->table.starts[i] - axis->first, to[places + i] = axis->table.counts[i];
+        for (int t = 0; t < taps; t++)
+            to[(2 + t) * places + i] = (int)resize_whole_weight(axis->table.weights[i * taps + t]);
+    }
+    return device;
+}
+
+// Writes down the passes of one picture, `next` being where each pass's list ends, and puts its pixels and tables into
+// the feed.
+static void feed_picture(Feed *feed, Pictures *p, PicturePass *next[PICTURE_PASSES], size_t pixels[PICTURE_PASSES],
+                         const Image *image, const ImageChange *change) {
+    int width = image->width, height = image->height, right = 3, below = 3 * width;
+    const size_t bytes = 3 * (size_t)width * (size_t)height;
+    const unsigned char *from;
+    memcpy(feed_take(feed, bytes, &from), image->pixels, bytes);
+    if (change->flip) from += (ptrdiff_t)(width - 1) * right, right = -right;
+    if (change->vflip) from += (ptrdiff_t)(height - 1) * below, below = -below;
+    if (change->transpose) {
+        const int step = right, side = width;
+        right = below, below = step, width = height, height = side;
+    }
+    const Resize whole = {width, height, 0, 0, width, height};
+    const int resizes = change->num_resizes ? change->num_resizes : 1;
+    for (int i = 0; i < 2 * resizes; i += 2) {
+        const Resize to = change->num_resizes ? change->resizes[i / 2] : whole;
+        ResizeAxis axes[2] = {resize_axis(width, to.full_width, to.x, to.width),
+                              resize_axis(height, to.full_height, to.y, to.height)};
+        const int y_first = resize_y_first(width, height, to.full_width, to.full_height);
+        from += (ptrdiff_t)axes[0].first * right + (ptrdiff_t)axes[1].first * below;
+        width = axes[0].length, height = axes[1].length;
+        for (int turn = 0; turn < 2; turn++) {
+            const int pass = PICTURE_PASSES - 2 * resizes + i + turn, along_y = y_first ^ turn;
+            *(along_y ? &height : &width) = axes[along_y].kept;
+            const PicturePass made = {from,  right,  below,          along_y,      i + turn == 0,
+                                      width, height, p->tiles[pass], pixels[pass], feed_table(feed, &axes[along_y])};
+            *next[pass]++ = made;
+            p->counts[pass]++;
+            p->tiles[pass] += (int)(divide_up((size_t)width, PICTURE_TILE) * divide_up((size_t)height, PICTURE_TILE));
+            from = (const unsigned char *)(p->scratch[pass % 2] + pixels[pass]);
+            right = 4, below = 4 * width;
+            pixels[pass] += (size_t)width * (size_t)height;
+        }
+        for (int axis = 0; axis < 2; axis++)
+            if (axes[axis].resized) resize_table_free(&axes[axis].table);
+    }
+}
+
+// Puts the pictures of samples, but for those that could not be read, into the feed, with what is still to be done to
+// them. The samples may be freed afterwards.
+static void feed_pictures(Feed *feed, Pictures *p, const Sample *samples, int count) {
+    PicturePass *next[PICTURE_PASSES];
+    size_t pixels[PICTURE_PASSES] = {};
+    for (int pass = 0; pass < PICTURE_PASSES; pass++) {
+        next[pass] = feed_take(feed, (size_t)count, &p->passes[pass]);
+        p->counts[pass] = p->tiles[pass] = 0;
+    }
+    for (int i = 0; i < count; i++)
+        if (samples[i].image.pixels) feed_picture(feed, p, next, pixels, &samples[i].image, &samples[i].change);
+}
+
+// A block has a tile of a picture, a thread one of its pixels: square, so that what is read across, by a transposed
+// picture, is in few lines. T is uint32_t between passes.
+template <class T>
+__global__ static void __launch_bounds__(PICTURE_TILE *PICTURE_TILE)
+    resize_kernel(T *y, const PicturePass *passes, int count, const float *table) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (passes[middle].first_tile <= (int)blockIdx.x)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    const PicturePass p = passes[low];
+    const int tiles = (p.width + PICTURE_TILE - 1) / PICTURE_TILE, tile = (int)blockIdx.x - p.first_tile;
+    const int column = tile % tiles * PICTURE_TILE + (int)threadIdx.x % PICTURE_TILE;
+    const int row = tile / tiles * PICTURE_TILE + (int)threadIdx.x / PICTURE_TILE;
+    if (column >= p.width || row >= p.height) return;
+    const int place = p.along_y ? row : column, places = p.along_y ? p.height : p.width;
+    const int start = p.table ? p.table[place] : place, taps = p.table ? p.table[places + place] : 1;
+    const ptrdiff_t x = p.along_y ? column : start, step = p.along_y ? p.below : p.right;
+    const unsigned char *from = p.from + x * p.right + (ptrdiff_t)(p.along_y ? start : row) * p.below;
+    uint32_t sum[3], bytes[3];
+    for (int c = 0; c < 3; c++) sum[c] = 1 << (RESIZE_BITS - 1);
+    for (int t = 0; t < taps; t++, from += step) {
+        const uint32_t weight = p.table ? (uint32_t)p.table[(2 + t) * places + place] : 1 << RESIZE_BITS;
+        if (p.packed) {
+            for (int c = 0; c < 3; c++) sum[c] += weight * from[c];
+        } else {
+            const uint32_t pixel = *(const uint32_t *)from;
+            for (int c = 0; c < 3; c++) sum[c] += weight * (pixel >> 8 * c & 255);
+        }
+    }
+    for (int c = 0; c < 3; c++) bytes[c] = min(sum[c] >> RESIZE_BITS, 255u);
+    const size_t at = p.first + (size_t)row * p.width + column;
+    if constexpr (std::is_same<T, uint32_t>::value)
+        y[at] = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
+    else
+        for (int c = 0; c < 3; c++) y[3 * at + c] = to_type<T>(table[256 * c + bytes[c]]);
+}
+
+// y (rows, 3): what normalise_pixels() makes of the pictures that were fed, one after another. table: pixel_table(), on
+// the device.
+template <class T>
+static void gpu_pictures(T *y, const Pictures *p, const float *table) {
+    enum { TILE = PICTURE_TILE * PICTURE_TILE };
+    for (int pass = 0; pass < PICTURE_PASSES; pass++) {
+        const PicturePass *passes = p->passes[pass];
+        const int count = p->counts[pass];
+        const unsigned grid = (unsigned)p->tiles[pass];
+        if (grid == 0) continue;
+        if (pass < PICTURE_PASSES - 1)
+            resize_kernel<uint32_t><<<grid, TILE, 0, stream>>>(p->scratch[pass % 2], passes, count, NULL);
+        else
+            resize_kernel<T><<<grid, TILE, 0, stream>>>(y, passes, count, table);
+        CUDA(cudaGetLastError());
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
