@@ -1173,6 +1173,22 @@ static void test_set_loss_of(int focal, int num_labels, int aux_loss, int ties) 
                   (!last || (int)ours[SUM_RIGHT] - 1 == losses.matched_right),
               "%s: matched queries of layer %d: %g, %g right", loss, l, ours[SUM_MATCHED] - 1, ours[SUM_RIGHT] - 1);
     }
+    // The loss's scale: gradients are so many times as large, to the bit.
+    Array<LossScale> scale(1);
+    scale[0].scale = 4096;
+    scale.upload();
+    p.loss_scale = scale.device;
+    float *plain = (float *)allocate(rows * (width + 4) * sizeof(float)), *plain_boxes = plain + rows * width;
+    for (size_t i = 0; i < rows * width; i++) plain[i] = 4096 * dlogits[i];
+    for (size_t i = 0; i < 4 * rows; i++) plain_boxes[i] = 4096 * dbox_logits[i];
+    gpu_set_loss(p);
+    check(memcmp(dlogits.download(), plain, rows * width * sizeof(float)) == 0 &&
+              memcmp(dbox_logits.download(), plain_boxes, 4 * rows * sizeof(float)) == 0,
+          "%s, %d classes: gradients are 4096 times as large", loss, classes);
+    const double twice = sums[SUM_CE];
+    sums.download();
+    check(fabs(sums[SUM_CE] - 2 * twice + 1) <= 1e-14 * twice, "%s: losses are not scaled", loss);
+    free(plain);
     free(memory);
     free(acts.match);
     free(acts.probabilities);
@@ -1222,26 +1238,31 @@ static int compare_operands(const DeviceParams *d, const Model *model) {
     return wrong;
 }
 
-template <class T>
-static void test_optimizer_of(int from_scratch, double ema_decay, double clip_max_norm) {
+// A small model of random numbers, norms as well.
+static void optimizer_model(Model *model, int from_scratch) {
     ModelConfig config;
-    Model model;
     Error error;
     memset(&config, 0, sizeof config);
     config.bottleneck = 1, config.num_stages = 2, config.stem_width = 8, config.hidden_dim = 32, config.nheads = 4;
     for (int s = 0; s < 2; s++) config.depths[s] = 1, config.widths[s] = 32 << s;
     config.enc_layers = config.dec_layers = 1, config.dim_feedforward = 40, config.num_queries = 9,
     config.num_labels = 3;
-    if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
-    model_initialise(&model, 3);
-    for (int i = 0; i < model.num_params; i++) {
-        Param *param = model.params[i];
+    if (model_create(model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+    model_initialise(model, 3);
+    for (int i = 0; i < model->num_params; i++) {
+        Param *param = model->params[i];
         for (size_t k = 0; k < param->count; k++) {
             if (param->init == INIT_ONE) param->value[k] = 1 + 0.5f * number(27, k);
             if (param->init == INIT_ZERO) param->value[k] = 0.1f * number(28, k);
         }
     }
-    model_pack(&model);
+    model_pack(model);
+}
+
+template <class T>
+static void test_optimizer_of(int from_scratch, double ema_decay, double clip_max_norm) {
+    Model model;
+    optimizer_model(&model, from_scratch);
     if (ema_decay > 0) ema_create(&model);
     DeviceParams d;
     device_params_create<T>(&d, &model);
@@ -1262,6 +1283,7 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
     check(wrong_bias == 0, "%d folded biases are wrong", wrong_bias);
 
     const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, clip_max_norm, ema_decay};
+    loss_scale_upload<T>(&d, {1, 0, 0});
     for (int64_t step = 0; step < 3; step++) {
         for (int i = 0; i < model.num_params; i++)
             for (size_t k = 0; model.params[i]->trained && k < model.params[i]->count; k++)
@@ -1303,8 +1325,146 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
     check(compare_field(&d, &model, d.value, &Param::value) == 0 &&
               compare_field(&d, &model, d.exp_avg, &Param::exp_avg) == 0,
           "a gradient that is not finite changes nothing");
+    LossScale scale = {1, LOSS_SCALE_STEPS - 1, 1};
+    CUDA(cudaMemcpy(d.loss_scale, &scale, sizeof scale, cudaMemcpyHostToDevice));
+    CUDA(cudaMemset(d.grad, 0, d.trained * sizeof(float)));
+    gpu_gradient_norm(&d);
+    gpu_optimizer_step<T>(&d, &settings, 4);
+    CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    check(scale.scale == (std::is_same<T, __half>::value ? 2 : 1) && scale.good_steps == 0, "%s: the loss's scale: %g",
+          type_name<T>(), (double)scale.scale);
+    loss_scale_upload<T>(&d, {4096, 7, 2});
+    CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    check((std::is_same<T, __half>::value ? scale.scale == 4096 && scale.good_steps == 7
+                                          : scale.scale == 1 && scale.good_steps == 0) &&
+              scale.skipped == 2,
+          "%s: a run goes on with the loss's scale", type_name<T>());
     device_params_copy(&d, &model, d.value, &Param::value, cudaMemcpyDeviceToHost);
     device_params_free(&d);
+    model_free(&model);
+}
+
+// Trains one model with the loss scaled and one without, on gradients that come in three micro-batches and in fp16.
+struct ScaledRun {
+    DeviceParams d;
+    LossScale scale;
+
+    ScaledRun(const Model *model, float factor) {
+        device_params_create<__half>(&d, model);
+        set({factor, 0, 0});
+    }
+    ~ScaledRun() { device_params_free(&d); }
+    ScaledRun(const ScaledRun &) = delete;
+    void set(LossScale to) {
+        loss_scale_upload<__half>(&d, to);
+        CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    }
+    // One step on the gradient of this number; what the network makes of the scaled loss's gradient is as large.
+    // overflow: and once too large.
+    void step(uint32_t gradient, int64_t number_of_step, bool overflow) {
+        enum { ROWS = 3 };
+        const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, 0.1, 0.9};
+        const size_t count = d.trained;
+        Array<__half> dy(ROWS * count);
+        Array<float> partials(count);
+        CUDA(cudaMemset(d.grad, 0, count * sizeof(float)));
+        for (uint32_t micro_batch = 0; micro_batch < 3; micro_batch++) {
+            __half some[4096];
+            for (size_t i = 0; i < 4096; i++) {  // 2^-10 to 1: normal numbers with any scale from 1/16 to 32768
+                const float x = number(80 + micro_batch + 3 * gradient, i);
+                some[i] = to_type<__half>((x + copysignf(0x1p-10f, x)) / 1.001f * scale.scale);
+            }
+            for (size_t i = 0; i < dy.count; i++) dy[i] = some[i * 7 % 4096];
+            if (overflow && micro_batch == 1) dy[count + 70] = to_type<__half>(65536.f);
+            dy.upload();
+            gpu_column_sums(d.grad, partials.device, dy.device, ROWS, (int)count);
+        }
+        gpu_gradient_norm(&d);
+        gpu_optimizer_step<__half>(&d, &settings, number_of_step);
+        CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    }
+    // Everything that training changes.
+    Array<char> *state() const {
+        const float *arrays[4] = {d.value, d.exp_avg, d.exp_avg_sq, d.ema};
+        const size_t bytes = d.trained * sizeof(float);
+        Array<char> *all = new Array<char>(4 * bytes + d.trained * sizeof(__half));
+        for (size_t i = 0; i < 4; i++)
+            CUDA(cudaMemcpy(all->device + i * bytes, arrays[i], bytes, cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpy(all->device + 4 * bytes, d.operand, d.trained * sizeof(__half), cudaMemcpyDeviceToDevice));
+        all->download();
+        return all;
+    }
+};
+
+static int same_state(const Array<char> *a, const Array<char> *b) { return memcmp(a->host, b->host, a->count) == 0; }
+
+static void test_loss_scale() {
+    Model model;
+    optimizer_model(&model, 1);
+    ema_create(&model);
+    {
+        ScaledRun plain(&model, 1), scaled(&model, 1024);
+        plain.step(0, 0, false), scaled.step(0, 0, false);
+        double norms[2];
+        CUDA(cudaMemcpy(&norms[0], plain.d.grad_norm, sizeof(double), cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(&norms[1], scaled.d.grad_norm, sizeof(double), cudaMemcpyDeviceToHost));
+        Array<char> *ours = scaled.state(), *before = plain.state();
+        check(norms[0] == norms[1] && norms[0] > 1 && same_state(ours, before),
+              "a step with the loss scaled is the same: norms %.17g and %.17g", norms[0], norms[1]);
+        check(scaled.scale.scale == 1024 && scaled.scale.good_steps == 1 && scaled.scale.skipped == 0, "a good step");
+        LossScale was = scaled.scale;
+        scaled.step(1, 1, true);
+        Array<char> *after = scaled.state();
+        check(same_state(after, before), "an overflow leaves every byte");
+        check(scaled.scale.scale == 512 && scaled.scale.good_steps == 0 && scaled.scale.skipped == 1,
+              "and halves the scale: %g, %d, %d", (double)scaled.scale.scale, scaled.scale.good_steps,
+              scaled.scale.skipped);
+        Error error;
+        check(loss_scale_say(&was, &scaled.scale, 1, &error) == 0, "that is no error");
+        was.scale = scaled.scale.scale = 1;
+        check(loss_scale_say(&was, &scaled.scale, 1, &error) == -1 && strstr(error.text, "step 2"), "at 1 it is one");
+        scaled.scale.skipped = was.skipped, scaled.scale.scale = 512;
+        check(loss_scale_say(&was, &scaled.scale, 2, &error) == 0, "nothing was left out");
+        was.scale = 2, was.skipped--, scaled.scale.scale = 1;
+        check(loss_scale_say(&was, &scaled.scale, 2, &error) == 0, "from 2 to 1 is no error");
+
+        // What follows is what would have, had the step not been: Adam counts the steps that were taken.
+        Array<char> *next = NULL, *wanted = NULL;
+        scaled.set({512, 0, 1});
+        scaled.step(1, 2, false), plain.step(1, 1, false);
+        next = scaled.state(), wanted = plain.state();
+        check(same_state(next, wanted) == 1, "the same gradient again is taken");
+        delete next;
+        delete wanted;
+        delete after;
+        delete ours;
+        delete before;
+    }
+    {
+        ScaledRun run(&model, 0);
+        check(run.scale.scale == FIRST_LOSS_SCALE, "a run begins with a scale of %g", (double)run.scale.scale);
+        const struct {
+            LossScale before;
+            bool overflow;
+            LossScale after;
+        } cases[] = {{{1024, LOSS_SCALE_STEPS - 2, 3}, false, {1024, LOSS_SCALE_STEPS - 1, 3}},
+                     {{1024, LOSS_SCALE_STEPS - 1, 3}, false, {2048, 0, 3}},
+                     {{1024, LOSS_SCALE_STEPS - 1, 3}, true, {512, 0, 4}},
+                     {{1, 5, 3}, true, {1, 0, 4}}};
+        for (int i = 0; i < 4; i++) {
+            run.set(cases[i].before);
+            run.step(0, 9, cases[i].overflow);
+            check(memcmp(&run.scale, &cases[i].after, sizeof run.scale) == 0, "case %d: scale %g, %d good steps, %d", i,
+                  (double)run.scale.scale, run.scale.good_steps, run.scale.skipped);
+        }
+        const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, 0.1, 0.9};
+        run.set({MOST_LOSS_SCALE, LOSS_SCALE_STEPS - 1, 0});
+        CUDA(cudaMemset(run.d.grad, 0, run.d.trained * sizeof(float)));
+        gpu_gradient_norm(&run.d);
+        gpu_optimizer_step<__half>(&run.d, &settings, 9);
+        CUDA(cudaMemcpy(&run.scale, run.d.loss_scale, sizeof run.scale, cudaMemcpyDeviceToHost));
+        check(run.scale.scale == MOST_LOSS_SCALE && run.scale.good_steps == 0, "the largest scale stays");
+    }
     model_free(&model);
 }
 
@@ -1316,14 +1476,15 @@ static void test_optimizer() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-                             {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
+static const Test TESTS[] = {
+    {"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+    {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
-                             {"linear", test_linear},
+    {"linear", test_linear},
 #endif
-                             {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
-                             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
-                             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+    {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
+    {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+    {"set_loss", test_set_loss}, {"optimizer", test_optimizer}, {"loss_scale", test_loss_scale}};
 
 static void run_test(const Test *test) {
     uint64_t bytes = 0;

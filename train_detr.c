@@ -4876,6 +4876,22 @@ typedef struct {
     double ema_decay;                                     // of the average, where the model has one
 } OptimizerSettings;
 
+// fp16 (train_detr.cu): the loss is multiplied by this before the way back, so that small gradients stay numbers, and
+// the gradient divided by it at the end; being a power of two, it rounds nothing. A gradient that is not finite was too
+// large: its step changes nothing and halves the scale, which doubles after LOSS_SCALE_STEPS others (Micikevicius et
+// al. 2018).
+typedef struct {
+    float scale;     // 1 to MOST_LOSS_SCALE, always 1 where T is another type; 0: no step has been taken on a GPU
+    int good_steps;  // since it changed
+    int skipped;     // steps that changed nothing, of all
+} LossScale;
+
+enum {
+    FIRST_LOSS_SCALE = 1 << 16,
+    MOST_LOSS_SCALE = 1 << 24,  // the smallest number above 0 that fp16 has becomes 1
+    LOSS_SCALE_STEPS = 2000
+};
+
 // How the learning rates run: a function of the step alone, so that a run that goes on needs no state for it.
 typedef struct {
     int cosine;            // from the full rate to 0 over the planned steps; else a tenth after each `drop_steps`

@@ -360,6 +360,13 @@ typedef struct {
     int first, length;  // how many filters come before its own; numbers of a filter
 } Folded;
 
+// The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
+typedef struct {
+    float decay[2], rate[2], root, share;
+    float factor;  // of the gradient: clipping and 1 / scale
+    int finite;    // else nothing changes
+} AdamwStep;
+
 typedef struct {
     Arena arena;
     size_t *place;          // host: where in the arrays each tensor of the model's table begins
@@ -371,7 +378,9 @@ typedef struct {
     int num_folded, num_filters;        // convolutions with a norm, their filters
     float *scale, *bias;                // (num_filters)
     void *bias_operand;                 // (num_filters) of T
-    double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients
+    double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients, without the loss's scale
+    LossScale *loss_scale;              // (1)
+    AdamwStep *step;                    // (1)
 } DeviceParams;
 
 // Takes its memory. number_bytes: of T.
@@ -402,6 +411,8 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
     d->bias_operand = arena_bytes(arena, (size_t)d->num_filters * number_bytes);
     d->norm_partials = (double *)arena_bytes(arena, divide_up(d->trained, NORM_CHUNKS * PARAM_CHUNK) * sizeof(double));
     d->grad_norm = (double *)arena_bytes(arena, sizeof(double));
+    d->loss_scale = (LossScale *)arena_bytes(arena, sizeof(LossScale));
+    d->step = (AdamwStep *)arena_bytes(arena, sizeof(AdamwStep));
 }
 
 // Where a tensor is in the arrays.
@@ -491,7 +502,18 @@ static void gpu_unfold(const DeviceParams *d) {
     CUDA(cudaGetLastError());
 }
 
-// The device's side of a model: parameters and the optimizer's state as the model has them now, gradients zero.
+// How the loss's scale stands from here on: as a run before left it; at the beginning if there was none.
+template <class T>
+static void loss_scale_upload(const DeviceParams *d, LossScale scale) {
+    if (!std::is_same<T, __half>::value)
+        scale.scale = 1, scale.good_steps = 0;
+    else if (scale.scale == 0)
+        scale.scale = FIRST_LOSS_SCALE;
+    CUDA(cudaMemcpy(d->loss_scale, &scale, sizeof scale, cudaMemcpyHostToDevice));
+}
+
+// The device's side of a model: parameters and the optimizer's state as the model has them now, gradients zero, the
+// loss's scale at its beginning.
 template <class T>
 static void device_params_create(DeviceParams *d, const Model *model) {
     memset(d, 0, sizeof *d);
@@ -539,6 +561,7 @@ static void device_params_create(DeviceParams *d, const Model *model) {
     CUDA(cudaMemcpy(d->folded, folded, (size_t)d->num_folded * sizeof(Folded), to_device));
     free(kinds);
     free(folded);
+    loss_scale_upload<T>(d, LossScale());
     gpu_round((T *)d->operand, d->value, d->count);
     gpu_fold<T>(d);
 }
@@ -2325,6 +2348,7 @@ typedef struct {
     double *terms;                 // (rows, 3): unweighted losses of a query
     unsigned char *answers;        // (rows)
     double *sums;                  // (layers, LOSS_SUMS), added to
+    const LossScale *loss_scale;   // device: of the gradients, not of the sums; NULL: none
 } SetLoss;
 
 __global__ static void __launch_bounds__(THREADS) sigmoid_kernel(float *y, const float *x, size_t count) {
@@ -2471,6 +2495,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     const int label = target >= 0 ? p.target_classes[first + target] : p.num_labels;
     const double weight = layer == p.layers - 1 || p.settings.aux_loss ? 1 : 0;
     const double class_weight = weight * p.settings.class_loss_coef, num_boxes = fmax(p.divisors.boxes[many], 1.0);
+    const float scale = p.loss_scale ? p.loss_scale->scale : 1;
     double *of_class = (double *)smem + threadIdx.x / 32 * p.classes, loss;
     const float *z = p.logits + (size_t)row * p.classes;
     float *dz = p.dlogits + (size_t)row * p.classes;
@@ -2478,7 +2503,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
         for (int c = lane; c < p.classes; c += 32) {
             double derivative;
             of_class[c] = focal_loss((double)z[c], c == label, &derivative);
-            dz[c] = (float)(class_weight * derivative / num_boxes);
+            dz[c] = scale * (float)(class_weight * derivative / num_boxes);
         }
         __syncwarp();
         loss = 0;
@@ -2487,7 +2512,8 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     } else {
         const double log_sum = warp_softmax(of_class, z, p.classes);
         const double w = (label < p.num_labels ? 1 : p.settings.eos_coef) / p.divisors.weights[many];
-        for (int c = lane; c < p.classes; c += 32) dz[c] = (float)(class_weight * w * (of_class[c] - (c == label)));
+        for (int c = lane; c < p.classes; c += 32)
+            dz[c] = scale * (float)(class_weight * w * (of_class[c] - (c == label)));
         loss = w * (log_sum - (double)z[label]);
     }
     int best = -1;
@@ -2519,7 +2545,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     }
     for (int i = 0; i < 4; i++) {
         const float b = p.boxes[4 * (size_t)row + i];
-        p.dbox_logits[4 * (size_t)row + i] = (float)dbox[i] * (b * (1 - b));
+        p.dbox_logits[4 * (size_t)row + i] = scale * ((float)dbox[i] * (b * (1 - b)));
     }
 }
 
@@ -2575,36 +2601,56 @@ __global__ static void __launch_bounds__(THREADS)
 }
 
 __global__ static void __launch_bounds__(THREADS)
-    gradient_norm_finish_kernel(double *norm, const double *partials, int count) {
+    gradient_norm_finish_kernel(double *norm, const double *partials, int count, const LossScale *scale) {
     __shared__ double shared[WARPS];
     double sum = 0;
     for (int i = (int)threadIdx.x; i < count; i += THREADS) sum += partials[i];
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) *norm = sqrt(sum);
+    if (threadIdx.x == 0) *norm = sqrt(sum) / scale->scale;
 }
 
-// d->grad_norm = the norm of all gradients together.
+// d->grad_norm = the norm of all gradients together, divided by the loss's scale.
 static void gpu_gradient_norm(const DeviceParams *d) {
     const unsigned count = blocks(d->trained, NORM_CHUNKS * PARAM_CHUNK);
     gradient_norm_kernel<<<count, THREADS, 0, stream>>>(d->norm_partials, d->grad, d->trained);
     CUDA(cudaGetLastError());
-    gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count);
+    gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count, d->loss_scale);
     CUDA(cudaGetLastError());
 }
 
-// The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
-typedef struct {
-    float decay[2], rate[2], root, share;
-    double clip_max_norm;
-} AdamwStep;
+// One thread: the step's numbers, and what becomes of the loss's scale. step: of the run, those that were skipped among
+// them; Adam counts the others.
+__global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm,
+                                                               OptimizerSettings settings, int64_t step, bool scales) {
+    if (threadIdx.x > 0) return;
+    AdamwStep s;
+    LossScale now = *scale;
+    const double norm = *grad_norm, taken = (double)(step - now.skipped);
+    const double correction1 = 1 - pow(0.9, taken + 1), correction2 = 1 - pow(0.999, taken + 1);
+    for (int group = 0; group < 2; group++) {
+        const double lr = group ? settings.lr_backbone : settings.lr;
+        s.decay[group] = (float)(1 - lr * settings.weight_decay), s.rate[group] = (float)(lr / correction1);
+    }
+    s.root = (float)(1 / sqrt(correction2));
+    s.share = (float)(1 - fmin(settings.ema_decay, taken / (taken + 9)));
+    s.factor = settings.clip_max_norm > 0 ? (float)fmin(1.0, settings.clip_max_norm / (norm + 1e-6)) : 1;
+    s.factor /= now.scale;
+    s.finite = isfinite(norm);
+    now.good_steps++;
+    if (!s.finite) {
+        now.scale = fmaxf(now.scale / 2, 1), now.good_steps = 0, now.skipped++;
+    } else if (now.good_steps == LOSS_SCALE_STEPS) {
+        now.scale = scales ? fminf(now.scale * 2, MOST_LOSS_SCALE) : 1, now.good_steps = 0;
+    }
+    *to = s, *scale = now;
+}
 
 template <class T>
 __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     adamw_kernel(float *value, float *exp_avg, float *exp_avg_sq, float *ema, T *operand, const float *grad,
-                 const unsigned char *kinds, const double *grad_norm, AdamwStep step) {
-    const double norm = *grad_norm;
-    if (!isfinite(norm)) return;
-    const float clip = step.clip_max_norm > 0 ? (float)fmin(1.0, step.clip_max_norm / (norm + 1e-6)) : 1;
+                 const unsigned char *kinds, const AdamwStep *numbers) {
+    const AdamwStep step = *numbers;
+    if (!step.finite) return;
     const int kind = kinds[blockIdx.x];
     const float decay = kind & KIND_BACKBONE ? step.decay[1] : step.decay[0];
     const float rate = kind & KIND_BACKBONE ? step.rate[1] : step.rate[0];
@@ -2614,7 +2660,7 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     Eight x = load8(value + at), m = load8(exp_avg + at), v = load8(exp_avg_sq + at);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float g = gradient.x[j] * clip;
+        const float g = gradient.x[j] * step.factor;
         m.x[j] = beta1 * m.x[j] + rest1 * g;
         v.x[j] = beta2 * v.x[j] + rest2 * g * g;
         x.x[j] = x.x[j] * decay - rate * m.x[j] / (sqrtf(v.x[j]) * step.root + (float)1e-8);
@@ -2631,21 +2677,26 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     if (!(kind & KIND_FOLDED)) store8(operand + at, x);
 }
 
-// optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes. A block does a chunk.
-// Afterwards the operands are those of the new values.
+// optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes but the loss's scale. step:
+// number of the run's steps before this one. A block does a chunk. Afterwards the operands are those of the new values.
 template <class T>
 static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
-    AdamwStep s;
-    const double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
-    for (int group = 0; group < 2; group++) {
-        const double lr = group ? settings->lr_backbone : settings->lr;
-        s.decay[group] = (float)(1 - lr * settings->weight_decay), s.rate[group] = (float)(lr / correction1);
-    }
-    s.root = (float)(1 / sqrt(correction2));
-    s.share = (float)(1 - fmin(settings->ema_decay, (double)step / ((double)step + 9)));
-    s.clip_max_norm = settings->clip_max_norm;
+    const bool scales = std::is_same<T, __half>::value;
+    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales);
+    CUDA(cudaGetLastError());
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
-        d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->grad_norm, s);
+        d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->step);
     CUDA(cudaGetLastError());
     gpu_fold<T>(d);
+}
+
+// What the host says when it learns, by an asynchronous copy of d->loss_scale, how that stands behind a step (0 is the
+// first); before: how it stood before that. A line if the gradient was too large for it. 0, or -1: at a scale of 1 it
+// was not the scale's fault, and the run must stop.
+static int loss_scale_say(const LossScale *before, const LossScale *after, int64_t step, Error *error) {
+    if (after->skipped == before->skipped) return 0;
+    if (before->scale == 1) return fail(error, "step %lld: the gradient is not finite", (long long)step + 1);
+    printf("step %lld: the gradient overflows fp16: left out; the loss is scaled by %.0f, before by %.0f\n",
+           (long long)step + 1, (double)after->scale, (double)before->scale);
+    return 0;
 }

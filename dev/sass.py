@@ -44,7 +44,7 @@ MUST_HAVE = {"conv_kernel": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
              "norm_": {"all": ["LDG.128", "STG.128"]}, "finish_": {"all": ["LDG.128", "STG.128"]},
              "maxpool_": {"all": ["LDG.128", "STG.128"]}, "dropout_": {"all": ["LDG.128", "STG.128"]},
              "add_positions": {"all": ["LDG.128", "STG.128"]}, "add_queries": {"all": ["LDG.128", "STG.128"]},
-             "adamw": {"all": ["LDG.128", "STG.128"]}}
+             "adamw_kernel": {"all": ["LDG.128", "STG.128"]}}
 
 # Dynamic shared memory of a block, which only the launch knows. For matching: 100 queries and at most as many targets,
 # 91 classes.
