@@ -210,6 +210,7 @@ static void test_feed() {
     enum { BATCHES = 7 };
     Array<int> y(BATCHES * THREADS);
     Feed feed;
+    const int *before = NULL;
     feed_create(&feed, (3 + THREADS) * sizeof(int) + 128 - THREADS * sizeof(int) % 64);
     for (int batch = 0; batch < BATCHES; batch++) {
         const int *little, *x;
@@ -221,6 +222,8 @@ static void test_feed() {
         double_kernel<<<1, THREADS, 0, stream>>>(y.device + THREADS * batch, x);
         feed_end(&feed);
         check((uintptr_t)x % 64 == 0 && (const char *)x - (const char *)little == 64, "what is taken lies on 64 bytes");
+        check(x != before, "batch %d lies where the one before is read", batch);
+        before = x;
     }
     y.download();
     int wrong = 0;
@@ -556,15 +559,20 @@ struct ConvCase {
     void check_result(const R *ours, const double *expected, const double *size, const float *of_cpu, size_t count,
                       int terms, const char *name) {
         const int rows = in.map.rows, kernel = s.kernel;
-        if (std::is_same<T, float>::value) {
+        if (std::is_same<T, float>::value && !allow_tf32) {
             check_error((const float *)(const void *)ours, of_cpu, expected, count, name, rows, s.in_channels);
             return;
         }
         const double unit = std::is_same<R, float>::value ? 0x1p-24 : std::is_same<R, __half>::value ? 0x1p-11 : 0x1p-8;
-        int wrong = 0;
-        for (size_t i = 0; i < count; i++)
-            wrong += !(fabs(to_float(ours[i]) - expected[i]) <=
-                       unit * fabs(expected[i]) + (terms + 4) * 0x1p-23 * size[i] + 0x1p-25);
+        // TF32 has 10 bits behind the point: each operand is wrong by 2^-11, by 2^-10 if it is cut off.
+        const double operands = std::is_same<T, float>::value ? 0x1p-9 : 0;
+        int wrong = 0, rounded = 0;
+        for (size_t i = 0; i < count; i++) {
+            const double error = fabs(to_float(ours[i]) - expected[i]);
+            wrong += !(error <= unit * fabs(expected[i]) + ((terms + 4) * 0x1p-23 + operands) * size[i] + 0x1p-25);
+            rounded += error > 0x1p-16 * size[i];
+        }
+        check(operands == 0 || rounded > 0, "%s: floats are multiplied as TF32 where that is allowed", name);
         check(wrong == 0, "%s in %s, %d to %d channels, kernel %d, stride %d, dilation %d: %d of %zu are wrong", name,
               type_name<T>(), s.in_channels, s.out_channels, kernel, s.stride, s.dilation, wrong, count);
     }
@@ -609,6 +617,10 @@ static void test_linear_of(int rows, int in, int out) {
 
 static void test_linear() {
     test_linear_of<float, float>(37, 40, 24);
+    allow_tf32 = true;
+    test_linear_of<float, float>(37, 40, 24);
+    test_linear_of<__nv_bfloat16, __nv_bfloat16>(9, 16, 24);  // for which it is nothing
+    allow_tf32 = false;
     test_linear_of<__nv_bfloat16, __nv_bfloat16>(250, 32, 72);
     test_linear_of<__nv_bfloat16, float>(9, 72, 5);  // five classes
     test_linear_of<__half, __half>(1, 8, 264);
@@ -668,6 +680,10 @@ static void test_conv_type() {
 
 static void test_conv() {
     test_conv_type<float>();
+    allow_tf32 = true;
+    test_conv_of<float>({3, 64, 7, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<float>({16, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    allow_tf32 = false;
     test_conv_type<__nv_bfloat16>();
     test_conv_of<__half>({136, 8, 1, 1, 0, 1}, PICTURES, 1);
     test_conv_of<__half>({40, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);

@@ -5336,6 +5336,7 @@ int MAIN(int argc, char **argv) {
                         argv[0], settings.command_name);
         if (strcmp(flag_text(&settings, "precision"), "fp16") == 0)
             usage_error("--precision fp16 is for GPUs: on the CPU there are fp32 and bf16");
+        if (flag_on(&settings, "tf32")) usage_error("--tf32 is for GPUs: on the CPU fp32 is multiplied as it is");
         status = COMMANDS[command].run(&settings, &error);
     }
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))

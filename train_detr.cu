@@ -25,7 +25,7 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Attention     forward and backward, scores never in memory
     Layer norm    with the residual sum before it, forward and backward
     Set loss      matching, losses and their gradients
-    Optimizer     norm of the gradient, AdamW
+    Optimizer     norm of the gradient, AdamW, the loss's scale
 
 Conventions. A kernel is called NAME_kernel, and the function that launches it gpu_NAME: that one has the contract. All
 launches go to `stream`. Every channel count is a multiple of 8, but for the picture's three colours, the classes and
@@ -857,13 +857,25 @@ static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores: program/ptx.h has the instructions
 
+// --tf32: products of floats in linear layers and convolutions are those of numbers rounded to 10 bits behind the
+// point, which tensor cores multiply; their sums stay floats. Set before the first product.
+static bool allow_tf32;
+
+// T 16 bits: 16 x 16 by 16 x 8 numbers; float: 16 x 8 by 8 x 8, as TF32.
 template <class T>
 __device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
-    if constexpr (std::is_same<T, __half>::value)
+    if constexpr (std::is_same<T, float>::value) {
+        const uint32_t rounded_b[2] = {to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1))};
+        uint32_t rounded_a[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) rounded_a[i] = to_tf32(__uint_as_float(a[i]));
+        mma_tf32(sum, rounded_a, rounded_b, sum);
+    } else if constexpr (std::is_same<T, __half>::value) {
         mma_f16(sum, a, b, sum);
-    else
+    } else {
         mma_bf16(sum, a, b, sum);
+    }
 }
 
 // Two floats as a pair of T, the first in the lower half.
@@ -939,14 +951,16 @@ static cudaDataType number_type() {
     return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, __half>::value ? CUDA_R_16F : CUDA_R_16BF;
 }
 
-// Floats are multiplied as floats, not as TF32. Of bias, a pointer, only the alignment counts.
+// Floats are multiplied as TF32 only where that is allowed. Of bias, a pointer, only the alignment counts.
 static void ask_linear(LinearProduct *p, LinearKey key, const void *bias) {
     const cublasOperation_t transpose = CUBLAS_OP_T;
     const cudaDataType type = (cudaDataType)key.operand_type, result = (cudaDataType)key.result_type;
     const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)key.epilogue;
     const uint64_t rows = (uint64_t)key.bucket, in = (uint64_t)key.in, out = (uint64_t)key.out;
+    const cublasComputeType_t compute =
+        allow_tf32 && type == CUDA_R_32F ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     p->key = key;
-    CUBLAS(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS(cublasLtMatmulDescCreate(&p->how, compute, CUDA_R_32F));
     CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     if (key.pass == BACKWARD_WEIGHT) {  // dw (in, out) = x (in, rows) dy^T (rows, out)
@@ -1053,7 +1067,8 @@ static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int r
 // their way to shared memory while a third is multiplied. Where the inner dimension is contiguous in memory a line of a
 // tile is one row's (or column's) step, and ldmatrix finds there what mma wants; where it is not, a line is one number
 // of the inner dimension for all rows, and ldmatrix transposes. Pieces are shuffled within their line, so that eight
-// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA.
+// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA,
+// or as TF32.
 
 enum {
     CONV_THREADS = 128,  // two warps by two, each with half of the tile's rows and columns
@@ -1195,9 +1210,18 @@ __device__ static inline void load4(float (&to)[4], const float *tile, int i, in
     }
 }
 
-// How a block's sums lie in its threads. With 16 bits a warp has M x N, and sum[N / 8 * i + j] is what mma makes of
-// rows 16 * i and columns 8 * j on; with floats a thread has rows y + 8 * i and columns x + 16 * j, one after another.
-template <class T, int PASS, int TILE_N>
+// Which mma wants of a tile whose lines are the inner dimension, from line k and number i on, of floats: lane l has
+// line l % 4 and number l / 4.
+template <int PIECES>
+__device__ static inline uint32_t across(const float *tile, int i, int k) {
+    const int lane = (int)threadIdx.x % 32, number = i + lane / 4;
+    return __float_as_uint(piece_at<PIECES>(tile, k + lane % 4, number / 4)[number % 4]);
+}
+
+// How a block's sums lie in its threads. With tensor cores (MMA) a warp has M x N, and sum[N / 8 * i + j] is what mma
+// makes of rows 16 * i and columns 8 * j on; without, T being float, a thread has rows y + 8 * i and columns x + 16 *
+// j, one after another.
+template <class T, int PASS, int TILE_N, bool MMA>
 struct ConvSums {
     static constexpr int PIECE = 16 / (int)sizeof(T), STEP = STEP_BYTES / (int)sizeof(T);
     static constexpr int A_PIECES = PASS == BACKWARD_WEIGHT ? TILE_M / PIECE : STEP_BYTES / 16;  // a line
@@ -1207,26 +1231,32 @@ struct ConvSums {
 
     // += the product of a step's tiles.
     __device__ void multiply_add(const T *a, const T *b) {
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (MMA) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
             const int row = warp / 2 * M, column = warp % 2 * N;
             const int upper = lane % 16, right = lane / 16, lower = lane / 16 * 8 + lane % 8, left = lane / 8 % 2;
 #pragma unroll
-            for (int k = 0; k < STEP; k += 16) {
+            for (int k = 0; k < STEP; k += 2 * PIECE) {
                 uint32_t rows[M / 16][4], columns[N / 16][4];
 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
-                    if constexpr (PASS == BACKWARD_WEIGHT)
+                    if constexpr (PASS != BACKWARD_WEIGHT)
+                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / PIECE + right));
+                    else if constexpr (sizeof(T) == 2)
                         ldmatrix_x4_trans(rows[i], piece_at<A_PIECES>(a, k + lower, row / 8 + 2 * i + left));
                     else
-                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / 8 + right));
+                        for (int q = 0; q < 4; q++)
+                            rows[i][q] = across<A_PIECES>(a, row + 16 * i + q % 2 * 8, k + q / 2 * 4);
                 }
 #pragma unroll
                 for (int j = 0; j < N / 16; j++) {
                     if constexpr (PASS == FORWARD)
-                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / 8 + left));
-                    else
+                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / PIECE + left));
+                    else if constexpr (sizeof(T) == 2)
                         ldmatrix_x4_trans(columns[j], piece_at<B_PIECES>(b, k + upper, column / 8 + 2 * j + right));
+                    else
+                        for (int q = 0; q < 4; q++)
+                            columns[j][q] = across<B_PIECES>(b, column + 16 * j + q / 2 * 8, k + q % 2 * 4);
                 }
 #pragma unroll
                 for (int i = 0; i < M / 16; i++)
@@ -1256,7 +1286,7 @@ struct ConvSums {
 
     // Writes them to shared memory: (TILE_M, ROW).
     __device__ void spill(float *to) const {
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (MMA) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
             const int row = warp / 2 * M + lane / 4, column = warp % 2 * N + lane % 4 * 2;
 #pragma unroll
@@ -1283,10 +1313,10 @@ static size_t conv_shared() {
 }
 
 // blockIdx.y: remainders of y and x on the way back to x, the part of the pixels on that to w.
-template <class T, int PASS, int TILE_N>
+template <class T, int PASS, int TILE_N, bool MMA>
 __global__ static void __launch_bounds__(CONV_THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    typedef ConvSums<T, PASS, TILE_N> Sums;
+    typedef ConvSums<T, PASS, TILE_N, MMA> Sums;
     constexpr int STEP = Sums::STEP;
     Origin *origins = (Origin *)(smem + STAGES * (TILE_M + TILE_N) * STEP_BYTES);
     ConvTap *taps = (ConvTap *)(origins + TILE_M);
@@ -1372,12 +1402,12 @@ __global__ static void __launch_bounds__(CONV_THREADS, 2) conv_kernel(const __gr
     }
 }
 
-template <class T, int PASS, int TILE_N>
+template <class T, int PASS, int TILE_N, bool MMA>
 static void launch_conv_tiles(ConvParams<T> *p, unsigned layers) {
     p->tiles = (int)divide_up((size_t)p->columns, TILE_N);
     const dim3 grid(blocks((size_t)p->rows, TILE_M) * (unsigned)p->tiles, layers);
-    allow_shared(conv_kernel<T, PASS, TILE_N>, conv_shared<TILE_N>());
-    conv_kernel<T, PASS, TILE_N><<<grid, CONV_THREADS, conv_shared<TILE_N>(), stream>>>(*p);
+    allow_shared(conv_kernel<T, PASS, TILE_N, MMA>, conv_shared<TILE_N>());
+    conv_kernel<T, PASS, TILE_N, MMA><<<grid, CONV_THREADS, conv_shared<TILE_N>(), stream>>>(*p);
     CUDA(cudaGetLastError());
 }
 
@@ -1400,11 +1430,14 @@ static void launch_conv(ConvParams<T> *p, Ragged out, Ragged in, ConvShape s, un
         }
     }
     if (p->rows == 0) return;
-    constexpr int WIDE = sizeof(T) == 2 ? 128 : 64;  // floats of a wider tile do not fit the registers
-    if (p->columns <= 64)
-        launch_conv_tiles<T, PASS, 64>(p, layers);
+    constexpr bool HALF = sizeof(T) == 2;
+    constexpr int WIDE = HALF ? 128 : 64;  // floats of a wider tile do not fit the registers
+    if (HALF && p->columns > 64)
+        launch_conv_tiles<T, PASS, WIDE, true>(p, layers);
+    else if (HALF || allow_tf32)
+        launch_conv_tiles<T, PASS, 64, true>(p, layers);
     else
-        launch_conv_tiles<T, PASS, WIDE>(p, layers);
+        launch_conv_tiles<T, PASS, 64, HALF>(p, layers);
 }
 
 // conv_forward() of all images: y (out.rows, out channels) by the epilogue, whose add and mask are like y. x: (in.rows,
