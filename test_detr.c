@@ -2252,6 +2252,41 @@ static void test_best(void) {
 }
 
 // What needs no network: schedules, the average of the values, what is told of the boxes, the best checkpoint.
+// What trainer_state.json says of fp16's scale comes back; a run on the CPU says nothing.
+static void test_loss_scale_state(void) {
+    const LossScale states[3] = {{16777216, 1999, 12}, {1, 0, 0}, {0, 0, 0}};
+    for (int i = 0; i < 3; i++) {
+        char *text = NULL;
+        size_t size;
+        FILE *file = open_memstream(&text, &size);
+        fputs("{\n", file);
+        loss_scale_write(file, &states[i]);
+        fputs(" \"step\": 0\n}\n", file);
+        fclose(file);
+        Error error;
+        ConfigReader reader = {"state", &error, 0};
+        yajl_val tree = json_parse(text, size, "state", &error);
+        LossScale read = {7, 7, 7};
+        if (tree) loss_scale_read(&read, &reader, tree);
+        check(tree && !reader.failed && memcmp(&read, &states[i], sizeof read) == 0,
+              "the loss's scale comes back: %g, %d, %d", (double)read.scale, read.good_steps, read.skipped);
+        check((strstr(text, "scale") != NULL) == (i < 2), "the state says: %s", text);
+        yajl_tree_free(tree);
+        free(text);
+    }
+    static const char *const bad[3] = {"{\"loss_scale\": {\"scale\": 3}}", "{\"loss_scale\": {\"scale\": -2}}",
+                                       "{\"loss_scale\": {\"scale\": 2, \"good_steps\": 2000}}"};
+    for (int i = 0; i < 3; i++) {
+        Error error;
+        LossScale read;
+        ConfigReader reader = {"state", &error, 0};
+        yajl_val tree = json_parse(bad[i], strlen(bad[i]), "state", &error);
+        loss_scale_read(&read, &reader, tree);
+        check(reader.failed, "%s is refused", bad[i]);
+        yajl_tree_free(tree);
+    }
+}
+
 static void test_options(void) {
     static const char *const schedules[] = {"drop", "warm", "cosine", "both"};
     TruthDump dump;
@@ -2264,6 +2299,7 @@ static void test_options(void) {
     for (int i = 0; i < 4; i++) test_schedule(&dump, schedules[i]);
     test_watch_boxes(&dump);
     test_best();
+    test_loss_scale_state();
     safetensors_close(&dump.truth);
 }
 

@@ -172,7 +172,7 @@ static void test_rows() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Pixels, epilogue, max pooling
+// Pixels
 
 template <class T>
 static void test_pixels_to() {
@@ -198,6 +198,173 @@ static void test_pixels() {
     test_pixels_to<__nv_bfloat16>();
     test_pixels_to<__half>();
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Feed, pictures
+
+__global__ static void __launch_bounds__(THREADS) double_kernel(int *y, const int *x) {
+    y[threadIdx.x] = 2 * x[threadIdx.x];
+}
+
+// Seven batches, none of which the host waits for.
+static void test_feed() {
+    enum { BATCHES = 7 };
+    Array<int> y(BATCHES * THREADS);
+    Feed feed;
+    const int *before = NULL;
+    feed_create(&feed, (3 + THREADS) * sizeof(int) + 128 - THREADS * sizeof(int) % 64);
+    for (int batch = 0; batch < BATCHES; batch++) {
+        const int *little, *x;
+        feed_begin(&feed);
+        feed_take(&feed, 3, &little)[0] = batch;
+        int *host = feed_take(&feed, THREADS, &x);
+        for (int i = 0; i < THREADS; i++) host[i] = THREADS * batch + i;
+        feed_send(&feed);
+        double_kernel<<<1, THREADS, 0, stream>>>(y.device + THREADS * batch, x);
+        feed_end(&feed);
+        check((uintptr_t)x % 64 == 0 && (const char *)x - (const char *)little == 64, "what is taken lies on 64 bytes");
+        check(x != before, "batch %d lies where the one before is read", batch);
+        before = x;
+    }
+    y.download();
+    int wrong = 0;
+    for (int i = 0; i < BATCHES * THREADS; i++) wrong += y[(size_t)i] != 2 * i;
+    check(wrong == 0, "%d numbers of batches on their way are wrong", wrong);
+    feed_free(&feed);
+}
+
+// Sizes and what is to be done, of each kind: larger, smaller, along y first, one direction alone, none; mirrored all
+// ways; cropped; two resizes.
+static const struct {
+    int width, height;
+    ImageChange change;
+} CHANGES[] = {
+    {40, 30, {0, 0, 0, 1, {{53, 41, 0, 0, 53, 41}}}},
+    {61, 47, {1, 0, 0, 1, {{20, 15, 0, 0, 20, 15}}}},
+    {30, 64, {0, 1, 0, 1, {{25, 31, 0, 0, 25, 31}}}},
+    {50, 37, {1, 1, 1, 2, {{30, 41, 4, 7, 19, 25}, {33, 43, 0, 0, 33, 43}}}},
+    {1, 1, {0, 0, 1, 1, {{3, 5, 0, 0, 3, 5}}}},
+    {33, 20, {0, 0, 0, 0, {}}},
+    {45, 52, {0, 0, 1, 2, {{37, 19, 9, 3, 21, 15}, {30, 22, 0, 0, 30, 22}}}},
+    {57, 60, {1, 0, 1, 2, {{50, 22, 11, 3, 33, 17}, {17, 9, 0, 0, 17, 9}}}},
+    {17, 19, {0, 1, 1, 1, {{19, 30, 2, 4, 16, 20}}}},
+    {17, 40, {1, 1, 0, 1, {{17, 10, 3, 2, 9, 5}}}},
+    {22, 11, {1, 0, 1, 1, {{11, 22, 4, 5, 6, 16}}}},
+};
+enum { NUM_CHANGES = sizeof CHANGES / sizeof CHANGES[0], CHANGE_SIDE = 64 };
+
+template <class T>
+static void test_pictures_to() {
+    enum { BATCHES = 4, COUNT = 5 };  // a batch's samples, of which one has no picture
+    Feed feed;
+    Pictures pictures;
+    Arena arena;
+    memset(&arena, 0, sizeof arena);
+    const size_t most = (size_t)COUNT * CHANGE_SIDE * CHANGE_SIDE * 3;
+    for (int turn = 0; turn < 2; turn++) {
+        pictures_walk(&pictures, &arena, COUNT, CHANGE_SIDE, 100);
+        if (turn == 0) device_arena_allocate(&arena);
+    }
+    feed_create(&feed, pictures_bytes(COUNT, CHANGE_SIDE, 100));
+    Array<float> table(3 * 256);
+    Array<T> y(BATCHES * most);
+    pixel_table(table.host);
+    table.upload();
+    float *expected = (float *)allocate(BATCHES * most * sizeof(float));
+    size_t counts[BATCHES] = {};
+    for (int batch = 0; batch < BATCHES; batch++) {
+        Sample samples[COUNT];
+        memset((void *)samples, 0, sizeof samples);
+        for (int i = 0; i < COUNT; i++) {
+            const int which = (3 * batch + i) % NUM_CHANGES;
+            if (i == 2) continue;
+            Image image = image_new(CHANGES[which].width, CHANGES[which].height);
+            const size_t bytes = 3 * (size_t)image.width * (size_t)image.height;
+            for (size_t k = 0; k < bytes; k++)
+                image.pixels[k] = (unsigned char)random_word(7, RANDOM_TEST, 70, (uint32_t)which, 0, k);
+            for (size_t k = 0; k < bytes / 2; k++)  // half of it black or white: sums that reach both ends
+                image.pixels[k] = image.pixels[k] < 128 ? 0 : 255;
+            samples[i].image = image_new(image.width, image.height), samples[i].change = CHANGES[which].change;
+            memcpy(samples[i].image.pixels, image.pixels, bytes);
+            image_change(&image, &CHANGES[which].change);
+            normalise_pixels(expected + (size_t)batch * most + counts[batch], &image, 0);
+            counts[batch] += 3 * (size_t)image.width * (size_t)image.height;
+            image_free(&image);
+        }
+        feed_begin(&feed);
+        feed_pictures(&feed, &pictures, samples, COUNT);
+        feed_send(&feed);
+        gpu_pictures(y.device + (size_t)batch * most, &pictures, table.device);
+        feed_end(&feed);
+        for (int i = 0; i < COUNT; i++) image_free(&samples[i].image);
+    }
+    for (int batch = 0; batch < BATCHES; batch++) {
+        Array<T> ours(counts[batch]);
+        CUDA(
+            cudaMemcpy(ours.device, y.device + (size_t)batch * most, ours.count * sizeof(T), cudaMemcpyDeviceToDevice));
+        const int wrong = different(ours.download(), expected + (size_t)batch * most, ours.count);
+        check(wrong == 0, "pictures to %s, batch %d: %d of %zu numbers are not the CPU's", type_name<T>(), batch, wrong,
+              ours.count);
+    }
+    free(expected);
+    feed_free(&feed);
+    CUDA(cudaFree(arena.base));
+}
+
+static void test_pictures() {
+    test_pictures_to<float>();
+    test_pictures_to<__nv_bfloat16>();
+    test_pictures_to<__half>();
+
+    // The largest tables fit in what is planned: two resizes that take one pixel away, in both directions.
+    Sample sample;
+    Feed feed;
+    Pictures pictures;
+    memset((void *)&sample, 0, sizeof sample), memset(&pictures, 0, sizeof pictures);
+    sample.image = image_new(CHANGE_SIDE, CHANGE_SIDE);
+    sample.change = {0, 0, 0, 2, {{63, 63, 0, 0, 63, 63}, {62, 62, 0, 0, 62, 62}}};
+    feed_create(&feed, pictures_bytes(1, CHANGE_SIDE, 0));
+    feed_begin(&feed);
+    feed_pictures(&feed, &pictures, &sample, 1);
+    check(feed.host[feed.turn].used <= feed.host[feed.turn].capacity, "the largest tables fit");
+    feed_free(&feed);
+    image_free(&sample.image);
+
+    // A long white line stays white, as on the CPU, though its weights' sum passes 1 by half a percent.
+    enum { LONG = 798937 };
+    Array<float> table(3 * 256), y(3);
+    Array<uint32_t> scratch(1);
+    pixel_table(table.host);
+    table.upload();
+    sample.image = image_new(LONG, 1);
+    memset(sample.image.pixels, 255, 3 * LONG);
+    sample.change = {0, 0, 0, 1, {{1, 1, 0, 0, 1, 1}, {}}};
+    pictures.scratch[0] = scratch.device;
+    feed_create(&feed, 3 * LONG + 3 * LONG * sizeof(int));
+    feed_begin(&feed);
+    feed_pictures(&feed, &pictures, &sample, 1);
+    feed_send(&feed);
+    gpu_pictures(y.device, &pictures, table.device);
+    feed_end(&feed);
+    y.download();
+    check(y[0] == table[255] && y[1] == table[511] && y[2] == table[767], "a long white line is %g %g %g", y[0], y[1],
+          y[2]);
+    feed_free(&feed);
+    image_free(&sample.image);
+
+    DatasetImage images[2];
+    Dataset set;
+    memset((void *)images, 0, sizeof images), memset((void *)&set, 0, sizeof set);
+    images[0].width = 640, images[1].height = 1500, set.images = images, set.num_images = 2;
+    const int small = picture_side(&set, 800, 1333), large = picture_side(&set, 800, 3000);
+    images[0].width = 9000;
+    const int most = picture_side(&set, 800, 1333);
+    check(small == 1500 && large == 3000 && most == MOST_DEFERRED_SIDE, "deferred up to sides of %d, %d, %d", small,
+          large, most);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogue, max pooling
 
 template <class T>
 static void test_epilogue_of() {
@@ -393,15 +560,20 @@ struct ConvCase {
     void check_result(const R *ours, const double *expected, const double *size, const float *of_cpu, size_t count,
                       int terms, const char *name) {
         const int rows = in.map.rows, kernel = s.kernel;
-        if (std::is_same<T, float>::value) {
+        if (std::is_same<T, float>::value && !allow_tf32) {
             check_error((const float *)(const void *)ours, of_cpu, expected, count, name, rows, s.in_channels);
             return;
         }
         const double unit = std::is_same<R, float>::value ? 0x1p-24 : std::is_same<R, __half>::value ? 0x1p-11 : 0x1p-8;
-        int wrong = 0;
-        for (size_t i = 0; i < count; i++)
-            wrong += !(fabs(to_float(ours[i]) - expected[i]) <=
-                       unit * fabs(expected[i]) + (terms + 4) * 0x1p-23 * size[i] + 0x1p-25);
+        // TF32 has 10 bits behind the point: each operand is wrong by 2^-11, by 2^-10 if it is cut off.
+        const double operands = std::is_same<T, float>::value ? 0x1p-9 : 0;
+        int wrong = 0, rounded = 0;
+        for (size_t i = 0; i < count; i++) {
+            const double error = fabs(to_float(ours[i]) - expected[i]);
+            wrong += !(error <= unit * fabs(expected[i]) + ((terms + 4) * 0x1p-23 + operands) * size[i] + 0x1p-25);
+            rounded += error > 0x1p-16 * size[i];
+        }
+        check(operands == 0 || rounded > 0, "%s: floats are multiplied as TF32 where that is allowed", name);
         check(wrong == 0, "%s in %s, %d to %d channels, kernel %d, stride %d, dilation %d: %d of %zu are wrong", name,
               type_name<T>(), s.in_channels, s.out_channels, kernel, s.stride, s.dilation, wrong, count);
     }
@@ -446,6 +618,10 @@ static void test_linear_of(int rows, int in, int out) {
 
 static void test_linear() {
     test_linear_of<float, float>(37, 40, 24);
+    allow_tf32 = true;
+    test_linear_of<float, float>(37, 40, 24);
+    test_linear_of<__nv_bfloat16, __nv_bfloat16>(9, 16, 24);  // for which it is nothing
+    allow_tf32 = false;
     test_linear_of<__nv_bfloat16, __nv_bfloat16>(250, 32, 72);
     test_linear_of<__nv_bfloat16, float>(9, 72, 5);  // five classes
     test_linear_of<__half, __half>(1, 8, 264);
@@ -505,6 +681,10 @@ static void test_conv_type() {
 
 static void test_conv() {
     test_conv_type<float>();
+    allow_tf32 = true;
+    test_conv_of<float>({3, 64, 7, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    test_conv_of<float>({16, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
+    allow_tf32 = false;
     test_conv_type<__nv_bfloat16>();
     test_conv_of<__half>({136, 8, 1, 1, 0, 1}, PICTURES, 1);
     test_conv_of<__half>({40, 72, 3, 2, 0, 1}, PICTURES, NUM_PICTURES);
@@ -1010,6 +1190,22 @@ static void test_set_loss_of(int focal, int num_labels, int aux_loss, int ties) 
                   (!last || (int)ours[SUM_RIGHT] - 1 == losses.matched_right),
               "%s: matched queries of layer %d: %g, %g right", loss, l, ours[SUM_MATCHED] - 1, ours[SUM_RIGHT] - 1);
     }
+    // The loss's scale: gradients are so many times as large, to the bit.
+    Array<LossScale> scale(1);
+    scale[0].scale = 4096;
+    scale.upload();
+    p.loss_scale = scale.device;
+    float *plain = (float *)allocate(rows * (width + 4) * sizeof(float)), *plain_boxes = plain + rows * width;
+    for (size_t i = 0; i < rows * width; i++) plain[i] = 4096 * dlogits[i];
+    for (size_t i = 0; i < 4 * rows; i++) plain_boxes[i] = 4096 * dbox_logits[i];
+    gpu_set_loss(p);
+    check(memcmp(dlogits.download(), plain, rows * width * sizeof(float)) == 0 &&
+              memcmp(dbox_logits.download(), plain_boxes, 4 * rows * sizeof(float)) == 0,
+          "%s, %d classes: gradients are 4096 times as large", loss, classes);
+    const double twice = sums[SUM_CE];
+    sums.download();
+    check(fabs(sums[SUM_CE] - 2 * twice + 1) <= 1e-14 * twice, "%s: losses are not scaled", loss);
+    free(plain);
     free(memory);
     free(acts.match);
     free(acts.probabilities);
@@ -1059,26 +1255,31 @@ static int compare_operands(const DeviceParams *d, const Model *model) {
     return wrong;
 }
 
-template <class T>
-static void test_optimizer_of(int from_scratch, double ema_decay, double clip_max_norm) {
+// A small model of random numbers, norms as well.
+static void optimizer_model(Model *model, int from_scratch) {
     ModelConfig config;
-    Model model;
     Error error;
     memset(&config, 0, sizeof config);
     config.bottleneck = 1, config.num_stages = 2, config.stem_width = 8, config.hidden_dim = 32, config.nheads = 4;
     for (int s = 0; s < 2; s++) config.depths[s] = 1, config.widths[s] = 32 << s;
     config.enc_layers = config.dec_layers = 1, config.dim_feedforward = 40, config.num_queries = 9,
     config.num_labels = 3;
-    if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
-    model_initialise(&model, 3);
-    for (int i = 0; i < model.num_params; i++) {
-        Param *param = model.params[i];
+    if (model_create(model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+    model_initialise(model, 3);
+    for (int i = 0; i < model->num_params; i++) {
+        Param *param = model->params[i];
         for (size_t k = 0; k < param->count; k++) {
             if (param->init == INIT_ONE) param->value[k] = 1 + 0.5f * number(27, k);
             if (param->init == INIT_ZERO) param->value[k] = 0.1f * number(28, k);
         }
     }
-    model_pack(&model);
+    model_pack(model);
+}
+
+template <class T>
+static void test_optimizer_of(int from_scratch, double ema_decay, double clip_max_norm) {
+    Model model;
+    optimizer_model(&model, from_scratch);
     if (ema_decay > 0) ema_create(&model);
     DeviceParams d;
     device_params_create<T>(&d, &model);
@@ -1099,6 +1300,7 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
     check(wrong_bias == 0, "%d folded biases are wrong", wrong_bias);
 
     const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, clip_max_norm, ema_decay};
+    loss_scale_upload<T>(&d, {1, 0, 0});
     for (int64_t step = 0; step < 3; step++) {
         for (int i = 0; i < model.num_params; i++)
             for (size_t k = 0; model.params[i]->trained && k < model.params[i]->count; k++)
@@ -1140,8 +1342,146 @@ static void test_optimizer_of(int from_scratch, double ema_decay, double clip_ma
     check(compare_field(&d, &model, d.value, &Param::value) == 0 &&
               compare_field(&d, &model, d.exp_avg, &Param::exp_avg) == 0,
           "a gradient that is not finite changes nothing");
+    LossScale scale = {1, LOSS_SCALE_STEPS - 1, 1};
+    CUDA(cudaMemcpy(d.loss_scale, &scale, sizeof scale, cudaMemcpyHostToDevice));
+    CUDA(cudaMemset(d.grad, 0, d.trained * sizeof(float)));
+    gpu_gradient_norm(&d);
+    gpu_optimizer_step<T>(&d, &settings, 4);
+    CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    check(scale.scale == (std::is_same<T, __half>::value ? 2 : 1) && scale.good_steps == 0, "%s: the loss's scale: %g",
+          type_name<T>(), (double)scale.scale);
+    loss_scale_upload<T>(&d, {4096, 7, 2});
+    CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    check((std::is_same<T, __half>::value ? scale.scale == 4096 && scale.good_steps == 7
+                                          : scale.scale == 1 && scale.good_steps == 0) &&
+              scale.skipped == 2,
+          "%s: a run goes on with the loss's scale", type_name<T>());
     device_params_copy(&d, &model, d.value, &Param::value, cudaMemcpyDeviceToHost);
     device_params_free(&d);
+    model_free(&model);
+}
+
+// Trains one model with the loss scaled and one without, on gradients that come in three micro-batches and in fp16.
+struct ScaledRun {
+    DeviceParams d;
+    LossScale scale;
+
+    ScaledRun(const Model *model, float factor) {
+        device_params_create<__half>(&d, model);
+        set({factor, 0, 0});
+    }
+    ~ScaledRun() { device_params_free(&d); }
+    ScaledRun(const ScaledRun &) = delete;
+    void set(LossScale to) {
+        loss_scale_upload<__half>(&d, to);
+        CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    }
+    // One step on the gradient of this number; what the network makes of the scaled loss's gradient is as large.
+    // overflow: and once too large.
+    void step(uint32_t gradient, int64_t number_of_step, bool overflow) {
+        enum { ROWS = 3 };
+        const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, 0.1, 0.9};
+        const size_t count = d.trained;
+        Array<__half> dy(ROWS * count);
+        Array<float> partials(count);
+        CUDA(cudaMemset(d.grad, 0, count * sizeof(float)));
+        for (uint32_t micro_batch = 0; micro_batch < 3; micro_batch++) {
+            __half some[4096];
+            for (size_t i = 0; i < 4096; i++) {  // 2^-10 to 1: normal numbers with any scale from 1/16 to 32768
+                const float x = number(80 + micro_batch + 3 * gradient, i);
+                some[i] = to_type<__half>((x + copysignf(0x1p-10f, x)) / 1.001f * scale.scale);
+            }
+            for (size_t i = 0; i < dy.count; i++) dy[i] = some[i * 7 % 4096];
+            if (overflow && micro_batch == 1) dy[count + 70] = to_type<__half>(65536.f);
+            dy.upload();
+            gpu_column_sums(d.grad, partials.device, dy.device, ROWS, (int)count);
+        }
+        gpu_gradient_norm(&d);
+        gpu_optimizer_step<__half>(&d, &settings, number_of_step);
+        CUDA(cudaMemcpy(&scale, d.loss_scale, sizeof scale, cudaMemcpyDeviceToHost));
+    }
+    // Everything that training changes.
+    Array<char> *state() const {
+        const float *arrays[4] = {d.value, d.exp_avg, d.exp_avg_sq, d.ema};
+        const size_t bytes = d.trained * sizeof(float);
+        Array<char> *all = new Array<char>(4 * bytes + d.trained * sizeof(__half));
+        for (size_t i = 0; i < 4; i++)
+            CUDA(cudaMemcpy(all->device + i * bytes, arrays[i], bytes, cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpy(all->device + 4 * bytes, d.operand, d.trained * sizeof(__half), cudaMemcpyDeviceToDevice));
+        all->download();
+        return all;
+    }
+};
+
+static int same_state(const Array<char> *a, const Array<char> *b) { return memcmp(a->host, b->host, a->count) == 0; }
+
+static void test_loss_scale() {
+    Model model;
+    optimizer_model(&model, 1);
+    ema_create(&model);
+    {
+        ScaledRun plain(&model, 1), scaled(&model, 1024);
+        plain.step(0, 0, false), scaled.step(0, 0, false);
+        double norms[2];
+        CUDA(cudaMemcpy(&norms[0], plain.d.grad_norm, sizeof(double), cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(&norms[1], scaled.d.grad_norm, sizeof(double), cudaMemcpyDeviceToHost));
+        Array<char> *ours = scaled.state(), *before = plain.state();
+        check(norms[0] == norms[1] && norms[0] > 1 && same_state(ours, before),
+              "a step with the loss scaled is the same: norms %.17g and %.17g", norms[0], norms[1]);
+        check(scaled.scale.scale == 1024 && scaled.scale.good_steps == 1 && scaled.scale.skipped == 0, "a good step");
+        LossScale was = scaled.scale;
+        scaled.step(1, 1, true);
+        Array<char> *after = scaled.state();
+        check(same_state(after, before), "an overflow leaves every byte");
+        check(scaled.scale.scale == 512 && scaled.scale.good_steps == 0 && scaled.scale.skipped == 1,
+              "and halves the scale: %g, %d, %d", (double)scaled.scale.scale, scaled.scale.good_steps,
+              scaled.scale.skipped);
+        Error error;
+        check(loss_scale_say(&was, &scaled.scale, 1, &error) == 0, "that is no error");
+        was.scale = scaled.scale.scale = 1;
+        check(loss_scale_say(&was, &scaled.scale, 1, &error) == -1 && strstr(error.text, "step 2"), "at 1 it is one");
+        scaled.scale.skipped = was.skipped, scaled.scale.scale = 512;
+        check(loss_scale_say(&was, &scaled.scale, 2, &error) == 0, "nothing was left out");
+        was.scale = 2, was.skipped--, scaled.scale.scale = 1;
+        check(loss_scale_say(&was, &scaled.scale, 2, &error) == 0, "from 2 to 1 is no error");
+
+        // What follows is what would have, had the step not been: Adam counts the steps that were taken.
+        Array<char> *next = NULL, *wanted = NULL;
+        scaled.set({512, 0, 1});
+        scaled.step(1, 2, false), plain.step(1, 1, false);
+        next = scaled.state(), wanted = plain.state();
+        check(same_state(next, wanted) == 1, "the same gradient again is taken");
+        delete next;
+        delete wanted;
+        delete after;
+        delete ours;
+        delete before;
+    }
+    {
+        ScaledRun run(&model, 0);
+        check(run.scale.scale == FIRST_LOSS_SCALE, "a run begins with a scale of %g", (double)run.scale.scale);
+        const struct {
+            LossScale before;
+            bool overflow;
+            LossScale after;
+        } cases[] = {{{1024, LOSS_SCALE_STEPS - 2, 3}, false, {1024, LOSS_SCALE_STEPS - 1, 3}},
+                     {{1024, LOSS_SCALE_STEPS - 1, 3}, false, {2048, 0, 3}},
+                     {{1024, LOSS_SCALE_STEPS - 1, 3}, true, {512, 0, 4}},
+                     {{1, 5, 3}, true, {1, 0, 4}}};
+        for (int i = 0; i < 4; i++) {
+            run.set(cases[i].before);
+            run.step(0, 9, cases[i].overflow);
+            check(memcmp(&run.scale, &cases[i].after, sizeof run.scale) == 0, "case %d: scale %g, %d good steps, %d", i,
+                  (double)run.scale.scale, run.scale.good_steps, run.scale.skipped);
+        }
+        const OptimizerSettings settings = {1e-2, 3e-3, 1e-1, 0.1, 0.9};
+        run.set({MOST_LOSS_SCALE, LOSS_SCALE_STEPS - 1, 0});
+        CUDA(cudaMemset(run.d.grad, 0, run.d.trained * sizeof(float)));
+        gpu_gradient_norm(&run.d);
+        gpu_optimizer_step<__half>(&run.d, &settings, 9);
+        CUDA(cudaMemcpy(&run.scale, run.d.loss_scale, sizeof run.scale, cudaMemcpyDeviceToHost));
+        check(run.scale.scale == MOST_LOSS_SCALE && run.scale.good_steps == 0, "the largest scale stays");
+    }
     model_free(&model);
 }
 
@@ -1178,6 +1518,7 @@ struct ModelCase {
         rows = (size_t)(config.dec_layers * config.num_queries);
         if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
         model_initialise(&model, 5);
+        model.loss_scale.scale = 1;
         values = (const float **)allocate((size_t)model.num_params * sizeof(float *));
         for (int i = 0; i < model.num_params; i++) {
             Param *param = model.params[i];
@@ -1314,10 +1655,11 @@ static void test_model_steps(DeviceNetwork<T> *n, const ModelCase &c, const Mode
                              double times, Array<float> *gradients) {
     const double unit = std::is_same<T, float>::value ? 0x1p-24 : std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
     Distance after = {};
+    LossScale scale = c.model.loss_scale;
     Error error;
     for (int step = 0; step < REFERENCE_STEPS; step++) {
         Losses losses;
-        if (device_training_step(n, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, step, &losses, &error) != 0)
+        if (device_training_step(n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, step, &losses, &error) != 0)
             check(0, "%s", error.text);
         const Losses *right = &truth.r.losses[step], *theirs = &cpu.r.losses[step];
         Distance loss = {}, norm = {}, boxes = {};
@@ -1370,7 +1712,8 @@ static void test_model_of(int bottleneck, int from_scratch) {
     device_network_free(&n);
     create_model_network(&n, c, 1);  // one picture after another
     Losses losses;
-    if (device_training_step(&n, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
+    LossScale scale = c.model.loss_scale;
+    if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
         check(0, "%s", error.text);
     CUDA(cudaMemcpy(apart.device, n.params.grad, apart.count * sizeof(float), cudaMemcpyDeviceToDevice));
     apart.download();
@@ -1393,14 +1736,15 @@ static void test_model() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-static const Test TESTS[] = {{"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-                             {"epilogue", test_epilogue},
+static const Test TESTS[] = {
+    {"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
+    {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
-                             {"linear", test_linear},     {"model", test_model},
+    {"linear", test_linear},     {"model", test_model},
 #endif
-                             {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
-                             {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
-                             {"set_loss", test_set_loss}, {"optimizer", test_optimizer}};
+    {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
+    {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},
+    {"set_loss", test_set_loss}, {"optimizer", test_optimizer}, {"loss_scale", test_loss_scale}};
 
 static void run_test(const Test *test) {
     uint64_t bytes = 0;

@@ -3164,6 +3164,22 @@ typedef struct {
     int num_convs, has_shortcut, trained;  // trained: as in FeedForward
 } Block;
 
+// fp16 (train_detr.cu): the loss is multiplied by this before the way back, so that small gradients stay numbers, and
+// the gradient divided by it at the end; being a power of two, it rounds nothing. A gradient that is not finite was too
+// large: its step changes nothing and halves the scale, which doubles after LOSS_SCALE_STEPS others (Micikevicius et
+// al. 2018).
+typedef struct {
+    float scale;     // 1 to MOST_LOSS_SCALE, always 1 where T is another type; 0: no step has been taken on a GPU
+    int good_steps;  // since it changed
+    int skipped;     // steps that changed nothing, of all
+} LossScale;
+
+enum {
+    FIRST_LOSS_SCALE = 1 << 16,
+    MOST_LOSS_SCALE = 1 << 24,  // the smallest number above 0 that fp16 has becomes 1
+    LOSS_SCALE_STEPS = 2000
+};
+
 typedef struct {
     ModelConfig config;
     Param **params;
@@ -3188,6 +3204,7 @@ typedef struct {
     Layer class_head, box_head[3];
     Arena weights, packed, optimizer;  // values; packed panels; gradients and Adam's moments
     Arena ema;                         // averages of the values
+    LossScale loss_scale;
 } Model;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5329,6 +5346,8 @@ int MAIN(int argc, char **argv) {
                         argv[0], settings.command_name);
         if (!engine.is_gpu && strcmp(flag_text(&settings, "precision"), "fp16") == 0)
             usage_error("--precision fp16 is for GPUs: on the CPU there are fp32 and bf16");
+        if (!engine.is_gpu && flag_on(&settings, "tf32"))
+            usage_error("--tf32 is for GPUs: on the CPU fp32 is multiplied as it is");
         status = COMMANDS[command].run(&settings, &error);
     }
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))

@@ -7,11 +7,13 @@ doc/8-the-cuda-version.md says what is there, what is not, and what each kernel 
 Read it after train_detr.c, whose order it keeps: an image on its way to a loss, then to a step of the optimizer.
 
     Device        errors, memory that is planned before it is used
+    Feed          what comes from the host, while kernels run
     Numbers       how a kernel reads and writes: eight at a time, stored as float, bf16 or fp16
     Ragged        a micro-batch: the rows of all its images one after another
     Sums          the two passes that every sum over rows takes
     Parameters    where they lie, and what products read instead of them
     Pixels        bytes to numbers
+    Pictures      from what a file holds to what the network sees
     Epilogue      what happens to a product's sums before they are written
     Tensor cores  and asynchronous copies: the instructions
     Linear layers by cuBLASLt
@@ -22,7 +24,7 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Attention     forward and backward, scores never in memory
     Layer norm    with the residual sum before it, forward and backward
     Set loss      matching, losses and their gradients
-    Optimizer     norm of the gradient, AdamW
+    Optimizer     norm of the gradient, AdamW, the loss's scale
     Network       of these kernels: memory, forward, backward, the training step
     Commands      train, eval, predict, bench
 
@@ -82,6 +84,76 @@ static void device_arena_allocate(Arena *arena) {
     arena->used = 0;
     CUDA(cudaMalloc((void **)&arena->base, arena->capacity));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Feed. What kernels need of the host comes batch by batch, each in one copy: the host takes room in pinned memory and
+// fills it, the copy has a stream of its own, and `stream` waits for its event, not the host. All is there twice, so
+// that one batch is filled and copied while kernels read the other. In turn, for each batch:
+//
+//     feed_begin, feed_take ..., feed_send; launches of kernels that read what was sent; feed_end
+//
+// What is sent before the host waits for results of the batch before is on its way while that is computed.
+
+typedef struct {
+    Arena host[2];  // pinned; what is taken lies at the same place in device[turn]
+    char *device[2];
+    int turn;
+    cudaStream_t stream;             // of the copies
+    cudaEvent_t copied[2], read[2];  // the copy has ended; so have the kernels
+} Feed;
+
+// bytes: of a batch, what is taken being rounded up to 64 each time.
+static void feed_create(Feed *feed, size_t bytes) {
+    memset((void *)feed, 0, sizeof *feed);
+    CUDA(cudaStreamCreateWithFlags(&feed->stream, cudaStreamNonBlocking));
+    for (int i = 0; i < 2; i++) {
+        feed->host[i].capacity = bytes;
+        CUDA(cudaMallocHost((void **)&feed->host[i].base, bytes));
+        CUDA(cudaMalloc((void **)&feed->device[i], bytes));
+        CUDA(cudaEventCreateWithFlags(&feed->copied[i], cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&feed->read[i], cudaEventDisableTiming));
+    }
+}
+
+static void feed_free(Feed *feed) {
+    for (int i = 0; i < 2; i++) {
+        CUDA(cudaEventDestroy(feed->copied[i]));
+        CUDA(cudaEventDestroy(feed->read[i]));
+        CUDA(cudaFreeHost(feed->host[i].base));
+        CUDA(cudaFree(feed->device[i]));
+    }
+    CUDA(cudaStreamDestroy(feed->stream));
+    memset((void *)feed, 0, sizeof *feed);
+}
+
+// Waits until the batch before the last has been copied, whose memory this one takes.
+static void feed_begin(Feed *feed) {
+    feed->turn ^= 1;
+    feed->host[feed->turn].used = 0;
+    CUDA(cudaEventSynchronize(feed->copied[feed->turn]));
+}
+
+// Room for `count` of V, which the caller fills before feed_send(); *device: where kernels find them, on 64 bytes.
+template <class V>
+static V *feed_take(Feed *feed, size_t count, const V **device) {
+    Arena *host = &feed->host[feed->turn];
+    V *memory = (V *)arena_bytes(host, count * sizeof(V));
+    *device = (const V *)(feed->device[feed->turn] + ((char *)memory - host->base));
+    return memory;
+}
+
+// Copies what was taken, as soon as kernels have read what lies there; what is launched in `stream` from now on reads
+// it.
+static void feed_send(Feed *feed) {
+    const Arena *host = &feed->host[feed->turn];
+    CUDA(cudaStreamWaitEvent(feed->stream, feed->read[feed->turn], 0));
+    CUDA(cudaMemcpyAsync(feed->device[feed->turn], host->base, host->used, cudaMemcpyHostToDevice, feed->stream));
+    CUDA(cudaEventRecord(feed->copied[feed->turn], feed->stream));
+    CUDA(cudaStreamWaitEvent(stream, feed->copied[feed->turn], 0));
+}
+
+// Behind the last launch that reads what was sent.
+static void feed_end(Feed *feed) { CUDA(cudaEventRecord(feed->read[feed->turn], stream)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers
@@ -301,6 +373,13 @@ typedef struct {
     int first, length;  // how many filters come before its own; numbers of a filter
 } Folded;
 
+// The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
+typedef struct {
+    float decay[2], rate[2], root, share;
+    float factor;  // of the gradient: clipping and 1 / scale
+    int finite;    // else nothing changes
+} AdamwStep;
+
 typedef struct {
     Arena arena;
     size_t *place;          // host: where in the arrays each tensor of the model's table begins
@@ -312,7 +391,9 @@ typedef struct {
     int num_folded, num_filters;        // convolutions with a norm, their filters
     float *scale, *bias;                // (num_filters)
     void *bias_operand;                 // (num_filters) of T
-    double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients
+    double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients, without the loss's scale
+    LossScale *loss_scale;              // (1)
+    AdamwStep *step;                    // (1)
 } DeviceParams;
 
 // Takes its memory. number_bytes: of T.
@@ -343,6 +424,8 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
     d->bias_operand = arena_bytes(arena, (size_t)d->num_filters * number_bytes);
     d->norm_partials = (double *)arena_bytes(arena, divide_up(d->trained, NORM_CHUNKS * PARAM_CHUNK) * sizeof(double));
     d->grad_norm = (double *)arena_bytes(arena, sizeof(double));
+    d->loss_scale = (LossScale *)arena_bytes(arena, sizeof(LossScale));
+    d->step = (AdamwStep *)arena_bytes(arena, sizeof(AdamwStep));
 }
 
 // Where a tensor is in the arrays.
@@ -432,6 +515,22 @@ static void gpu_unfold(const DeviceParams *d) {
     CUDA(cudaGetLastError());
 }
 
+// How the loss's scale stands where T multiplies: as a run before left it; at the beginning if there was none.
+template <class T>
+static LossScale loss_scale_of(LossScale scale) {
+    if (!std::is_same<T, __half>::value)
+        scale.scale = 1, scale.good_steps = 0;
+    else if (scale.scale == 0)
+        scale.scale = FIRST_LOSS_SCALE;
+    return scale;
+}
+
+template <class T>
+static void loss_scale_upload(const DeviceParams *d, LossScale scale) {
+    scale = loss_scale_of<T>(scale);
+    CUDA(cudaMemcpy(d->loss_scale, &scale, sizeof scale, cudaMemcpyHostToDevice));
+}
+
 // The device's side of a model: parameters and the optimizer's state as the model has them now, gradients zero.
 template <class T>
 static void device_params_create(DeviceParams *d, const Model *model) {
@@ -480,6 +579,7 @@ static void device_params_create(DeviceParams *d, const Model *model) {
     CUDA(cudaMemcpy(d->folded, folded, (size_t)d->num_folded * sizeof(Folded), to_device));
     free(kinds);
     free(folded);
+    loss_scale_upload<T>(d, model->loss_scale);
     gpu_round((T *)d->operand, d->value, d->count);
     gpu_fold<T>(d);
 }
@@ -521,6 +621,210 @@ template <class T>
 static void gpu_pixels(T *y, const unsigned char *bytes, const float *table, size_t count) {
     pixels_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, bytes, table, count);
     CUDA(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pictures. They come as files hold them, and image_change() of data/loader.h happens here, with the same weights and
+// the same roundings: the same bytes as on the CPU. A resize is a pass along x and one along y, each rounded to 8 bits;
+// mirroring is how the first one reads. A pass does all pictures that have one, up to four in all; those with fewer
+// join later, and the last pass writes what the network reads.
+
+enum { PICTURE_PASSES = 4, PICTURE_TILE = 16, MOST_DEFERRED_SIDE = 2048 };
+
+// What a pass does to a picture: pixels of the result are weighted means of pixels of the source, along y or along x.
+typedef struct {
+    const unsigned char *from;  // the source's pixel (0, 0): red, green, blue
+    int right, below;           // bytes from one of its pixels to the next in both directions
+    int along_y, packed;        // packed: as in a file, three bytes a pixel; else four
+    int width, height;          // of the result
+    int first_tile;             // how many tiles come before its own
+    size_t first;               // how many pixels
+    // (2 + taps, places), places being rows or columns of the result: the first pixel that each is a mean of, how many
+    // there are, their weights. NULL: that direction stays as it is.
+    const int *table;
+} PicturePass;
+
+// A micro-batch's pictures on their way.
+typedef struct {
+    const PicturePass *passes[PICTURE_PASSES];  // device
+    int counts[PICTURE_PASSES], tiles[PICTURE_PASSES];
+    uint32_t *scratch[2];  // what a pass leaves for the next one: pixels of four bytes
+} Pictures;
+
+// The side up to which the loader shall defer (LoaderSettings) what is done to pictures: the longest of the data set,
+// but no more than MOST_DEFERRED_SIDE, and no less than what the network sees at most. Larger ones are done by the
+// loader's threads.
+static int picture_side(const Dataset *set, int worst_height, int worst_width) {
+    int side = 0;
+    for (int i = 0; i < set->num_images; i++) {
+        const int width = set->images[i].width, height = set->images[i].height;
+        side = width > side ? width : side, side = height > side ? height : side;
+    }
+    side = side < MOST_DEFERRED_SIDE ? side : MOST_DEFERRED_SIDE;
+    side = worst_height > side ? worst_height : side;
+    return worst_width > side ? worst_width : side;
+}
+
+// The most pixels that one of a picture's stages has. side: the loader's defer_side; worst_pixels: of what the network
+// sees.
+static size_t picture_pixels(int side, size_t worst_pixels) {
+    const size_t square = (size_t)side * (size_t)side;
+    return square > worst_pixels ? square : worst_pixels;
+}
+
+// Bytes of a Feed that `count` pictures take at most. A table of n places out of m has two numbers a place and
+// 2 max(1, m / n) + 3 weights at most, so less than 7 times the longer side.
+static size_t pictures_bytes(int count, int side, size_t worst_pixels) {
+    const size_t of_tables = 2 * PICTURE_PASSES * 64 + PICTURE_PASSES * 7 * (size_t)side * sizeof(int);
+    return (size_t)count * (3 * picture_pixels(side, worst_pixels) + 64 + of_tables) +
+           PICTURE_PASSES * ((size_t)count * sizeof(PicturePass) + 64);
+}
+
+// Takes the scratch of `count` pictures.
+static void pictures_walk(Pictures *p, Arena *arena, int count, int side, size_t worst_pixels) {
+    const size_t bytes = (size_t)count * picture_pixels(side, worst_pixels) * sizeof(uint32_t);
+    for (int i = 0; i < 2; i++) p->scratch[i] = (uint32_t *)arena_bytes(arena, bytes);
+}
+
+// One direction of a resize: of `size` places `kept` from `first` on in a result of `full`. Afterwards first and length
+// are the places that this needs.
+typedef struct {
+    ResizeTable table;
+    int resized, first, length, kept;
+} ResizeAxis;
+
+static ResizeAxis resize_axis(int size, int full, int first, int kept) {
+    ResizeAxis axis = {{NULL, NULL, NULL, 0}, full != size, first, kept, kept};
+    if (!axis.resized) return axis;
+    axis.table = resize_table(size, full, first, kept);
+    axis.first = axis.table.starts[0];
+    axis.length = axis.table.starts[kept - 1] + axis.table.counts[kept - 1] - axis.first;
+    return axis;
+}
+
+// The table as PicturePass has it, or NULL; places count from axis->first.
+static const int *feed_table(Feed *feed, const ResizeAxis *axis) {
+    const int *device, places = axis->kept, taps = axis->table.taps;
+    if (!axis->resized) return NULL;
+    int *to = feed_take(feed, (size_t)places * (size_t)(2 + taps), &device);
+    for (int i = 0; i < places; i++) {
+        to[i] = axis->table.starts[i] - axis->first, to[places + i] = axis->table.counts[i];
+        for (int t = 0; t < taps; t++)
+            to[(2 + t) * places + i] = (int)resize_whole_weight(axis->table.weights[i * taps + t]);
+    }
+    return device;
+}
+
+// Writes down the passes of one picture, `next` being where each pass's list ends, and puts its pixels and tables into
+// the feed.
+static void feed_picture(Feed *feed, Pictures *p, PicturePass *next[PICTURE_PASSES], size_t pixels[PICTURE_PASSES],
+                         const Image *image, const ImageChange *change) {
+    int width = image->width, height = image->height, right = 3, below = 3 * width;
+    const size_t bytes = 3 * (size_t)width * (size_t)height;
+    const unsigned char *from;
+    memcpy(feed_take(feed, bytes, &from), image->pixels, bytes);
+    if (change->flip) from += (ptrdiff_t)(width - 1) * right, right = -right;
+    if (change->vflip) from += (ptrdiff_t)(height - 1) * below, below = -below;
+    if (change->transpose) {
+        const int step = right, side = width;
+        right = below, below = step, width = height, height = side;
+    }
+    const Resize whole = {width, height, 0, 0, width, height};
+    const int resizes = change->num_resizes ? change->num_resizes : 1;
+    for (int i = 0; i < 2 * resizes; i += 2) {
+        const Resize to = change->num_resizes ? change->resizes[i / 2] : whole;
+        ResizeAxis axes[2] = {resize_axis(width, to.full_width, to.x, to.width),
+                              resize_axis(height, to.full_height, to.y, to.height)};
+        const int y_first = resize_y_first(width, height, to.full_width, to.full_height);
+        from += (ptrdiff_t)axes[0].first * right + (ptrdiff_t)axes[1].first * below;
+        width = axes[0].length, height = axes[1].length;
+        for (int turn = 0; turn < 2; turn++) {
+            const int pass = PICTURE_PASSES - 2 * resizes + i + turn, along_y = y_first ^ turn;
+            *(along_y ? &height : &width) = axes[along_y].kept;
+            const PicturePass made = {from,  right,  below,          along_y,      i + turn == 0,
+                                      width, height, p->tiles[pass], pixels[pass], feed_table(feed, &axes[along_y])};
+            *next[pass]++ = made;
+            p->counts[pass]++;
+            p->tiles[pass] += (int)(divide_up((size_t)width, PICTURE_TILE) * divide_up((size_t)height, PICTURE_TILE));
+            from = (const unsigned char *)(p->scratch[pass % 2] + pixels[pass]);
+            right = 4, below = 4 * width;
+            pixels[pass] += (size_t)width * (size_t)height;
+        }
+        for (int axis = 0; axis < 2; axis++)
+            if (axes[axis].resized) resize_table_free(&axes[axis].table);
+    }
+}
+
+// Puts the pictures of samples, but for those that could not be read, into the feed, with what is still to be done to
+// them. The samples may be freed afterwards.
+static void feed_pictures(Feed *feed, Pictures *p, const Sample *samples, int count) {
+    PicturePass *next[PICTURE_PASSES];
+    size_t pixels[PICTURE_PASSES] = {};
+    for (int pass = 0; pass < PICTURE_PASSES; pass++) {
+        next[pass] = feed_take(feed, (size_t)count, &p->passes[pass]);
+        p->counts[pass] = p->tiles[pass] = 0;
+    }
+    for (int i = 0; i < count; i++)
+        if (samples[i].image.pixels) feed_picture(feed, p, next, pixels, &samples[i].image, &samples[i].change);
+}
+
+// A block has a tile of a picture, a thread one of its pixels: square, so that what is read across, by a transposed
+// picture, is in few lines. T is uint32_t between passes.
+template <class T>
+__global__ static void __launch_bounds__(PICTURE_TILE *PICTURE_TILE)
+    resize_kernel(T *y, const PicturePass *passes, int count, const float *table) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (passes[middle].first_tile <= (int)blockIdx.x)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    const PicturePass p = passes[low];
+    const int tiles = (p.width + PICTURE_TILE - 1) / PICTURE_TILE, tile = (int)blockIdx.x - p.first_tile;
+    const int column = tile % tiles * PICTURE_TILE + (int)threadIdx.x % PICTURE_TILE;
+    const int row = tile / tiles * PICTURE_TILE + (int)threadIdx.x / PICTURE_TILE;
+    if (column >= p.width || row >= p.height) return;
+    const int place = p.along_y ? row : column, places = p.along_y ? p.height : p.width;
+    const int start = p.table ? p.table[place] : place, taps = p.table ? p.table[places + place] : 1;
+    const ptrdiff_t x = p.along_y ? column : start, step = p.along_y ? p.below : p.right;
+    const unsigned char *from = p.from + x * p.right + (ptrdiff_t)(p.along_y ? start : row) * p.below;
+    uint32_t sum[3], bytes[3];
+    for (int c = 0; c < 3; c++) sum[c] = 1 << (RESIZE_BITS - 1);
+    for (int t = 0; t < taps; t++, from += step) {
+        const uint32_t weight = p.table ? (uint32_t)p.table[(2 + t) * places + place] : 1 << RESIZE_BITS;
+        if (p.packed) {
+            for (int c = 0; c < 3; c++) sum[c] += weight * from[c];
+        } else {
+            const uint32_t pixel = *(const uint32_t *)from;
+            for (int c = 0; c < 3; c++) sum[c] += weight * (pixel >> 8 * c & 255);
+        }
+    }
+    for (int c = 0; c < 3; c++) bytes[c] = min(sum[c] >> RESIZE_BITS, 255u);
+    const size_t at = p.first + (size_t)row * p.width + column;
+    if constexpr (std::is_same<T, uint32_t>::value)
+        y[at] = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
+    else
+        for (int c = 0; c < 3; c++) y[3 * at + c] = to_type<T>(table[256 * c + bytes[c]]);
+}
+
+// y (rows, 3): what normalise_pixels() makes of the pictures that were fed, one after another. table: pixel_table(), on
+// the device.
+template <class T>
+static void gpu_pictures(T *y, const Pictures *p, const float *table) {
+    enum { TILE = PICTURE_TILE * PICTURE_TILE };
+    for (int pass = 0; pass < PICTURE_PASSES; pass++) {
+        const PicturePass *passes = p->passes[pass];
+        const int count = p->counts[pass];
+        const unsigned grid = (unsigned)p->tiles[pass];
+        if (grid == 0) continue;
+        if (pass < PICTURE_PASSES - 1)
+            resize_kernel<uint32_t><<<grid, TILE, 0, stream>>>(p->scratch[pass % 2], passes, count, NULL);
+        else
+            resize_kernel<T><<<grid, TILE, 0, stream>>>(y, passes, count, table);
+        CUDA(cudaGetLastError());
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -571,13 +875,25 @@ static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores: program/ptx.h has the instructions
 
+// --tf32: products of floats in linear layers and convolutions are those of numbers rounded to 10 bits behind the
+// point, which tensor cores multiply; their sums stay floats. Set before the first product.
+static bool allow_tf32;
+
+// T 16 bits: 16 x 16 by 16 x 8 numbers; float: 16 x 8 by 8 x 8, as TF32.
 template <class T>
 __device__ static inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
-    if constexpr (std::is_same<T, __half>::value)
+    if constexpr (std::is_same<T, float>::value) {
+        const uint32_t rounded_b[2] = {to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1))};
+        uint32_t rounded_a[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) rounded_a[i] = to_tf32(__uint_as_float(a[i]));
+        mma_tf32(sum, rounded_a, rounded_b, sum);
+    } else if constexpr (std::is_same<T, __half>::value) {
         mma_f16(sum, a, b, sum);
-    else
+    } else {
         mma_bf16(sum, a, b, sum);
+    }
 }
 
 // Two floats as a pair of T, the first in the lower half.
@@ -653,14 +969,16 @@ static cudaDataType number_type() {
     return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, __half>::value ? CUDA_R_16F : CUDA_R_16BF;
 }
 
-// Floats are multiplied as floats, not as TF32. Of bias, a pointer, only the alignment counts.
+// Floats are multiplied as TF32 only where that is allowed. Of bias, a pointer, only the alignment counts.
 static void ask_linear(LinearProduct *p, LinearKey key, const void *bias) {
     const cublasOperation_t transpose = CUBLAS_OP_T;
     const cudaDataType type = (cudaDataType)key.operand_type, result = (cudaDataType)key.result_type;
     const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)key.epilogue;
     const uint64_t rows = (uint64_t)key.bucket, in = (uint64_t)key.in, out = (uint64_t)key.out;
+    const cublasComputeType_t compute =
+        allow_tf32 && type == CUDA_R_32F ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     p->key = key;
-    CUBLAS(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS(cublasLtMatmulDescCreate(&p->how, compute, CUDA_R_32F));
     CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     if (key.pass == BACKWARD_WEIGHT) {  // dw (in, out) = x (in, rows) dy^T (rows, out)
@@ -767,7 +1085,8 @@ static void gpu_linear_backward_weight(float *dw, const T *x, const T *dy, int r
 // their way to shared memory while a third is multiplied. Where the inner dimension is contiguous in memory a line of a
 // tile is one row's (or column's) step, and ldmatrix finds there what mma wants; where it is not, a line is one number
 // of the inner dimension for all rows, and ldmatrix transposes. Pieces are shuffled within their line, so that eight
-// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA.
+// pieces that are read or written together lie in different banks. With T float the same tiles are multiplied by FFMA,
+// or as TF32.
 
 enum {
     CONV_THREADS = 128,  // two warps by two, each with half of the tile's rows and columns
@@ -909,9 +1228,18 @@ __device__ static inline void load4(float (&to)[4], const float *tile, int i, in
     }
 }
 
-// How a block's sums lie in its threads. With 16 bits a warp has M x N, and sum[N / 8 * i + j] is what mma makes of
-// rows 16 * i and columns 8 * j on; with floats a thread has rows y + 8 * i and columns x + 16 * j, one after another.
-template <class T, int PASS, int TILE_N>
+// Which mma wants of a tile whose lines are the inner dimension, from line k and number i on, of floats: lane l has
+// line l % 4 and number l / 4.
+template <int PIECES>
+__device__ static inline uint32_t across(const float *tile, int i, int k) {
+    const int lane = (int)threadIdx.x % 32, number = i + lane / 4;
+    return __float_as_uint(piece_at<PIECES>(tile, k + lane % 4, number / 4)[number % 4]);
+}
+
+// How a block's sums lie in its threads. With tensor cores (MMA) a warp has M x N, and sum[N / 8 * i + j] is what mma
+// makes of rows 16 * i and columns 8 * j on; without, T being float, a thread has rows y + 8 * i and columns x + 16 *
+// j, one after another.
+template <class T, int PASS, int TILE_N, bool MMA>
 struct ConvSums {
     static constexpr int PIECE = 16 / (int)sizeof(T), STEP = STEP_BYTES / (int)sizeof(T);
     static constexpr int A_PIECES = PASS == BACKWARD_WEIGHT ? TILE_M / PIECE : STEP_BYTES / 16;  // a line
@@ -921,26 +1249,32 @@ struct ConvSums {
 
     // += the product of a step's tiles.
     __device__ void multiply_add(const T *a, const T *b) {
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (MMA) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
             const int row = warp / 2 * M, column = warp % 2 * N;
             const int upper = lane % 16, right = lane / 16, lower = lane / 16 * 8 + lane % 8, left = lane / 8 % 2;
 #pragma unroll
-            for (int k = 0; k < STEP; k += 16) {
+            for (int k = 0; k < STEP; k += 2 * PIECE) {
                 uint32_t rows[M / 16][4], columns[N / 16][4];
 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
-                    if constexpr (PASS == BACKWARD_WEIGHT)
+                    if constexpr (PASS != BACKWARD_WEIGHT)
+                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / PIECE + right));
+                    else if constexpr (sizeof(T) == 2)
                         ldmatrix_x4_trans(rows[i], piece_at<A_PIECES>(a, k + lower, row / 8 + 2 * i + left));
                     else
-                        ldmatrix_x4(rows[i], piece_at<A_PIECES>(a, row + 16 * i + upper, k / 8 + right));
+                        for (int q = 0; q < 4; q++)
+                            rows[i][q] = across<A_PIECES>(a, row + 16 * i + q % 2 * 8, k + q / 2 * 4);
                 }
 #pragma unroll
                 for (int j = 0; j < N / 16; j++) {
                     if constexpr (PASS == FORWARD)
-                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / 8 + left));
-                    else
+                        ldmatrix_x4(columns[j], piece_at<B_PIECES>(b, column + 16 * j + lower, k / PIECE + left));
+                    else if constexpr (sizeof(T) == 2)
                         ldmatrix_x4_trans(columns[j], piece_at<B_PIECES>(b, k + upper, column / 8 + 2 * j + right));
+                    else
+                        for (int q = 0; q < 4; q++)
+                            columns[j][q] = across<B_PIECES>(b, column + 16 * j + q / 2 * 8, k + q % 2 * 4);
                 }
 #pragma unroll
                 for (int i = 0; i < M / 16; i++)
@@ -970,7 +1304,7 @@ struct ConvSums {
 
     // Writes them to shared memory: (TILE_M, ROW).
     __device__ void spill(float *to) const {
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (MMA) {
             const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
             const int row = warp / 2 * M + lane / 4, column = warp % 2 * N + lane % 4 * 2;
 #pragma unroll
@@ -997,10 +1331,10 @@ static size_t conv_shared() {
 }
 
 // blockIdx.y: remainders of y and x on the way back to x, the part of the pixels on that to w.
-template <class T, int PASS, int TILE_N>
+template <class T, int PASS, int TILE_N, bool MMA>
 __global__ static void __launch_bounds__(CONV_THREADS, 2) conv_kernel(const __grid_constant__ ConvParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    typedef ConvSums<T, PASS, TILE_N> Sums;
+    typedef ConvSums<T, PASS, TILE_N, MMA> Sums;
     constexpr int STEP = Sums::STEP;
     Origin *origins = (Origin *)(smem + STAGES * (TILE_M + TILE_N) * STEP_BYTES);
     ConvTap *taps = (ConvTap *)(origins + TILE_M);
@@ -1086,12 +1420,12 @@ __global__ static void __launch_bounds__(CONV_THREADS, 2) conv_kernel(const __gr
     }
 }
 
-template <class T, int PASS, int TILE_N>
+template <class T, int PASS, int TILE_N, bool MMA>
 static void launch_conv_tiles(ConvParams<T> *p, unsigned layers) {
     p->tiles = (int)divide_up((size_t)p->columns, TILE_N);
     const dim3 grid(blocks((size_t)p->rows, TILE_M) * (unsigned)p->tiles, layers);
-    allow_shared(conv_kernel<T, PASS, TILE_N>, conv_shared<TILE_N>());
-    conv_kernel<T, PASS, TILE_N><<<grid, CONV_THREADS, conv_shared<TILE_N>(), stream>>>(*p);
+    allow_shared(conv_kernel<T, PASS, TILE_N, MMA>, conv_shared<TILE_N>());
+    conv_kernel<T, PASS, TILE_N, MMA><<<grid, CONV_THREADS, conv_shared<TILE_N>(), stream>>>(*p);
     CUDA(cudaGetLastError());
 }
 
@@ -1114,11 +1448,14 @@ static void launch_conv(ConvParams<T> *p, Ragged out, Ragged in, ConvShape s, un
         }
     }
     if (p->rows == 0) return;
-    constexpr int WIDE = sizeof(T) == 2 ? 128 : 64;  // floats of a wider tile do not fit the registers
-    if (p->columns <= 64)
-        launch_conv_tiles<T, PASS, 64>(p, layers);
+    constexpr bool HALF = sizeof(T) == 2;
+    constexpr int WIDE = HALF ? 128 : 64;  // floats of a wider tile do not fit the registers
+    if (HALF && p->columns > 64)
+        launch_conv_tiles<T, PASS, WIDE, true>(p, layers);
+    else if (HALF || allow_tf32)
+        launch_conv_tiles<T, PASS, 64, true>(p, layers);
     else
-        launch_conv_tiles<T, PASS, WIDE>(p, layers);
+        launch_conv_tiles<T, PASS, 64, HALF>(p, layers);
 }
 
 // conv_forward() of all images: y (out.rows, out channels) by the epilogue, whose add and mask are like y. x: (in.rows,
@@ -2068,6 +2405,7 @@ typedef struct {
     double *terms;                 // (rows, 3): unweighted losses of a query
     unsigned char *answers;        // (rows)
     double *sums;                  // (layers, LOSS_SUMS), added to
+    const LossScale *loss_scale;   // device: of the gradients, not of the sums; NULL: none
 } SetLoss;
 
 __global__ static void __launch_bounds__(THREADS) sigmoid_kernel(float *y, const float *x, size_t count) {
@@ -2214,6 +2552,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     const int label = target >= 0 ? p.target_classes[first + target] : p.num_labels;
     const double weight = layer == p.layers - 1 || p.settings.aux_loss ? 1 : 0;
     const double class_weight = weight * p.settings.class_loss_coef, num_boxes = fmax(p.divisors.boxes[many], 1.0);
+    const float scale = p.loss_scale ? p.loss_scale->scale : 1;
     double *of_class = (double *)smem + threadIdx.x / 32 * p.classes, loss;
     const float *z = p.logits + (size_t)row * p.classes;
     float *dz = p.dlogits + (size_t)row * p.classes;
@@ -2221,7 +2560,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
         for (int c = lane; c < p.classes; c += 32) {
             double derivative;
             of_class[c] = focal_loss((double)z[c], c == label, &derivative);
-            dz[c] = (float)(class_weight * derivative / num_boxes);
+            dz[c] = scale * (float)(class_weight * derivative / num_boxes);
         }
         __syncwarp();
         loss = 0;
@@ -2230,7 +2569,8 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     } else {
         const double log_sum = warp_softmax(of_class, z, p.classes);
         const double w = (label < p.num_labels ? 1 : p.settings.eos_coef) / p.divisors.weights[many];
-        for (int c = lane; c < p.classes; c += 32) dz[c] = (float)(class_weight * w * (of_class[c] - (c == label)));
+        for (int c = lane; c < p.classes; c += 32)
+            dz[c] = scale * (float)(class_weight * w * (of_class[c] - (c == label)));
         loss = w * (log_sum - (double)z[label]);
     }
     int best = -1;
@@ -2262,7 +2602,7 @@ __global__ static void __launch_bounds__(THREADS) set_loss_kernel(SetLoss p) {
     }
     for (int i = 0; i < 4; i++) {
         const float b = p.boxes[4 * (size_t)row + i];
-        p.dbox_logits[4 * (size_t)row + i] = (float)dbox[i] * (b * (1 - b));
+        p.dbox_logits[4 * (size_t)row + i] = scale * ((float)dbox[i] * (b * (1 - b)));
     }
 }
 
@@ -2318,36 +2658,56 @@ __global__ static void __launch_bounds__(THREADS)
 }
 
 __global__ static void __launch_bounds__(THREADS)
-    gradient_norm_finish_kernel(double *norm, const double *partials, int count) {
+    gradient_norm_finish_kernel(double *norm, const double *partials, int count, const LossScale *scale) {
     __shared__ double shared[WARPS];
     double sum = 0;
     for (int i = (int)threadIdx.x; i < count; i += THREADS) sum += partials[i];
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) *norm = sqrt(sum);
+    if (threadIdx.x == 0) *norm = sqrt(sum) / scale->scale;
 }
 
-// d->grad_norm = the norm of all gradients together.
+// d->grad_norm = the norm of all gradients together, divided by the loss's scale.
 static void gpu_gradient_norm(const DeviceParams *d) {
     const unsigned count = blocks(d->trained, NORM_CHUNKS * PARAM_CHUNK);
     gradient_norm_kernel<<<count, THREADS, 0, stream>>>(d->norm_partials, d->grad, d->trained);
     CUDA(cudaGetLastError());
-    gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count);
+    gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count, d->loss_scale);
     CUDA(cudaGetLastError());
 }
 
-// The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
-typedef struct {
-    float decay[2], rate[2], root, share;
-    double clip_max_norm;
-} AdamwStep;
+// One thread: the step's numbers, and what becomes of the loss's scale. step: of the run, those that were skipped among
+// them; Adam counts the others.
+__global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm,
+                                                               OptimizerSettings settings, int64_t step, bool scales) {
+    if (threadIdx.x > 0) return;
+    AdamwStep s;
+    LossScale now = *scale;
+    const double norm = *grad_norm, taken = (double)(step - now.skipped);
+    const double correction1 = 1 - pow(0.9, taken + 1), correction2 = 1 - pow(0.999, taken + 1);
+    for (int group = 0; group < 2; group++) {
+        const double lr = group ? settings.lr_backbone : settings.lr;
+        s.decay[group] = (float)(1 - lr * settings.weight_decay), s.rate[group] = (float)(lr / correction1);
+    }
+    s.root = (float)(1 / sqrt(correction2));
+    s.share = (float)(1 - fmin(settings.ema_decay, taken / (taken + 9)));
+    s.factor = settings.clip_max_norm > 0 ? (float)fmin(1.0, settings.clip_max_norm / (norm + 1e-6)) : 1;
+    s.factor /= now.scale;
+    s.finite = isfinite(norm);
+    now.good_steps++;
+    if (!s.finite) {
+        now.scale = fmaxf(now.scale / 2, 1), now.good_steps = 0, now.skipped++;
+    } else if (now.good_steps == LOSS_SCALE_STEPS) {
+        now.scale = scales ? fminf(now.scale * 2, MOST_LOSS_SCALE) : 1, now.good_steps = 0;
+    }
+    *to = s, *scale = now;
+}
 
 template <class T>
 __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     adamw_kernel(float *value, float *exp_avg, float *exp_avg_sq, float *ema, T *operand, const float *grad,
-                 const unsigned char *kinds, const double *grad_norm, AdamwStep step) {
-    const double norm = *grad_norm;
-    if (!isfinite(norm)) return;
-    const float clip = step.clip_max_norm > 0 ? (float)fmin(1.0, step.clip_max_norm / (norm + 1e-6)) : 1;
+                 const unsigned char *kinds, const AdamwStep *numbers) {
+    const AdamwStep step = *numbers;
+    if (!step.finite) return;
     const int kind = kinds[blockIdx.x];
     const float decay = kind & KIND_BACKBONE ? step.decay[1] : step.decay[0];
     const float rate = kind & KIND_BACKBONE ? step.rate[1] : step.rate[0];
@@ -2357,7 +2717,7 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     Eight x = load8(value + at), m = load8(exp_avg + at), v = load8(exp_avg_sq + at);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float g = gradient.x[j] * clip;
+        const float g = gradient.x[j] * step.factor;
         m.x[j] = beta1 * m.x[j] + rest1 * g;
         v.x[j] = beta2 * v.x[j] + rest2 * g * g;
         x.x[j] = x.x[j] * decay - rate * m.x[j] / (sqrtf(v.x[j]) * step.root + (float)1e-8);
@@ -2374,23 +2734,28 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
     if (!(kind & KIND_FOLDED)) store8(operand + at, x);
 }
 
-// optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes. A block does a chunk.
-// Afterwards the operands are those of the new values.
+// optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes but the loss's scale. step:
+// number of the run's steps before this one. A block does a chunk. Afterwards the operands are those of the new values.
 template <class T>
 static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
-    AdamwStep s;
-    const double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
-    for (int group = 0; group < 2; group++) {
-        const double lr = group ? settings->lr_backbone : settings->lr;
-        s.decay[group] = (float)(1 - lr * settings->weight_decay), s.rate[group] = (float)(lr / correction1);
-    }
-    s.root = (float)(1 / sqrt(correction2));
-    s.share = (float)(1 - fmin(settings->ema_decay, (double)step / ((double)step + 9)));
-    s.clip_max_norm = settings->clip_max_norm;
+    const bool scales = std::is_same<T, __half>::value;
+    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales);
+    CUDA(cudaGetLastError());
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
-        d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->grad_norm, s);
+        d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->step);
     CUDA(cudaGetLastError());
     gpu_fold<T>(d);
+}
+
+// What the host says when it learns, by an asynchronous copy of d->loss_scale, how that stands behind a step (0 is the
+// first); before: how it stood before that. A line if the gradient was too large for it. 0, or -1: at a scale of 1 it
+// was not the scale's fault, and the run must stop.
+static int loss_scale_say(const LossScale *before, const LossScale *after, int64_t step, Error *error) {
+    if (after->skipped == before->skipped) return 0;
+    if (before->scale == 1) return fail(error, "step %lld: the gradient is not finite", (long long)step + 1);
+    printf("step %lld: the gradient overflows fp16: left out; the loss is scaled by %.0f, before by %.0f\n",
+           (long long)step + 1, (double)after->scale, (double)before->scale);
+    return 0;
 }
 
 #ifdef HAVE_CUBLASLT
@@ -3317,11 +3682,12 @@ static const char *device_refuses(const ModelConfig *config) {
                  : NULL;
 }
 
-// Pinned memory of a step: the sums of losses and behind them the gradient's norm; then what each micro-batch takes.
+// Pinned memory of a step: the sums of losses, behind them the gradient's norm and the loss's scale; then what each
+// micro-batch takes.
 template <class T>
 static double *take_host(DeviceNetwork<T> *n) {
     n->host.used = 0;
-    return take<double>(&n->host, (size_t)n->model->config.dec_layers * LOSS_SUMS + 1);
+    return take<double>(&n->host, (size_t)n->model->config.dec_layers * LOSS_SUMS + 1 + sizeof(LossScale));
 }
 
 template <class T>
@@ -3458,14 +3824,15 @@ static void device_losses(Losses *losses, const double *sums, const ModelConfig 
 }
 
 // training_step() on the device, in micro-batches of n->max_images pictures. The host waits once, for the losses, when
-// all is done.
+// all is done. scale: the loss's, before and afterwards; a step that fp16 leaves out has a norm of 0.
 template <class T>
-static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_settings,
+static int device_training_step(DeviceNetwork<T> *n, LossScale *scale, const LossSettings *loss_settings,
                                 const OptimizerSettings *optimizer_settings, const Sample *samples, int batch_size,
                                 uint64_t seed, int64_t step, Losses *losses, Error *error) {
     const ModelConfig *config = &n->model->config;
     const size_t L = (size_t)config->dec_layers, Q = (size_t)config->num_queries;
     double *sums = take_host(n), *grad_norm = sums + L * LOSS_SUMS;
+    LossScale *scale_now = (LossScale *)(grad_norm + 1);
     int count = 0, num_told = 0;
     LossDivisors divisors = {{0, 0}, {0, 0}, 0};
     memset(losses, 0, sizeof *losses);
@@ -3481,7 +3848,7 @@ static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_se
         Answers *answers = &n->told[num_told++];
         const int images = count - first < n->max_images ? count - first : n->max_images;
         device_load(n, answers, samples, n->places + first, images);
-        n->loss.settings = *loss_settings, n->loss.divisors = divisors;
+        n->loss.settings = *loss_settings, n->loss.divisors = divisors, n->loss.loss_scale = n->params.loss_scale;
         device_forward(n);
         gpu_match(n->loss);
         gpu_set_loss(n->loss);
@@ -3497,6 +3864,7 @@ static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_se
     gpu_optimizer_step<T>(&n->params, optimizer_settings, step);
     CUDA(cudaMemcpyAsync(sums, n->loss_sums, L * LOSS_SUMS * sizeof(double), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaMemcpyAsync(grad_norm, n->params.grad_norm, sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(scale_now, n->params.loss_scale, sizeof *scale, cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
     device_losses(losses, sums, config, loss_settings);
     losses->grad_norm = *grad_norm;
@@ -3512,7 +3880,13 @@ static int device_training_step(DeviceNetwork<T> *n, const LossSettings *loss_se
             watch_boxes(&last, &acts, targets, divisors.images, losses);
         }
     }
+    const LossScale before = loss_scale_of<T>(*scale);
+    *scale = *scale_now;
     if (isfinite(losses->loss) && isfinite(losses->grad_norm)) return 0;
+    if (isfinite(losses->loss) && loss_scale_say(&before, scale, step, error) == 0) {
+        losses->grad_norm = 0;
+        return 0;
+    }
     device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
     device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
     const char *name = first_nonfinite(n->model, NULL);
@@ -3530,10 +3904,11 @@ template <class T>
 static DeviceNetwork<T> network_of;  // the program's, with operands of T
 
 template <class T>
-static int engine_train(Model *, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
+static int engine_train(Model *model, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
                         const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses,
                         Error *error) {
-    return device_training_step(&network_of<T>, loss, optimizer, samples, batch_size, seed, step, losses, error);
+    return device_training_step(&network_of<T>, &model->loss_scale, loss, optimizer, samples, batch_size, seed, step,
+                                losses, error);
 }
 
 // The host lays out its activations for what is read of them: answers, and where the decoder looked.
@@ -3649,6 +4024,7 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
 static int engine_start_on_gpu(const Settings *settings, Model *model, Activations *acts, int height, int width,
                                int training, int, int most_targets, Error *error) {
     const char *precision = flag_text(settings, "precision");
+    allow_tf32 = flag_on(settings, "tf32");
     if (model->track_norms)
         return fail(error, "--norm_init track is not there on a GPU yet: it is on the CPU; calibrate is the default");
     return (strcmp(precision, "bf16") == 0 ? engine_start_as<__nv_bfloat16>

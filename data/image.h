@@ -542,6 +542,12 @@ static inline ResizeWeight resize_weight(uint32_t weight) {
     return parts;
 }
 
+// The weight that resize_weight() has cut.
+static inline uint32_t resize_whole_weight(ResizeWeight parts) {
+    return (parts.high & 0xFFFF) << 2 * RESIZE_PART_BITS | (parts.middle & 0xFFFF) << RESIZE_PART_BITS |
+           (parts.low & 0xFFFF);
+}
+
 // The table for output places first .. first + outputs - 1 of `out_size` in all.
 static inline ResizeTable resize_table(int in_size, int out_size, int first, int outputs) {
     double scale = (double)in_size / out_size, support = scale < 1 ? 1 : scale, inverse = 1 / support;
@@ -688,6 +694,12 @@ static inline Image resize_along_y(const Image *from, const ResizeTable *table, 
     return to;
 }
 
+// Each pass rounds, so the order shows in the last bit. Pillow 13 takes y first where the height loses more than twice
+// as many pixels as the width does; up to Pillow 12 it always took x first.
+static inline int resize_y_first(int width, int height, int to_width, int to_height) {
+    return to_width != width && to_height < height && height - to_height > 2 * (width - to_width);
+}
+
 // image_resize to full_width x full_height followed by image_crop to (x, y, width, height), bit for bit, without
 // computing what the crop throws away. In place.
 static inline void image_resize_crop(Image *image, int full_width, int full_height, int x, int y, int width,
@@ -700,10 +712,7 @@ static inline void image_resize_crop(Image *image, int full_width, int full_heig
         first_row = rows.starts[0];
         num_rows = rows.starts[height - 1] + rows.counts[height - 1] - first_row;
     }
-    // Each pass rounds, so the order shows in the last bit. Pillow 13 takes y first where the height loses more than
-    // twice as many pixels as the width does; up to Pillow 12 it always took x first.
-    int y_first =
-        along_x && full_height < image->height && image->height - full_height > 2 * (image->width - full_width);
+    const int y_first = resize_y_first(image->width, image->height, full_width, full_height);
     if (y_first) {
         image_replace(image, resize_along_y(image, &rows, 0, image->width, height, 0));
         first_row = 0;

@@ -32,15 +32,32 @@ typedef struct {
     int vflip;       // 0 or 1: mirrored top and bottom too, half of the time, unless nothing is done
     int transpose;   // 0 or 1: mirrored along the diagonal too, likewise
     int originals;   // 0 or 1: samples hold the picture as it was read, too
+    int defer_side;  // pictures with no longer side than this, in pixels, at any stage come as they were read, and what
+                     // is to be done to them is the caller's to do; 0: all come augmented and resized
 } LoaderSettings;
+
+// What is done to a picture: mirrored left and right, top and bottom, along the diagonal, in this order; then resized,
+// up to two times, and of each result a rectangle kept.
+typedef struct {
+    int full_width, full_height;  // of the result
+    int x, y, width, height;      // of the rectangle
+} Resize;
+
+typedef struct {
+    int flip, vflip, transpose;  // 0 or 1
+    int num_resizes;
+    Resize resizes[2];
+} ImageChange;
 
 typedef struct {
     int index;                            // place in dataset->images
     Image image;                          // augmented and resized; pixels NULL if unreadable: `error` says why
+    ImageChange change;                   // what is still to be done to image: nothing unless the settings defer it
+    int width, height;                    // of the picture when that is done
     int original_width, original_height;  // of the picture as image_read gives it
     Image original;                       // that picture, with originals
     int num_boxes;                        // targets: no crowd, difficult or skipped box, nothing cropped away
-    double *boxes;                        // (num_boxes, 4): cx cy w h in 0..1 of `image`
+    double *boxes;                        // (num_boxes, 4): cx cy w h in 0..1 of the picture when that is done
     int *classes;                         // (num_boxes)
     Error error;
 } Sample;
@@ -49,7 +66,8 @@ typedef struct {
 // Augmentation, after make_coco_transforms in DETR's datasets/coco.py: mirrored half of the time, then either resized
 // to a random scale, or resized to 400, 500 or 600, cropped at random, and resized to a random scale. Or, for objects
 // whose size and surroundings tell what they are: mirrored, and resized to a random scale around the plain one.
-// While a sample is made its boxes are x0 y0 x1 y1 in pixels of the picture as it stands.
+// While a sample is made its boxes are x0 y0 x1 y1 in pixels of the picture as it stands, and pixels themselves wait:
+// what is to be done to them is written down, and image_change() does it at the end.
 
 // The numbers of the decisions: elements of RANDOM_AUGMENT for (epoch, index).
 enum {
@@ -102,11 +120,8 @@ static inline void sample_scale_boxes(Sample *sample, double x_ratio, double y_r
 
 // Mirrors picture and boxes: left and right, or top and bottom.
 static inline void sample_flip(Sample *sample, int vertical) {
-    const double size = vertical ? sample->image.height : sample->image.width;
-    if (vertical)
-        image_flip_vertical(&sample->image);
-    else
-        image_flip(&sample->image);
+    const double size = vertical ? sample->height : sample->width;
+    *(vertical ? &sample->change.vflip : &sample->change.flip) = 1;
     for (int i = 0; i < sample->num_boxes; i++) {
         double *box = sample->boxes + 4 * i + vertical, low = box[0];
         box[0] = size - box[2];
@@ -116,7 +131,10 @@ static inline void sample_flip(Sample *sample, int vertical) {
 
 // Mirrors picture and boxes along the diagonal from the upper left: width and height change places.
 static inline void sample_transpose(Sample *sample) {
-    image_orient(&sample->image, 5);
+    const int width = sample->width;
+    sample->change.transpose = 1;
+    sample->width = sample->height;
+    sample->height = width;
     for (int i = 0; i < 4 * sample->num_boxes; i += 2) {
         const double x = sample->boxes[i];
         sample->boxes[i] = sample->boxes[i + 1];
@@ -124,11 +142,12 @@ static inline void sample_transpose(Sample *sample) {
     }
 }
 
-static inline void sample_resize(Sample *sample, int short_side, int max_size) {
-    int width, height;
-    resized_size(sample->image.width, sample->image.height, short_side, max_size, &width, &height);
-    sample_scale_boxes(sample, (double)width / sample->image.width, (double)height / sample->image.height);
-    image_resize(&sample->image, width, height);
+// Resizes picture and boxes and keeps a rectangle of the picture; the boxes may reach out of it.
+static inline void sample_resize(Sample *sample, Resize resize) {
+    sample_scale_boxes(sample, (double)resize.full_width / sample->width, (double)resize.full_height / sample->height);
+    sample->change.resizes[sample->change.num_resizes++] = resize;
+    sample->width = resize.width;
+    sample->height = resize.height;
 }
 
 typedef struct {
@@ -144,20 +163,41 @@ static inline int augment_between(const AugmentKey *key, int decision, int low, 
     return low + augment_choose(key, decision, high - low + 1);
 }
 
-// Resizes to one of the first scales and crops. Of the resized picture only what the crop keeps is computed.
+// Resizes to one of the first scales and crops.
 static inline void sample_random_crop(Sample *sample, const AugmentKey *key, int short_side) {
     int first = augment_length(augment_first_scales[augment_choose(key, AUGMENT_FIRST_SCALE, 3)], short_side);
     int low = augment_length(AUGMENT_CROP_MIN, short_side), high = augment_length(AUGMENT_CROP_MAX, short_side);
-    int full_width, full_height;
-    resized_size(sample->image.width, sample->image.height, first, 0, &full_width, &full_height);
-    int most_wide = full_width < high ? full_width : high, most_high = full_height < high ? full_height : high;
-    int width = augment_between(key, AUGMENT_CROP_WIDTH, low < most_wide ? low : most_wide, most_wide);
-    int height = augment_between(key, AUGMENT_CROP_HEIGHT, low < most_high ? low : most_high, most_high);
-    int left = augment_between(key, AUGMENT_CROP_LEFT, 0, full_width - width);
-    int top = augment_between(key, AUGMENT_CROP_TOP, 0, full_height - height);
-    sample_scale_boxes(sample, (double)full_width / sample->image.width, (double)full_height / sample->image.height);
-    sample_crop_boxes(sample, left, top, width, height);
-    image_resize_crop(&sample->image, full_width, full_height, left, top, width, height);
+    Resize to;
+    resized_size(sample->width, sample->height, first, 0, &to.full_width, &to.full_height);
+    int most_wide = to.full_width < high ? to.full_width : high,
+        most_high = to.full_height < high ? to.full_height : high;
+    to.width = augment_between(key, AUGMENT_CROP_WIDTH, low < most_wide ? low : most_wide, most_wide);
+    to.height = augment_between(key, AUGMENT_CROP_HEIGHT, low < most_high ? low : most_high, most_high);
+    to.x = augment_between(key, AUGMENT_CROP_LEFT, 0, to.full_width - to.width);
+    to.y = augment_between(key, AUGMENT_CROP_TOP, 0, to.full_height - to.height);
+    sample_resize(sample, to);
+    sample_crop_boxes(sample, to.x, to.y, to.width, to.height);
+}
+
+// The longest side that a picture of this size has before, between and after its resizes.
+static inline int change_longest_side(const ImageChange *change, int width, int height) {
+    int longest = width > height ? width : height;
+    for (int i = 0; i < change->num_resizes; i++) {
+        if (change->resizes[i].width > longest) longest = change->resizes[i].width;
+        if (change->resizes[i].height > longest) longest = change->resizes[i].height;
+    }
+    return longest;
+}
+
+// Does it, in place. Of a resized picture only what is kept is computed.
+static inline void image_change(Image *image, const ImageChange *change) {
+    if (change->flip) image_flip(image);
+    if (change->vflip) image_flip_vertical(image);
+    if (change->transpose) image_orient(image, 5);
+    for (int i = 0; i < change->num_resizes; i++) {
+        const Resize *to = &change->resizes[i];
+        image_resize_crop(image, to->full_width, to->full_height, to->x, to->y, to->width, to->height);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +224,8 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
         return;
     }
     if (image_read(entry->path, &sample->image, &sample->error) != 0) return;
-    sample->original_width = sample->image.width;
-    sample->original_height = sample->image.height;
+    sample->original_width = sample->width = sample->image.width;
+    sample->original_height = sample->height = sample->image.height;
     if (settings->originals) {
         sample->original = image_unset(sample->image.width, sample->image.height);
         memcpy(sample->original.pixels, sample->image.pixels,
@@ -203,7 +243,7 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
         box[3] = annotation->y + annotation->height;
         sample->classes[sample->num_boxes++] = annotation->class_index;
     }
-    sample_crop_boxes(sample, 0, 0, sample->image.width, sample->image.height);
+    sample_crop_boxes(sample, 0, 0, sample->width, sample->height);
 
     AugmentKey key = {settings->seed, (uint32_t)epoch, (uint32_t)index};
     int short_side = settings->short_side, max_size = settings->max_size;
@@ -220,14 +260,21 @@ static inline void sample_make(Sample *sample, const Dataset *set, const LoaderS
                                      jitter_length(short_side, 1 + settings->scales));
         max_size = jitter_length(max_size, (double)short_side / settings->short_side);
     }
-    sample_resize(sample, short_side, max_size);
+    Resize to = {0, 0, 0, 0, 0, 0};
+    resized_size(sample->width, sample->height, short_side, max_size, &to.full_width, &to.full_height);
+    to.width = to.full_width, to.height = to.full_height;
+    sample_resize(sample, to);
+    if (change_longest_side(&sample->change, sample->image.width, sample->image.height) > settings->defer_side) {
+        image_change(&sample->image, &sample->change);
+        memset(&sample->change, 0, sizeof sample->change);
+    }
 
     for (int i = 0; i < sample->num_boxes; i++) {
         double *box = sample->boxes + 4 * i, x0 = box[0], y0 = box[1], x1 = box[2], y1 = box[3];
-        box[0] = (x0 + x1) / 2 / sample->image.width;
-        box[1] = (y0 + y1) / 2 / sample->image.height;
-        box[2] = (x1 - x0) / sample->image.width;
-        box[3] = (y1 - y0) / sample->image.height;
+        box[0] = (x0 + x1) / 2 / sample->width;
+        box[1] = (y0 + y1) / 2 / sample->height;
+        box[2] = (x1 - x0) / sample->width;
+        box[3] = (y1 - y0) / sample->height;
     }
 }
 

@@ -707,13 +707,44 @@ static void test_jitter(const TestSet *test, const LoaderSettings *settings) {
     check(longest > 1.2 * settings->max_size, "the long side's limit grows too: %g", longest);
 }
 
+// Deferred, and then done by the caller, is the same; what has a longer side on its way comes done.
+static void test_deferred(const TestSet *test, const LoaderSettings *settings) {
+    enum { SIDE = 200 };
+    LoaderSettings now = *settings;
+    now.vflip = now.transpose = 1;
+    LoaderSettings later = now;
+    later.defer_side = SIDE;
+    int deferred = 0, done = 0, wrong = 0;
+    for (int epoch = 0; epoch < 20; epoch++) {
+        for (int i = 0; i < TEST_IMAGES; i++) {
+            Sample a, b;
+            sample_make(&a, &test->set, &now, epoch, i);
+            sample_make(&b, &test->set, &later, epoch, i);
+            const int longest = change_longest_side(&b.change, b.image.width, b.image.height);
+            const int original = b.original_width > b.original_height ? b.original_width : b.original_height;
+            const int is_deferred = b.change.num_resizes > 0;
+            deferred += is_deferred, done += !is_deferred;
+            wrong += a.change.num_resizes > 0 || a.width != a.image.width || a.height != a.image.height;
+            wrong += is_deferred ? longest > SIDE || b.image.width != b.original_width
+                                 : original <= SIDE && a.width <= SIDE && a.height <= SIDE;
+            image_change(&b.image, &b.change);
+            wrong += b.width != a.width || b.height != a.height || test_sample_hash(&a, 1) != test_sample_hash(&b, 1);
+            sample_free(&a);
+            sample_free(&b);
+        }
+    }
+    check(wrong == 0 && deferred > 20 && done > 20, "deferred: %d are not the same; %d deferred, %d done", wrong,
+          deferred, done);
+}
+
 static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
-    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0};
+    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0, 0};
     test_crop_boxes();
     test_samples(test, &settings);
     test_jitter(test, &settings);
+    test_deferred(test, &settings);
 
     int order[100], seen[100] = {0}, first[100], moved = 0, twice = 0;
     epoch_order(first, 100, &settings, 0);

@@ -32,19 +32,20 @@ def attention_shared(T, D, ROWS):
     return 2 * 2 * ROWS * (D * size + 16) + (64 * ROWS * size if size == 4 else 0)
 
 
-def conv_shared(T, PASS, TILE_N):
+def conv_shared(T, PASS, TILE_N, MMA):
     """conv_shared() of train_detr.cu: three steps of 128 bytes of both operands, origins of 128 rows, 49 taps."""
     return 3 * (128 + int(TILE_N)) * 128 + 128 * 16 + 49 * 4
 
 
-# Kernels of which it is known what they must have, by the beginning of their names; `half` only in 16 bits.
-MUST_HAVE = {"conv_kernel": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
+# Kernels of which it is known what they must have, by the beginning of their names; `half` only in 16 bits, `mma` where
+# the fourth argument says so.
+MUST_HAVE = {"conv_kernel": {"all": ["LDGSTS"], "half": ["LDSM"], "mma": ["HMMA"]},
              "attention_forward": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
              "attention_backward": {"all": ["LDGSTS"], "half": ["HMMA", "LDSM"]},
              "norm_": {"all": ["LDG.128", "STG.128"]}, "finish_": {"all": ["LDG.128", "STG.128"]},
              "maxpool_": {"all": ["LDG.128", "STG.128"]}, "dropout_": {"all": ["LDG.128", "STG.128"]},
              "add_positions": {"all": ["LDG.128", "STG.128"]}, "add_queries": {"all": ["LDG.128", "STG.128"]},
-             "adamw": {"all": ["LDG.128", "STG.128"]}}
+             "adamw_kernel": {"all": ["LDG.128", "STG.128"]}}
 
 # Dynamic shared memory of a block, which only the launch knows. For matching: 100 queries and at most as many targets,
 # 91 classes.
@@ -109,7 +110,8 @@ def main():
             wrong.append(f"{name}: its dynamic shared memory is not in DYNAMIC")
         must = entry(MUST_HAVE, name) or {}
         half = bool(arguments) and SIZES.get(arguments[0]) == 2
-        for word in must.get("all", []) + (must.get("half", []) if half else []):
+        mma = arguments[3:] == ["true"]
+        for word in must.get("all", []) + (must.get("half", []) if half else []) + (must.get("mma", []) if mma else []):
             if word not in kernel["has"]:
                 wrong.append(f"{name}: no {word}")
     for line in wrong:

@@ -445,6 +445,22 @@ static void training_free(Training *run) {
     if (run->lock > 0) close(run->lock);
 }
 
+// "loss_scale" of trainer_state.json, which a run on the CPU does not begin.
+static void loss_scale_write(FILE *file, const LossScale *scale) {
+    if (scale->scale > 0)
+        fprintf(file, " \"loss_scale\": {\"scale\": %.0f, \"good_steps\": %d, \"skipped\": %d},\n",
+                (double)scale->scale, scale->good_steps, scale->skipped);
+}
+
+static void loss_scale_read(LossScale *scale, ConfigReader *reader, yajl_val tree) {
+    yajl_val object = json_member(tree, "loss_scale");
+    const int power = read_int(reader, object, "scale", 0, 0, MOST_LOSS_SCALE);
+    if (power & (power - 1)) CONFIG_FAIL(reader, "%s: \"scale\" is %d, no power of two", reader->path, power);
+    scale->scale = (float)power;
+    scale->good_steps = read_int(reader, object, "good_steps", 0, 0, LOSS_SCALE_STEPS - 1);
+    scale->skipped = read_int(reader, object, "skipped", 0, 0, INT32_MAX);
+}
+
 static int state_write(const Training *run, const char *folder, Error *error) {
     const double *sums = &run->averages.steps;
     FILE *file = fileset_create(folder, "trainer_state.json");
@@ -455,6 +471,7 @@ static int state_write(const Training *run, const char *folder, Error *error) {
     fprintf(file, " \"epochs_logged\": %lld,\n \"seed\": %lld,\n", (long long)run->epochs_logged,
             (long long)run->loader.seed);
     fprintf(file, " \"planned_steps\": %lld,\n", (long long)run->schedule.planned_steps);
+    loss_scale_write(file, &run->network.model.loss_scale);
     if (run->best.epoch >= 0) {
         fprintf(file, " \"best\": {\"epoch\": %lld, \"evaluations\": %lld, \"ap\": ", (long long)run->best.epoch,
                 (long long)run->best.evaluations);
@@ -489,6 +506,7 @@ static int state_read(Training *run, const char *path, Error *error) {
     yajl_val best = json_member(tree, "best");
     int64_t planned = run->schedule.planned_steps;
     run->from_scratch = read_bool(&reader, tree, "from_scratch", 0);
+    loss_scale_read(&run->network.model.loss_scale, &reader, tree);
     if (json_get_int64(tree, "planned_steps", &planned, path, error) < 0 ||
         json_get_int64(best, "epoch", &run->best.epoch, path, error) < 0 ||
         json_get_int64(best, "evaluations", &run->best.evaluations, path, error) < 0 ||

@@ -106,6 +106,8 @@ static const Flag FLAGS[] = {
      "many, they run side by side, one thread each; else one at a time, on all threads: the same bytes"},
     {"precision", CHOICE, "fp32|bf16|fp16", "fp32", 0, 0, TRAIN | EVAL | PREDICT | BENCH | MAY_CHANGE,
      "bf16: products of 16-bit numbers, summed in 32 bits; weights, norms and losses stay in 32; fp16: GPUs only"},
+    {"tf32", SWITCH, NULL, NULL, 0, 0, TRAIN | EVAL | PREDICT | BENCH | MAY_CHANGE,
+     "fp32 on a GPU: linear layers and convolutions may multiply numbers rounded to 10 bits behind the point"},
     {"seed", INTEGER, "N", "42", 0, 9e18, TRAIN, "of every random number"},
     {"eval_every", INTEGER, "EPOCHS", "1", 1, 1e9, TRAIN, "evaluate after each so many epochs"},
     {"patience", INTEGER, "N", "0", 0, 1e9, TRAIN | MAY_CHANGE,
