@@ -322,6 +322,8 @@ static inline int png_decode_body(PngReader *reader, png_structp decoder, png_in
     if (setjmp(png_jmpbuf(decoder))) return fail(error, "%s: damaged PNG: %s", name, reader->message);
     png_set_read_fn(decoder, reader, png_on_read);
     png_set_user_limits(decoder, IMAGE_MAX_SIDE, IMAGE_MAX_SIDE);
+    // No optional chunk is needed, and libpng would take as much memory as the length of one says.
+    png_set_keep_unknown_chunks(decoder, PNG_HANDLE_CHUNK_NEVER, NULL, -1);
     png_read_info(decoder, info);
     uint64_t width = png_get_image_width(decoder, info), height = png_get_image_height(decoder, info);
     if (image_check_size(name, width, height, error) != 0) return -1;
