@@ -55,7 +55,7 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz mutants determinism finetune test-inputs dumps \
+.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz lint mutants determinism finetune test-inputs dumps \
         check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
 
@@ -75,6 +75,7 @@ help:
 	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make fuzz           look for files that break a reader, a minute for each of eleven (clang); FUZZ=NAME FUZZ_SECONDS=N"
 	@echo "make test-fuzz      what the search begins with and what it ever found, each once"
+	@echo "make lint           warnings beyond a build's, and cppcheck"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -207,6 +208,15 @@ test-fuzz:
 
 $(B)/fuzz: dev/fuzz/fuzz.c $(SOURCES) | build/libraries
 	$(CC) $(CPPFLAGS) $(FLAGS) $(FUZZ_FLAGS) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+# gcc's and clang's own warnings beyond those of a build, and cppcheck; its exceptions are in dev/cppcheck.txt. Without
+# -Wsign-conversion: counts are int, sizes size_t, and the casts between them would bury the sums.
+LINT := -std=gnu11 -fsyntax-only -Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Werror
+lint:
+	$(CC) $(CPPFLAGS) $(LINT) -fopenmp train_detr.c
+	$(CLANG) $(CPPFLAGS) -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wno-unknown-pragmas -DLIBFUZZER $(FUZZ_FLAGS) dev/fuzz/fuzz.c
+	cppcheck --quiet --error-exitcode=1 --std=c11 --enable=warning,portability,performance \
+	    --suppressions-list=dev/cppcheck.txt --suppress=missingIncludeSystem -D__x86_64__ -DREAL=float train_detr.c
 
 # valgrind knows no AVX-512: a build of its own, with AVX2 where that is a choice.
 VALGRIND := build/float-valgrind
