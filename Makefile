@@ -186,7 +186,7 @@ fuzz: build/fuzz/fuzz
 	@for name in $(FUZZ); do \
 	    mkdir -p $(FUZZ_OUT)/$$name $(FUZZ_OUT)/finds; \
 	    echo "$$name"; \
-	    FUZZ=$$name build/fuzz/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=86400 -reduce_inputs=0 -rss_limit_mb=1500 \
+	    FUZZ=$$name build/fuzz/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=86400 -report_slow_units=86400 -reduce_inputs=0 -rss_limit_mb=1500 \
 	        -close_fd_mask=3 -print_final_stats=1 -artifact_prefix=$(FUZZ_OUT)/finds/$$name- \
 	        $(FUZZ_OUT)/$$name dev/fuzz/seeds/$$name 2>$(FUZZ_OUT)/$$name.log; \
 	    status=$$?; \

@@ -220,8 +220,9 @@ static inline int jpeg_decode_body(JpegReader *reader, const unsigned char *byte
     reader->image.height = (int)height;
     if (image_check_size(name, width, height, error) != 0) return -1;
     if (header_only) return 0;
-    // Huffman coding spends a bit at least on each block, and a block never covers more than 32 x 32 pixels.
-    if (!decoder->arith_code && width * height / (32 * 32) > 8 * (uint64_t)size)
+    // Huffman coding spends a bit at least on each block, and a block never covers more than 32 x 32 pixels. Arithmetic
+    // coding may spend less, but only on pictures of one colour.
+    if (width * height / (32 * 32) > 8 * (uint64_t)size)
         return fail(error, "%s: the JPEG header says %d x %d pixels, more than its %zu bytes can hold", name,
                     (int)width, (int)height, size);
 
