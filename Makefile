@@ -55,8 +55,8 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind mutants determinism finetune test-inputs dumps check-python \
-        check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo \
+.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz lint mutants determinism finetune test-inputs dumps \
+        check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
 
 help:
@@ -73,6 +73,9 @@ help:
 	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
 	@echo "make finetune       fine-tuning from end to end, with frozen parts and other classes (python3)"
 	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
+	@echo "make fuzz           look for files that break a reader, a minute for each of eleven (clang); FUZZ=NAME FUZZ_SECONDS=N"
+	@echo "make test-fuzz      what the search begins with and what it ever found, each once"
+	@echo "make lint           warnings beyond a build's, and cppcheck"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -172,6 +175,49 @@ endif
 test-asan:
 	@$(MAKE) --no-print-directory SANITIZE=1 REAL=$(REAL) build/$(REAL)-sanitize/test_detr
 	OMP_WAIT_POLICY=passive build/$(REAL)-sanitize/test_detr $(TESTS)
+
+# Searches for inputs that break a reader of files, for FUZZ_SECONDS each; corpus, log and finds are under FUZZ_OUT. A
+# find goes into dev/fuzz/seeds/NAME, once it is mended. Inputs are timed by the program itself, so not by libFuzzer;
+# not reduced, since what the libraries make of them is not seen. FUZZ=NAME: that reader alone.
+CLANG ?= clang
+FUZZ := jpeg png coco voc yolo yaml results safetensors config preprocessor state
+FUZZ_SECONDS ?= 60
+FUZZ_OUT ?= build/fuzz
+fuzz: build/fuzz/fuzz
+	@for name in $(FUZZ); do \
+	    mkdir -p $(FUZZ_OUT)/$$name $(FUZZ_OUT)/finds; \
+	    echo "$$name"; \
+	    FUZZ=$$name build/fuzz/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=86400 -report_slow_units=86400 -reduce_inputs=0 -rss_limit_mb=1500 \
+	        -close_fd_mask=3 -print_final_stats=1 -artifact_prefix=$(FUZZ_OUT)/finds/$$name- \
+	        $(FUZZ_OUT)/$$name dev/fuzz/seeds/$$name 2>$(FUZZ_OUT)/$$name.log; \
+	    status=$$?; \
+	    grep -E '^stat::number|^SUMMARY|Test unit' $(FUZZ_OUT)/$$name.log; \
+	    [ $$status = 0 ] || exit 1; \
+	done
+
+# float-cast-overflow: numbers in files are of any size. Without OpenMP: a search has one thread.
+FUZZ_FLAGS := -Wno-unused-function -fsanitize=float-cast-overflow -I.
+build/fuzz/fuzz: dev/fuzz/fuzz.c data/test_check.h train_detr.c $(HEADERS) | build/libraries
+	@command -v $(CLANG) >/dev/null || { echo "clang is missing: apt-get install clang" >&2; exit 1; }
+	@mkdir -p build/fuzz
+	$(CLANG) $(CPPFLAGS) -std=gnu11 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-unknown-pragmas -DLIBFUZZER \
+	    $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ $(LDFLAGS) $(LIBS) -lz -lgomp
+
+test-fuzz:
+	@$(MAKE) --no-print-directory SANITIZE=1 REAL=float build/float-sanitize/fuzz
+	OMP_WAIT_POLICY=passive build/float-sanitize/fuzz dev/fuzz/seeds/*/*
+
+$(B)/fuzz: dev/fuzz/fuzz.c $(SOURCES) | build/libraries
+	$(CC) $(CPPFLAGS) $(FLAGS) $(FUZZ_FLAGS) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+# gcc's and clang's own warnings beyond those of a build, and cppcheck; its exceptions are in dev/cppcheck.txt. Without
+# -Wsign-conversion: counts are int, sizes size_t, and the casts between them would bury the sums.
+LINT := -std=gnu11 -fsyntax-only -Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Werror
+lint:
+	$(CC) $(CPPFLAGS) $(LINT) -fopenmp train_detr.c
+	$(CLANG) $(CPPFLAGS) -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wno-unknown-pragmas -DLIBFUZZER $(FUZZ_FLAGS) dev/fuzz/fuzz.c
+	cppcheck --quiet --error-exitcode=1 --std=c11 --enable=warning,portability,performance \
+	    --suppressions-list=dev/cppcheck.txt --suppress=missingIncludeSystem -D__x86_64__ -DREAL=float train_detr.c
 
 # valgrind knows no AVX-512: a build of its own, with AVX2 where that is a choice.
 VALGRIND := build/float-valgrind
@@ -401,10 +447,10 @@ install-deps:
 EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu dev/cuda/*.cu)
 
 format:
-	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] $(EMU_SOURCES)
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 clean:
 	rm -rf build train_detr test_detr make_shapes

@@ -1499,7 +1499,7 @@ static double measure_peak_gflops(int half) {
             __asm__ volatile("" : : "r"(memory) : "memory");
             const double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
             const double sums = amx ? AMX_TILE * AMX_TILE : TILE_ROWS * TILE_COLUMNS;
-            const double rate = (half ? 4e-9 : 2e-9) * count * sums / seconds;
+            const double rate = (half ? 4e-9 : 2e-9) * (double)count * sums / seconds;
             if (rate > best) best = rate;
         }
         total += best;

@@ -2900,7 +2900,7 @@ typedef struct {
     int *first_target, *target_classes;  // (images + 1), (targets)
     double *target_boxes;                // (targets, 4)
     unsigned char *pixels;               // (rows of LEVEL_PICTURE, 3)
-} Feed;
+} MicroBatch;
 
 // What the device tells of a micro-batch, in pinned memory, there when the step is done. places: of its images in the
 // batch.
@@ -2934,7 +2934,7 @@ struct DeviceNetwork {
     Answers *told;      // of each micro-batch of a step
     Ragged maps[MAX_LEVELS];
     Dropout dropout;
-    Feed feed;  // device
+    MicroBatch feed;  // device
     T *pixels, *stem, *pooled;
     unsigned char *argmax;
     DeviceBlock<T> *blocks;
@@ -2961,7 +2961,7 @@ static T *take(Arena *arena, size_t count) {
     return (T *)arena_bytes(arena, count * sizeof(T));
 }
 
-static void feed_walk(Feed *feed, Arena *arena, int images, int targets, size_t rows) {
+static void micro_batch_walk(MicroBatch *feed, Arena *arena, int images, int targets, size_t rows) {
     for (int i = 0; i < MAX_LEVELS; i++) feed->segments[i] = take<Segment>(arena, (size_t)images);
     feed->first_target = take<int>(arena, (size_t)images + 1);
     feed->target_classes = take<int>(arena, (size_t)targets);
@@ -3196,7 +3196,7 @@ template <class T>
 static bool plan_device_network(DeviceNetwork<T> *n) {
     if (!network_levels(n)) return false;
     n->arena.used = 0;
-    feed_walk(&n->feed, &n->arena, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
+    micro_batch_walk(&n->feed, &n->arena, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
     for (int i = 0; i < MAX_LEVELS; i++) n->maps[i].segments = n->feed.segments[i];
     plan_device_backbone(n);
     plan_device_transformer(n);
@@ -3691,9 +3691,9 @@ static double *take_host(DeviceNetwork<T> *n) {
 }
 
 template <class T>
-static void take_micro_batch(DeviceNetwork<T> *n, Feed *feed, Answers *answers) {
+static void take_micro_batch(DeviceNetwork<T> *n, MicroBatch *feed, Answers *answers) {
     const size_t queries = (size_t)(n->images * n->model->config.num_queries);
-    feed_walk(feed, &n->host, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
+    micro_batch_walk(feed, &n->host, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
     answers->boxes = take<float>(&n->host, 4 * queries), answers->match = take<int>(&n->host, queries);
 }
 
@@ -3706,7 +3706,7 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
                                  int max_targets, int batch, size_t workspace_bytes, bool counting, Error *error) {
     const ModelConfig *config = &model->config;
     const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers;
-    Feed feed;
+    MicroBatch feed;
     memset((void *)n, 0, sizeof *n);
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
@@ -3783,7 +3783,7 @@ static void device_network_free(DeviceNetwork<T> *n) {
 // Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes, and sends it on its way.
 template <class T>
 static void device_load(DeviceNetwork<T> *n, Answers *answers, const Sample *samples, const int *places, int count) {
-    Feed feed;
+    MicroBatch feed;
     n->images = count, n->num_targets = n->most_targets = 0;
     for (int i = 0; i < count; i++) {
         const Sample *sample = &samples[places[i]];

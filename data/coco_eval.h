@@ -316,7 +316,7 @@ static inline double coco_mean(const CocoClass *classes, int num_classes, int li
             }
         }
     }
-    double mean = count ? numpy_sum(values, count) / count : -1;
+    double mean = count ? numpy_sum(values, count) / (double)count : -1;
     free(values);
     return mean;
 }

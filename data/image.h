@@ -220,8 +220,9 @@ static inline int jpeg_decode_body(JpegReader *reader, const unsigned char *byte
     reader->image.height = (int)height;
     if (image_check_size(name, width, height, error) != 0) return -1;
     if (header_only) return 0;
-    // Huffman coding spends a bit at least on each block, and a block never covers more than 32 x 32 pixels.
-    if (!decoder->arith_code && width * height / (32 * 32) > 8 * (uint64_t)size)
+    // Huffman coding spends a bit at least on each block, and a block never covers more than 32 x 32 pixels. Arithmetic
+    // coding may spend less, but only on pictures of one colour.
+    if (width * height / (32 * 32) > 8 * (uint64_t)size)
         return fail(error, "%s: the JPEG header says %d x %d pixels, more than its %zu bytes can hold", name,
                     (int)width, (int)height, size);
 
@@ -322,6 +323,8 @@ static inline int png_decode_body(PngReader *reader, png_structp decoder, png_in
     if (setjmp(png_jmpbuf(decoder))) return fail(error, "%s: damaged PNG: %s", name, reader->message);
     png_set_read_fn(decoder, reader, png_on_read);
     png_set_user_limits(decoder, IMAGE_MAX_SIDE, IMAGE_MAX_SIDE);
+    // No optional chunk is needed, and libpng would take as much memory as the length of one says.
+    png_set_keep_unknown_chunks(decoder, PNG_HANDLE_CHUNK_NEVER, NULL, -1);
     png_read_info(decoder, info);
     uint64_t width = png_get_image_width(decoder, info), height = png_get_image_height(decoder, info);
     if (image_check_size(name, width, height, error) != 0) return -1;
