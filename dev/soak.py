@@ -7,7 +7,7 @@ Trains on data/bccd as a user would, with pictures of mixed sizes, an evaluation
 (SIGTERM), which must save its state and end with status 0.
 
     dev/soak.py OUT [--hours 2] [--program ./train_detr] [--data data/bccd] [flags of train]
-    dev/soak.py --draw OUT [--picture FILE]         once more the picture of a run that is over, or still going
+    dev/soak.py --draw OUT [--picture FILE]         once more the picture, and the verdict, of a run that is over or still going
 
     OUT/run        the training's --output_dir
     OUT/train.txt  what it printed
@@ -18,14 +18,17 @@ Speed is in pictures of the training per second of processor time, since on a ma
 little; evaluation and checkpoints are in it. `pictures` were trained on when the process had used
 `pictures_processor_s`: the program says how far it is every ten seconds.
 
-Ends with "N passed, N failed": the program stopped as it should, memory at the end within 1 % of that after 20 steps,
-no more descriptors or threads than then, and speed in the last quarter at least 95 % of that in the first.
+Ends with "N passed, N failed": the program stopped as it should; memory in the last quarter of the time is within 1 % of
+that in the first, both as means, since a single sample swings by 3 % with the sizes of the pictures that are read ahead,
+and without the first two minutes, before which there was no evaluation; no more descriptors or threads than in the first;
+and at least 90 % of its speed, which programs beside it on the machine change by some per cent.
 """
 import argparse
 import csv
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -36,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["seconds", "resident_kib", "descriptors", "threads", "processor_s", "pictures", "pictures_processor_s"]
 TRAIN = "--train_split trainval --split test --preset small --vflip --transpose --save_steps 50 --epochs 100000".split()
 TICKS = os.sysconf("SC_CLK_TCK")
-WARM_STEPS = 20
+WARM_SECONDS = 120
 EVERY = 10  # seconds between two samples
 
 
@@ -147,27 +150,27 @@ def main():
     parser.add_argument("--picture", type=Path)
     arguments, flags = parser.parse_known_args()
     picture = arguments.picture or arguments.out / "soak.png"
-    if arguments.draw:
-        draw(read(arguments.out), picture)
-        return 0
-    status = watch(arguments, flags)
+    status = None if arguments.draw else watch(arguments, flags)
     rows = read(arguments.out)
-    warm = next((row for row in rows if row["pictures"] >= 4 * WARM_STEPS), None)
-    if not warm:
-        sys.exit(f"the training did not take {WARM_STEPS} steps: {arguments.out / 'train.txt'}")
+    settled, pieces = [row for row in rows if row["seconds"] >= WARM_SECONDS], speeds(rows)
+    if len(pieces) < 4 or len(settled) < 4:
+        sys.exit(f"too short a run to say something: {arguments.out / 'train.txt'}")
     draw(rows, picture)
-    last, pieces = rows[-1], speeds(rows)
-    quarter = max(len(pieces) // 4, 1)
+    first, last = settled[:len(settled) // 4], settled[-(len(settled) // 4):]
+    mean = lambda part: sum(row["resident_kib"] for row in part) / len(part) / 1024
+    usual = lambda part, what: statistics.median(row[what] for row in part)  # more for moments: a checkpoint, an evaluation
+    quarter = len(pieces) // 4
     first_speed, last_speed = (sum(value for _, value in part) / quarter for part in (pieces[:quarter], pieces[-quarter:]))
     checks = [
-        (f"status {status} after SIGTERM", status == 0),
-        (f"{warm['resident_kib'] / 1024:.1f} MiB after {warm['pictures']:.0f} pictures, {last['resident_kib'] / 1024:.1f} MiB "
-         f"after {last['pictures']:.0f}", abs(last["resident_kib"] / warm["resident_kib"] - 1) <= 0.01),
-        (f"{warm['descriptors']:.0f} descriptors, {last['descriptors']:.0f} at the end, of threads "
-         f"{warm['threads']:.0f} and {last['threads']:.0f}",
-         last["descriptors"] <= warm["descriptors"] and last["threads"] <= warm["threads"]),
+        (f"{mean(first):.1f} MiB in the first quarter, {mean(last):.1f} MiB in the last, after {rows[-1]['pictures']:.0f} pictures",
+         abs(mean(last) / mean(first) - 1) <= 0.01),
+        (f"{usual(first, 'descriptors'):.0f} descriptors and {usual(first, 'threads'):.0f} threads, then "
+         f"{usual(last, 'descriptors'):.0f} and {usual(last, 'threads'):.0f}",
+         all(usual(last, what) <= usual(first, what) for what in ("descriptors", "threads"))),
         (f"{first_speed:.2f} pictures a processor second in the first quarter, {last_speed:.2f} in the last",
-         last_speed >= 0.95 * first_speed)]
+         last_speed >= 0.9 * first_speed)]
+    if status is not None:
+        checks.append((f"status {status} after SIGTERM", status == 0))
     for what, good in checks:
         print("ok     " if good else "FAILED ", what)
     failed = sum(not good for _, good in checks)
