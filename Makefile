@@ -55,8 +55,9 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz lint mutants determinism finetune test-inputs dumps \
-        check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder cuda-headers cuda-nvcc sass demo \
+.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz lint mutants determinism survive soak finetune \
+        test-inputs dumps check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder \
+        cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
 
 help:
@@ -70,7 +71,9 @@ help:
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
-	@echo "make determinism    same bytes for 1 and 2 threads, micro-batches, workers, kills and resumes"
+	@echo "make determinism    same bytes for 1 to 4 threads, micro-batches, workers"
+	@echo "make survive        100 kills, full disks, damaged checkpoints: each run ends with the same bytes (python3, strace)"
+	@echo "make soak           a training of two hours: memory, descriptors and speed over time (python3, matplotlib)"
 	@echo "make finetune       fine-tuning from end to end, with frozen parts and other classes (python3)"
 	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make fuzz           look for files that break a reader, a minute for each of eleven (clang); FUZZ=NAME FUZZ_SECONDS=N"
@@ -238,6 +241,14 @@ mutants:
 
 determinism: train_detr
 	@dev/determinism.sh
+
+# SURVIVE_FLAGS=--quick: a sample, in a minute or two.
+survive: train_detr
+	@$(PYTHON) dev/survive.py $(SURVIVE_FLAGS)
+
+SOAK ?= out/soak
+soak: train_detr
+	@$(PYTHON) dev/soak.py $(SOAK)
 
 finetune: train_detr
 	@$(PYTHON) dev/finetune.py

@@ -16,6 +16,7 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #include "data/test_check.h"
 #include "data/test_image.h"
 #include "data/test_dataset.h"
+#include "data/test_fileset.h"
 #include "data/test_shapes.h"
 #include "data/test_eval.h"
 
@@ -2735,6 +2736,7 @@ static const Test TESTS[] = {
     {"heart", test_learns_by_heart},
     {"image", test_image},
     {"dataset", test_dataset},
+    {"fileset", test_fileset},
     {"eval", test_eval},
     {"report", test_run_report},
     {"shapes", test_shapes},

@@ -31,6 +31,7 @@ of threads, and a resumed run, sees the same ones.
 #include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef __x86_64__
 #include <immintrin.h>  // instructions that GCC's vector extensions do not reach

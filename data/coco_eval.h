@@ -472,10 +472,14 @@ static inline void coco_print(FILE *file, const CocoScores *scores, const Catego
     }
 }
 
-// Closes a file that was written to. 0, or -1 if anything of it failed.
+// Closes a file that was written to. 0; or -1 if anything of it failed, and then half a file is removed.
 static inline int coco_close(FILE *file, const char *path, Error *error) {
     int bad = ferror(file);
-    return fclose(file) != 0 || bad ? fail(error, "%s: cannot be written: %s", path, strerror(errno)) : 0;
+    bad |= fclose(file) != 0;
+    if (!bad) return 0;
+    fail(error, "%s: cannot be written: %s", path, strerror(errno));
+    if (is_file(path)) remove(path);
+    return -1;
 }
 
 // {"stats": [12 numbers], "per_class": [{"category_id": id, "name": name, "AP": x, "AP50": x, "boxes": n}, ...]}, -1

@@ -27,8 +27,19 @@ typedef struct {
     char text[1024];
 } Error;
 
-// Writes one line into `error` and returns -1, so that a caller can `return fail(error, ...)`. Names and values from
-// files may hold anything: control characters become '?', so that one line stays one line.
+// Writes more behind what `error` says. Names and values from files may hold anything: control characters become '?',
+// so that one line stays one line.
+__attribute__((format(printf, 2, 3))) static inline void fail_more(Error *error, const char *format, ...) {
+    const size_t used = strlen(error->text);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error->text + used, sizeof error->text - used, format, arguments);
+    va_end(arguments);
+    for (char *at = error->text + used; *at; at++)
+        if ((unsigned char)*at < 32 || *at == 127) *at = '?';
+}
+
+// Writes one line into `error` and returns -1, so that a caller can `return fail(error, ...)`.
 __attribute__((format(printf, 2, 3))) static inline int fail(Error *error, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);

@@ -291,7 +291,8 @@ typedef struct {
 } SafeTensor;
 
 // Writes the tensors in the given order, with {"format": "pt"} as metadata, and flushes the file to the disk. The file
-// is overwritten in place: for one that must never be half there, write another name and rename. 0, or -1.
+// is overwritten in place: for one that must never be half there, write another name and rename. 0; or -1, and then
+// half a file is removed.
 static inline int safetensors_write(const char *path, const SafeTensor *tensors, int count, Error *error) {
     char *header = NULL;
     size_t header_bytes = 0, offset = 0;
@@ -333,7 +334,9 @@ static inline int safetensors_write(const char *path, const SafeTensor *tensors,
     if (file && fclose(file) != 0) good = 0;
     free(header);
     free(bytes);
-    return good ? 0 : fail(error, "%s: cannot be written: %s", path, strerror(why));
+    if (good) return 0;
+    if (is_file(path)) remove(path);
+    return fail(error, "%s: cannot be written: %s", path, strerror(why));
 }
 
 #endif

@@ -1,20 +1,16 @@
 #!/bin/bash
 # Same command, same bytes: trains a small model on data/bccd in many ways that must not matter and compares the
 # checkpoint's tensors and log byte for byte: a second run, other numbers of threads, pictures side by side (as many as
-# there are threads, in the plain run too) and one at a time (with --micro_batch 1), worker threads, and runs that
-# SIGKILL stops at a random moment and that are resumed. Then the same with every option that keeps something from step
-# to step or from epoch to epoch.
-#
-#   dev/determinism.sh [number of kills, default 10]
+# there are threads, in the plain run too) and one at a time (with --micro_batch 1), worker threads, checkpoints after
+# each step, and another number of threads with every option that keeps something from step to step or from epoch to
+# epoch. Runs that are killed and go on are dev/survive.py's.
 #
 # Prints one line a check and ends with "N passed, N failed"; exit status 1 when one failed. Run from the top folder
-# after `make train_detr`. PROGRAM names another binary; SEED another sequence of moments (default: the clock).
+# after `make train_detr`. PROGRAM names another binary.
 set -u
 
-kills=${1:-10}
 program=${PROGRAM:-./train_detr}
 out=build/determinism
-RANDOM=${SEED:-$$}
 passed=0
 failed=0
 
@@ -53,50 +49,12 @@ compare() { # compare NAME WHAT BASE: are its tensors and its log those of the r
     rm -rf "${out:?}/$1" "$out/$1.log"
 }
 
-base() { # base NAME FLAGS...: the run that others are compared with; sets milliseconds
-    local start
-    start=$(date +%s%N)
+base() { # base NAME FLAGS...: the run that others are compared with
     if ! OMP_NUM_THREADS=2 train "$@"; then
         cat "$out/$1.log"
         echo "$passed passed, $((failed + 1)) failed"
         exit 1
     fi
-    milliseconds=$((($(date +%s%N) - start) / 1000000))
-}
-
-# A checkpoint each step, so that a kill falls into the writing of one as often as into a step. A run that was killed
-# before its first checkpoint starts again; a run may be killed several times.
-kill_runs() { # kill_runs BASE FLAGS...
-    local kill name attempts command process wait_ms status
-    for kill in $(seq "$kills"); do
-        name=$1-kill$kill
-        mkdir -p "$out/$name"
-        attempts=0
-        while :; do
-            if [ -e "$out/$name/trainer_state.json" ] || [ -e "$out/$name/.commit/trainer_state.json" ]; then
-                command=("$program" train --data data/bccd --resume "$out/$name")
-            else
-                command=("$program" train --output_dir "$out/$name" "${@:2}" --save_steps 1)
-            fi
-            attempts=$((attempts + 1))
-            "${command[@]}" >"$out/$name.log" 2>&1 &
-            process=$!
-            if [ "$attempts" -le 2 ]; then # two kills a run, then it may finish
-                wait_ms=$((RANDOM * 32768 % (milliseconds * 11 / 10 + 1) + RANDOM % 50))
-                sleep "$(printf '%d.%03d' $((wait_ms / 1000)) $((wait_ms % 1000)))"
-                kill -9 "$process" 2>/dev/null
-            fi
-            wait "$process" 2>/dev/null
-            status=$?
-            [ "$status" = 0 ] && break
-            if [ "$status" != 137 ]; then break; fi # an error of its own: the comparison reports it
-        done
-        if [ -n "$(find "$out/$name" -name .next -o -name .commit)" ]; then
-            failed=$((failed + 1))
-            echo "FAILED: $out/$name: a finished run left half-written files behind"
-        fi
-        compare "$name" "$1: killed at random moments, $attempts starts" "$1"
-    done
 }
 
 base plain "${settings[@]}"
@@ -125,12 +83,10 @@ train workers3 "${settings[@]}" --num_workers 3 --prefetch 1
 compare workers3 "--num_workers 3 --prefetch 1" plain
 train saved "${settings[@]}" --save_steps 1
 compare saved "--save_steps 1" plain
-kill_runs plain "${settings[@]}"
 
 base options "${options[@]}"
 OMP_NUM_THREADS=3 train thread3 "${options[@]}"
 compare thread3 "options: 3 threads" options
-kill_runs options "${options[@]}"
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

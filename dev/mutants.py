@@ -34,10 +34,12 @@ LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
 HEART = ("matmul winograd attention dropout layernorm maxpool positions normalise matching boxes dumps options queries random "
          "gradients company frozen nonfinite step calibrate track same_bytes").split()
-TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections"], "program/commands.h": ["options", "detections"],
+TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections", "fileset"],
+         "program/commands.h": ["options", "detections", "fileset"], "data/fileset.h": ["fileset"], "data/sha256.h": ["fileset"],
          "program/watch.h": ["watch"], "data/make_shapes.c": ["shapes"],
-         "data/common.h": ["random", "dataset"] + HEART,
-         "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval"],
+         "data/common.h": ["random", "dataset", "fileset"] + HEART,
+         "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval", "fileset"],
+         "data/safetensors.h": ["dataset", "fileset"],
          "data/report.h": ["eval"], "data/flags.h": ["report", "watch"],
          None: HEART + ["image", "dataset", "eval", "report"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here

@@ -660,15 +660,74 @@ static int moments_read(Model *model, const char *path, Error *error) {
     return status;
 }
 
-// The file with a folder's weights as they are to be used: the averaged ones where it has any, unless raw ones are
-// wanted. Says so where there is a choice. The caller frees the path.
-static char *weights_choose(const char *folder, int raw) {
-    char *ema = fileset_path(folder, "ema.safetensors"), *model = fileset_path(folder, "model.safetensors");
-    int averaged = is_file(ema) && !raw;
-    if (is_file(ema))
-        printf("weights    %s, %s\n", averaged ? ema : model, averaged ? "averaged by --ema" : "as trained");
-    free(averaged ? model : ema);
-    return averaged ? ema : model;
+// All files of a checkpoint but the checksums.
+static const char *const CHECKPOINT_FILES[] = {"config.json",
+                                               "preprocessor_config.json",
+                                               "model.safetensors",
+                                               "optimizer.safetensors",
+                                               "ema.safetensors",
+                                               "trainer_state.json",
+                                               "log.txt"};
+enum { NUM_CHECKPOINT_FILES = sizeof CHECKPOINT_FILES / sizeof CHECKPOINT_FILES[0] };
+
+// The command that goes on with the run in `folder`; the caller frees it.
+static char *resume_command(const Settings *settings, const char *folder) {
+    const char *words[4] = {settings->program, "train", "--resume", folder};
+    return shell_command(4, (char **)words);
+}
+
+// The command that makes `folder`, or one below it, the checkpoint in `target` and goes on with that; the caller frees
+// it.
+static char *restore_command(const Settings *settings, const char *folder, const char *target) {
+    char *from = format_string("%s/.", folder), *resume = resume_command(settings, target);
+    const char *words[4] = {"cp", "-r", from, target};
+    char *copy = shell_command(4, (char **)words), *command = format_string("%s && %s", copy, resume);
+    free(from);
+    free(resume);
+    free(copy);
+    return command;
+}
+
+// Compares files of the checkpoint that --resume or --pretrained names with their checksums. 0; or -1 with the damaged
+// file's name, and what to do if one of the older checkpoints beside it is whole.
+static int checkpoint_check(const Settings *settings, const char *flag, const char *const *names, int count,
+                            Error *error) {
+    static const char *const others[2] = {"previous", "best"};
+    const char *folder = flag_text(settings, flag);
+    if (fileset_check(folder, names, count, error) == 0) return 0;
+    for (int o = 0, found = 0; o < 2 && !found; o++) {
+        char *other = format_string("%s/%s", folder, others[o]), *sums = fileset_path(other, FILESET_SUMS);
+        Error unused;
+        found = is_file(sums) && fileset_check(other, CHECKPOINT_FILES, NUM_CHECKPOINT_FILES, &unused) == 0;
+        if (found && (settings->command & TRAIN) && strcmp(flag, "resume") == 0) {
+            char *command = restore_command(settings, other, folder);
+            fail_more(error, "; an older checkpoint is whole, go on with  %s", command);
+            free(command);
+        } else if (found) {
+            fail_more(error, "; an older checkpoint is whole: --%s %s", flag, other);
+        }
+        free(other);
+        free(sums);
+    }
+    return -1;
+}
+
+// What of the checkpoint is read where no run goes on with it: its shape, its classes and the weights of that name.
+static int checkpoint_check_weights(const Settings *settings, const char *flag, const char *weights, Error *error) {
+    const char *names[4] = {"config.json", "preprocessor_config.json", "trainer_state.json", weights};
+    return checkpoint_check(settings, flag, names, 4, error);
+}
+
+// The name of the file with a folder's weights as they are to be used: the averaged ones where it has any, unless raw
+// ones are wanted.
+static const char *weights_choose(const char *folder, int raw) {
+    return fileset_has(folder, "ema.safetensors") && !raw ? "ema.safetensors" : "model.safetensors";
+}
+
+// Says so where there is a choice.
+static void weights_say(const char *folder, const char *name) {
+    if (fileset_has(folder, "ema.safetensors"))
+        printf("weights    %s/%s, %s\n", folder, name, *name == 'e' ? "averaged by --ema" : "as trained");
 }
 
 // From here on the network ends with decoder layer `layers`, counted from 1: every layer was trained to answer, through
@@ -677,34 +736,51 @@ static void dec_layers_use(Network *network, int layers) {
     network->config.dec_layers = network->model.config.dec_layers = layers;
 }
 
-// Opens the folder --resume for eval and predict: a checkpoint of ours, whose classes have ids, or one that
-// transformers wrote. 0, or -1; the caller frees the network in either case.
-static int network_open(Network *network, const Settings *settings, Error *error) {
+static int network_open_once(Network *network, const Settings *settings, Error *error) {
     const char *folder = flag_text(settings, "resume");
     const int layers = flag_int(settings, "use_dec_layers");
-    if (config_read(network, folder, error) != 0) return -1;
-    if (layers > network->config.dec_layers)
+    const char *name = weights_choose(folder, flag_on(settings, "raw_weights"));
+    char *weights = NULL, *state = fileset_path(folder, "trainer_state.json");
+    yajl_val tree = NULL;
+    memset(network, 0, sizeof *network);
+    int status = checkpoint_check_weights(settings, "resume", name, error);
+    if (status == 0) status = config_read(network, folder, error);
+    if (status == 0 && layers > network->config.dec_layers)
         usage_error("--use_dec_layers %d: the network in %s has %d decoder layers", layers, folder,
                     network->config.dec_layers);
     network->config.half = computes_in_bf16(settings);
-    char *weights = weights_choose(folder, flag_on(settings, "raw_weights")),
-         *state = fileset_path(folder, "trainer_state.json");
+    if (status == 0 && fileset_has(folder, "trainer_state.json") && !(tree = json_read(state, error))) status = -1;
     ConfigReader reader = {state, error, 0};
-    yajl_val tree = is_file(state) ? json_read(state, error) : NULL, classes = json_member(tree, "classes");
-    reader.failed = is_file(state) && !tree;
+    yajl_val classes = json_member(tree, "classes");
     for (size_t i = 0; YAJL_IS_ARRAY(classes) && i < classes->u.array.len; i++) {
         int label = read_int(&reader, classes->u.array.values[i], "label", 0, 0, network->config.num_labels - 1);
         if (json_get_int64(classes->u.array.values[i], "id", &network->label_ids[label], state, error) < 0)
             reader.failed = 1;
     }
-    int status = reader.failed ? -1 : model_create(&network->model, &network->config, 0, 0, 0, error);
-    if (status == 0) status = weights_read(&network->model, weights, WEIGHTS_ALL, error);
+    if (reader.failed) status = -1;
+    if (status == 0) status = model_create(&network->model, &network->config, 0, 0, 0, error);
+    if (status == 0) {
+        weights = fileset_path(folder, name);
+        status = weights_read(&network->model, weights, WEIGHTS_ALL, error);
+    }
+    if (status == 0) weights_say(folder, name);
     if (status == 0) model_pack(&network->model);
     if (status == 0 && layers) dec_layers_use(network, layers);
     yajl_tree_free(tree);
     free(weights);
     free(state);
     return status;
+}
+
+// Opens the folder --resume for eval and predict: a checkpoint of ours, whose classes have ids, or one that
+// transformers wrote. A run may put another set in place meanwhile (fileset_path). 0, or -1; the caller frees the
+// network in either case.
+static int network_open(Network *network, const Settings *settings, Error *error) {
+    for (int attempt = 0;; attempt++) {
+        int status = network_open_once(network, settings, error);
+        if (status == 0 || attempt == 2 || !strstr(error->text, "/.commit/")) return status;
+        network_free(network);
+    }
 }
 
 // labels[c]: the output for class c of the data set, by name; -1 where the network has none. Where names are there

@@ -611,22 +611,38 @@ static void training_report_progress(Training *run) {
     free(path);
 }
 
-// Writes the whole set into OUT or OUT/best.
+// Frees the room of a set that could not be written, and says how to go on from the one before.
+static void training_cannot_save(const Training *run, const char *folder, Error *error) {
+    char *state = fileset_path(run->folder, "trainer_state.json");
+    Error unused;
+    fileset_empty(folder, ".next", 0, &unused);
+    if (is_file(state)) {
+        char *command = resume_command(run->settings, run->folder);
+        fail_more(error, "; the checkpoint before it is whole, go on with  %s", command);
+        free(command);
+    }
+    free(state);
+}
+
+// Writes the whole set into OUT, where the one before becomes OUT/previous, or into OUT/best.
 static int training_save(Training *run, const char *folder, Error *error) {
     const Model *model = &run->network.model;
     const double begin = seconds_now();
-    if (fileset_begin(folder, error) != 0) return -1;
-    engine.fetch(&run->network.model);
-    FILE *log = fileset_create(folder, "log.txt");
-    if (log) fputs(run->log, log);
-    int status = fileset_close(log, folder, "log.txt", error);
+    int status = fileset_begin(folder, error);
+    if (status == 0) {
+        engine.fetch(&run->network.model);
+        FILE *log = fileset_create(folder, "log.txt");
+        if (log) fputs(run->log, log);
+        status = fileset_close(log, folder, "log.txt", error);
+    }
     if (status == 0) status = config_write(&run->network, folder, error);
     if (status == 0) status = preprocessor_write(&run->network, folder, error);
     if (status == 0) status = tensors_write(model, folder, TENSORS_MODEL, error);
     if (status == 0) status = tensors_write(model, folder, TENSORS_OPTIMIZER, error);
     if (status == 0 && model->ema.base) status = tensors_write(model, folder, TENSORS_EMA, error);
     if (status == 0) status = state_write(run, folder, error);
-    if (status == 0) status = fileset_commit(folder, error);
+    if (status == 0) status = fileset_commit(folder, folder == run->folder, error);
+    if (status != 0) training_cannot_save(run, folder, error);
     run->report.seconds[PHASE_CHECKPOINTS] += seconds_now() - begin;
     return status;
 }
@@ -667,8 +683,11 @@ static int training_begin(Training *run, Error *error) {
     Network *network = &run->network;
     run->log = format_string("%s", "");
     run->from_scratch = pretrained == NULL;
+    const char *name = from_folder ? weights_choose(pretrained, 0) : NULL;
     if (from_folder) {
-        if (config_read(network, pretrained, error) != 0) return -1;
+        if (checkpoint_check_weights(settings, "pretrained", name, error) != 0 ||
+            config_read(network, pretrained, error) != 0)
+            return -1;
         network->config.half = computes_in_bf16(settings);
         config_check_flags(&network->config, settings, pretrained);
         int missing = match_labels(run->train_labels, network, &run->train);
@@ -704,13 +723,14 @@ static int training_begin(Training *run, Error *error) {
     network->model.track_norms = tracks_norms(run);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
     if (status == 0 && pretrained) {
-        char *weights = from_folder ? weights_choose(pretrained, 0) : format_string("%s", pretrained);
+        char *weights = from_folder ? fileset_path(pretrained, name) : format_string("%s", pretrained);
         status = weights_read(&network->model, weights,
                               keep_head     ? WEIGHTS_ALL
                               : from_folder ? WEIGHTS_BUT_HEAD
                                             : WEIGHTS_OR_BACKBONE,
                               error);
         free(weights);
+        if (status == 0 && from_folder) weights_say(pretrained, name);
     }
     if (status == 0 && flag_number(settings, "ema") > 0) ema_create(&network->model);
     return status;
@@ -815,11 +835,12 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[4].value - pictures;
+    double fixed = total - rows[4].value - followed - pictures;
     for (int side = run->loader.short_side - 1; side >= 32; side--) {
         double scale = (double)side / run->loader.short_side;
         int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, !engine.is_gpu, 1) >
+        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, !engine.is_gpu, 1) +
+                (followed > 0 ? calibration_bytes(model, h, w) : 0) >
             0.95 * available)
             continue;
         return fail(error,
@@ -830,6 +851,26 @@ static int training_plan(Training *run, int height, int width, Error *error) {
                 "out of memory: the plan needs %.1f MiB and %.1f are free: no picture size fits; take a smaller "
                 "--backbone or --hidden_dim",
                 total / MiB, available / MiB);
+}
+
+// Refuses a folder on whose disk not even one checkpoint has room. 0, or -1.
+static int training_check_disk(const Training *run, Error *error) {
+    const Model *model = &run->network.model;
+    const double MiB = 1048576;
+    double numbers = 0;
+    struct statvfs disk;
+    for (int i = 0; i < model->num_params; i++) {
+        const Param *param = model->params[i];
+        numbers += (1 + 2 * param->trained + (model->ema.base != NULL)) * (double)param->count;
+    }
+    if (statvfs(run->folder, &disk) != 0 || disk.f_blocks == 0) return 0;  // a file system that does not say
+    const double needed = numbers * sizeof(float),
+                 room = (double)disk.f_frsize * (double)(geteuid() == 0 ? disk.f_bfree : disk.f_bavail);
+    if (room >= needed) return 0;
+    return fail(
+        error,
+        "%s: a checkpoint takes %.1f MiB and its disk has room for %.1f: make room, or take another --output_dir",
+        run->folder, needed / MiB, room / MiB);
 }
 
 // Notes an evaluation of the epoch under way. 1 if it is the best so far.
@@ -931,10 +972,8 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
     status = engine.train(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
                           run->step, losses, error);
     if (status != 0) {
-        size_t used = strlen(error->text);
-        for (int i = 0; i < batch && used < sizeof error->text; i++)
-            used += (size_t)snprintf(error->text + used, sizeof error->text - used, "%s%s",
-                                     i ? ", " : "; images: ", run->train.images[samples[i].index].path);
+        for (int i = 0; i < batch; i++)
+            fail_more(error, "%s%s", i ? ", " : "; images: ", run->train.images[samples[i].index].path);
         return -1;
     }
     averages_add(&run->averages, losses, optimizer.lr, run->network.config.dec_layers);
@@ -1010,11 +1049,13 @@ static int training_loop(Training *run, Error *error) {
         run->report.written = 0;
         training_report_progress(run);
     }
-    if (stop_requested)
-        printf("stopped at step %lld: go on with  %s train --resume %s\n", (long long)run->step, run->settings->program,
-               run->folder);
-    else
+    if (stop_requested) {
+        char *command = resume_command(run->settings, run->folder);
+        printf("stopped at step %lld: go on with  %s\n", (long long)run->step, command);
+        free(command);
+    } else {
         printf("done: %lld steps, checkpoint in %s\n", (long long)run->step, run->folder);
+    }
     if (run->step < run->last_step && training_is_over(run))
         printf("patience   no better AP in %lld evaluations: a larger --patience goes on\n",
                (long long)run->best.evaluations);
@@ -1049,6 +1090,27 @@ static int training_find_data(const Settings *settings, Error *error) {
     return fail(error, "%s: %s", data, access(data, F_OK) == 0 ? "is not a folder" : "does not exist");
 }
 
+// Refuses to go on in OUT/previous, which the run in OUT replaces, or from a checkpoint that is damaged. 0, or -1.
+static int training_check_resumed(const Settings *settings, Error *error) {
+    const char *folder = flag_text(settings, "resume");
+    char *state = format_string("%s/../trainer_state.json", folder), *parent = format_string("%s", folder);
+    size_t end = strlen(parent);
+    while (end > 1 && parent[end - 1] == '/') parent[--end] = 0;
+    char *name = strrchr(parent, '/');
+    int status;
+    if (name && strcmp(name, "/previous") == 0 && is_file(state)) {
+        *name = 0;
+        char *command = restore_command(settings, folder, parent);
+        status = fail(error, "%s is what the run in %s falls back on: go on with  %s", folder, parent, command);
+        free(command);
+    } else {
+        status = checkpoint_check(settings, "resume", CHECKPOINT_FILES, NUM_CHECKPOINT_FILES, error);
+    }
+    free(state);
+    free(parent);
+    return status;
+}
+
 // From the flags to OUT's folder: locked, and empty of other runs unless this one resumes there.
 static int training_open_folder(Training *run, Error *error) {
     Settings *settings = run->settings;
@@ -1065,12 +1127,12 @@ static int training_open_folder(Training *run, Error *error) {
     run->lock = fileset_lock(run->folder, error);
     if (run->lock < 0) return -1;
     char *state = format_string("%s/trainer_state.json", run->folder);
-    int status = 0;
-    if (resume && !is_file(state)) {
+    int status = resume ? training_check_resumed(settings, error) : 0;
+    if (resume && status == 0 && !is_file(state)) {
         status = fail(
             error, "%s: no such file, so there is no run to go on with; --pretrained %s would start from its weights",
             state, resume);
-    } else if (resume) {
+    } else if (resume && status == 0) {
         run->state_tree = json_read(state, error);
         settings->source[flag_index(settings, "output_dir")] =
             FROM_DEFAULT;  // a folder that was moved or copied goes on
@@ -1189,7 +1251,8 @@ static int training_size(Training *run, int *height, int *width, Error *error) {
 static int training_run(Training *run, Error *error) {
     int height, width;
     if (training_open_folder(run, error) != 0 || training_open_data(run, error) != 0 ||
-        training_open_network(run, error) != 0 || training_size(run, &height, &width, error) != 0)
+        training_open_network(run, error) != 0 || training_size(run, &height, &width, error) != 0 ||
+        training_check_disk(run, error) != 0)
         return -1;
     const char *norm_init = flag_text(run->settings, "norm_init");
     if (run->from_scratch && !run->state_tree && !(norm_init && strcmp(norm_init, "identity") == 0) &&
