@@ -397,6 +397,12 @@ static void test_same_bytes(void) {
     test_turns();
 }
 
+// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
+static void predict_image(const Model *model, Activations *acts, const Image *image) {
+    encode_image(model, acts, image);
+    decoder_forward(model, acts);
+}
+
 // What one image gives may not depend on what was computed before it.
 static void test_company_in(int kind, int half) {
     SmallRun small;

@@ -5239,7 +5239,8 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
     return 0;
 }
 
-// One image up to the encoder's output, which decoder_forward starts from.
+// One image up to the encoder's output. decoder_forward() goes on to its predictions: the last num_queries rows of
+// acts->logits and acts->boxes.
 static void encode_image(const Model *model, Activations *acts, const Image *image) {
     acts->dropout.p = 0;
     load_image(model, acts, image);
@@ -5247,13 +5248,7 @@ static void encode_image(const Model *model, Activations *acts, const Image *ima
     encoder_forward(model, acts);
 }
 
-// Predictions for one image: the last num_queries rows of acts->logits and acts->boxes.
-static void predict_image(const Model *model, Activations *acts, const Image *image) {
-    encode_image(model, acts, image);
-    decoder_forward(model, acts);
-}
-
-// The loss of predictions that predict_image has made, without gradients.
+// The loss of predictions that decoder_forward has made, without gradients.
 static void evaluation_losses(const Model *model, Activations *acts, const LossSettings *settings, const Sample *sample,
                               Losses *losses) {
     Targets targets = {sample->num_boxes, sample->boxes, sample->classes};

@@ -18,7 +18,7 @@ as a run that nothing happened to.
 
     dev/survive.py [--quick] [--kills 100] [--only NAME,...] [--program ./train_detr] [--seed N]
 
---quick takes a sample of each, within a minute or so. Needs Python's standard library, some pictures of data/bccd, and
+--quick takes a sample of each. Needs Python's standard library, some pictures of data/bccd, and
 on one core about ten minutes. Prints what was done and what came of it, and ends with "N passed, N failed".
 """
 import argparse
@@ -536,7 +536,7 @@ def memory():
         large = [*BEGIN, "--short_side", 16384, "--max_size", 32768, "--backbone", "resnet101"]
         done = run(folder, train(*large))
         fits = re.search(r"(--short_side \d+ --max_size \d+) would fit", done.stdout)
-        if check(done.returncode == 1 and fits and "epoch" not in done.stdout, f"too large: {done.stdout[-300:]}"):
+        if check(done.returncode == 1 and fits and "\nepoch " not in done.stdout, f"too large: {done.stdout[-300:]}"):
             done = run(folder, [PROGRAM, "check", "--data", "../data", *FLAGS[:-2], "--backbone", "resnet101", *fits[1].split()])
             check(done.returncode == 0, f"{fits[1]}: {done.stdout[-300:]}")
             row.notes = f"stopped before the first step; {fits[1]} would fit, and does"
