@@ -50,7 +50,8 @@ static inline int reference_run(Reference *r, Error *error) {
         if (!r->samples[i].image.pixels) continue;
         const size_t first = (size_t)images++ * rows;
         Losses unused;
-        predict_image(&model, &acts, &r->samples[i].image);
+        encode_image(&model, &acts, &r->samples[i].image);
+        decoder_forward(&model, &acts);
         evaluation_losses(&model, &acts, r->loss, &r->samples[i], &unused);
         copy_numbers(r->logits + first * classes, acts.logits, rows * classes);
         copy_numbers(r->boxes + first * 4, acts.boxes, rows * 4);
