@@ -225,7 +225,7 @@ static inline int fileset_check_once(const char *folder, const char *const *name
     char *sums_path = fileset_path(folder, FILESET_SUMS), *sums = NULL;
     size_t size;
     int status = fileset_has(folder, FILESET_SUMS) ? read_file(sums_path, &sums, &size, error) : 0, line = 1;
-    for (const char *at = sums; at && *at && status == 0; at += strcspn(at, "\n") + 1, line++)
+    for (const char *at = sums; status == 0 && at && *at; at += strcspn(at, "\n") + 1, line++)
         if (strspn(at, "0123456789abcdef") != SHA256_HEX || strncmp(at + SHA256_HEX, "  ", 2) != 0 || !strchr(at, '\n'))
             status = fail(error, "%s: is damaged: line %d is no checksum and name", sums_path, line);
     for (int i = 0; i < count && sums && status == 0; i++) {
