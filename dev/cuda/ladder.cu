@@ -176,7 +176,7 @@ typedef struct {
 } NormJob;
 
 // A thread has a number. Neighbours read neighbours: each line once.
-__global__ static void add_kernel(NormJob p) {
+__global__ static void add_alone_kernel(NormJob p) {
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < p.rows * CHANNELS) p.sum[i] = p.x[i] + p.residual[i];
 }
@@ -255,7 +255,7 @@ __global__ static void norm_wide_kernel(NormJob p) {
 }
 
 static void add_before(const NormJob &p) {
-    add_kernel<<<blocks((size_t)p.rows * CHANNELS, THREADS), THREADS, 0, stream>>>(p);
+    add_alone_kernel<<<blocks((size_t)p.rows * CHANNELS, THREADS), THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
 }
 
