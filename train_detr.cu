@@ -3578,8 +3578,8 @@ static void device_decoder_backward(DeviceNetwork<T> *n) {
     const ModelConfig *config = &model->config;
     const int C = config->hidden_dim, Q = config->num_queries;
     const size_t count = (size_t)(n->images * Q) * (size_t)C, tokens = (size_t)n->maps[n->tokens].rows * (size_t)C;
-    for (float *memory : {n->dmemory, n->dmemory_query})
-        CUDA(cudaMemsetAsync(memory, 0, tokens * sizeof(float), stream));
+    CUDA(cudaMemsetAsync(n->dmemory, 0, tokens * sizeof(float), stream));
+    CUDA(cudaMemsetAsync(n->dmemory_query, 0, tokens * sizeof(float), stream));
     CUDA(cudaMemsetAsync(n->dpositions, 0, count * sizeof(float), stream));
     norm_rows_backward(n, &model->decoder_norm, n->dstates, (T *)NULL, n->dstates, n->decoder_ffn[0].out, n->state_mean,
                        n->state_rstd, NO_SITE, n->maps[n->answers]);

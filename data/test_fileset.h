@@ -109,6 +109,8 @@ static void test_fileset_order(void) {
               fixture_is("set/config.json", "3") && fixture_is("set/previous/log.txt", "3") &&
               fixture_is("set/previous/config.json", NULL) && nothing_left(),
           "fileset: killed after the rename");
+    fixture_text("first/.commit/log.txt", "1");
+    check(fileset_has(fixture_path("first"), "log.txt"), "fileset: the first set, killed after the rename");
     fixture_text("set/.commit/log.txt", "5");
     check(fileset_settle(fixture_path("set"), &error) == 0 && fixture_is("set/log.txt", "5") &&
               fixture_is("set/previous/log.txt", "3") && nothing_left(),
