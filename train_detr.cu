@@ -2813,7 +2813,7 @@ struct ColumnSums {
 };
 
 template <class S>
-__global__ static void __launch_bounds__(THREADS) column_sums_of_kernel(ColumnSums<S> p) {
+__global__ static void __launch_bounds__(THREADS) column_sums_of_kernel(const __grid_constant__ ColumnSums<S> p) {
     const int i = (int)blockIdx.z;
     if ((int)blockIdx.x * CHUNK_ROWS < p.rows[i] && (int)blockIdx.y * THREADS < p.C[i])
         sum_columns(p.partials[i], p.x[i], p.rows[i], p.C[i]);
