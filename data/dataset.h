@@ -73,6 +73,14 @@ static inline int annotation_is_target(const Annotation *annotation) {
     return !annotation->crowd && !annotation->ignore && !annotation->skipped;
 }
 
+// The image's boxes that are trained on.
+static inline int dataset_image_targets(const Dataset *set, const DatasetImage *image) {
+    int targets = 0;
+    for (int a = 0; a < image->num_annotations; a++)
+        targets += annotation_is_target(&set->annotations[image->first_annotation + a]);
+    return targets;
+}
+
 static inline void dataset_free(Dataset *set) {
     for (int i = 0; i < set->num_categories; i++) free(set->categories[i].name);
     for (int i = 0; i < set->num_images; i++) {
@@ -262,14 +270,13 @@ static inline int dataset_finish(Dataset *set, Error *error) {
         return fail(error, "%s: no usable pictures (%d problems%s%s)", set->source, set->num_problems,
                     set->num_problems ? "; the first: " : "", set->num_problems ? set->problems[0] : "");
     for (int i = 0; i < set->num_images; i++) {
-        int targets = 0;
         for (int a = 0; a < set->images[i].num_annotations; a++) {
             const Annotation *annotation = &set->annotations[set->images[i].first_annotation + a];
             set->num_crowds += annotation->crowd;
             set->num_ignored += annotation->ignore;
             set->num_skipped += annotation->skipped;
-            targets += annotation_is_target(annotation);
         }
+        const int targets = dataset_image_targets(set, &set->images[i]);
         set->num_targets += targets;
         set->num_without_targets += targets == 0;
     }

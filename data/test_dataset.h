@@ -14,6 +14,14 @@ Every fixture is written at run time into a folder that is removed at the end.
 
 static char dataset_test_root[64];
 
+// Makes the folder of the fixtures of a test of this name. 1, or 0.
+static int fixture_root(const char *name) {
+    snprintf(dataset_test_root, sizeof dataset_test_root, "/tmp/test_%s_XXXXXX", name);
+    const int made = mkdtemp(dataset_test_root) != NULL;
+    check(made, "%s: a folder for fixtures in /tmp", name);
+    return made;
+}
+
 // Path of a fixture; good until the eighth call after.
 static const char *fixture_path(const char *name) {
     static char paths[8][512];
@@ -893,11 +901,7 @@ static void test_inspect(void) {
 }
 
 static void test_dataset(void) {
-    snprintf(dataset_test_root, sizeof dataset_test_root, "/tmp/test_dataset_XXXXXX");
-    if (!mkdtemp(dataset_test_root)) {
-        check(0, "dataset: a folder for fixtures in /tmp");
-        return;
-    }
+    if (!fixture_root("dataset")) return;
     test_files();
     test_json();
     test_safetensors();

@@ -255,11 +255,7 @@ static void test_half_files(void) {
 }
 
 static void test_fileset(void) {
-    snprintf(dataset_test_root, sizeof dataset_test_root, "/tmp/test_fileset_XXXXXX");
-    if (!mkdtemp(dataset_test_root)) {
-        check(0, "fileset: no folder for fixtures");
-        return;
-    }
+    if (!fixture_root("fileset")) return;
     test_sha256();
     test_fileset_order();
     test_fileset_checksums();

@@ -52,10 +52,7 @@ static void engine_swap(Model *model) {
 static int most_targets(const Dataset *set) {
     int most = 0;
     for (int i = 0; i < set->num_images; i++) {
-        const DatasetImage *image = &set->images[i];
-        int targets = 0;
-        for (int a = 0; a < image->num_annotations; a++)
-            targets += annotation_is_target(&set->annotations[image->first_annotation + a]);
+        const int targets = dataset_image_targets(set, &set->images[i]);
         most = targets > most ? targets : most;
     }
     return most;

@@ -14,10 +14,7 @@ enum { ENOUGH_IMAGES = 10000, ENOUGH_IMAGES_ANCHOR = 1000 };
 static void warn_of_data(FILE *file, const Dataset *train, const ModelConfig *config, int from_scratch) {
     int crowded = 0, most = 0;
     for (int i = 0; i < train->num_images; i++) {
-        const DatasetImage *image = &train->images[i];
-        int boxes = 0;
-        for (int a = 0; a < image->num_annotations; a++)
-            boxes += annotation_is_target(&train->annotations[image->first_annotation + a]);
+        const int boxes = dataset_image_targets(train, &train->images[i]);
         crowded += boxes > config->num_queries;
         if (boxes > most) most = boxes;
     }
