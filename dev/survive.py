@@ -117,7 +117,13 @@ def run(folder, command, **more):
 
 def start(folder, command):
     return subprocess.Popen(list(map(str, command)), cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+                            stderr=subprocess.STDOUT, preexec_fn=hear_signals)
+
+
+def hear_signals():
+    """Under nohup, or as a shell's background job, this script ignores some signals, and a program would inherit that."""
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def errors(output):
@@ -214,20 +220,18 @@ def signals():
     with Row("SIGTERM, SIGINT, SIGHUP") as row:
         count = 6 if options.quick else 45
         stopped = starts = 0
-        most = SECONDS
         while stopped < count and starts < 4 * count:
             folder = place("signal")
             process = start(folder, next_command(folder))
             starts += 1
             first = process.stdout.readline()  # from here on signals are heard
-            time.sleep(random.uniform(0, most))
+            time.sleep(random.uniform(0, SECONDS))
             process.send_signal((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[stopped % 3])
             output = first + process.communicate()[0]
             what = f"signal {starts}"
             if not check(process.returncode == 0, f"{what}: status {process.returncode}: {output[-300:]}"):
                 continue
             if "stopped at step" not in output:
-                most *= 0.8  # a run is shorter than that
                 same_end(folder, what)
                 continue
             stopped += 1
