@@ -30,6 +30,7 @@ of threads, and a resumed run, sees the same ones.
 #include <omp.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -82,9 +83,16 @@ typedef struct {
     size_t num_named, named_capacity;
 } Arena;
 
+// Bytes. An arena has whole pages of the large kind, so that few entries of the TLB reach all of it. Between two tensors
+// is a gap: many are a multiple of 4 KB long, and a load waits for a store that is not done yet where the two addresses
+// have the same last 12 bits, as those of a residual and of the result in its place would.
+enum { HUGE_PAGE = 2 << 20, ARENA_GAP = 9 * 64 };
+static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
 static void *arena_bytes(Arena *arena, size_t bytes) {
     char *memory = arena->base ? arena->base + arena->used : NULL;
-    arena->used += (bytes + 63) / 64 * 64;  // cache lines
+    arena->used += divide_up(bytes, 64) * 64 + ARENA_GAP;  // cache lines
     if (arena->base && arena->used > arena->capacity) {
         fprintf(stderr, "error: the memory plan has %zu bytes but %zu are needed\n", arena->capacity, arena->used);
         exit(1);
@@ -98,11 +106,14 @@ static real *arena_take(Arena *arena, size_t count) { return (real *)arena_bytes
 static void arena_allocate(Arena *arena) {
     arena->capacity = arena->used;
     arena->used = 0;
-    arena->base = (char *)aligned_alloc(64, arena->capacity ? arena->capacity : 64);
+    arena->base = (char *)aligned_alloc(HUGE_PAGE, divide_up(larger(arena->capacity, 1), HUGE_PAGE) * HUGE_PAGE);
     if (!arena->base) {
         fprintf(stderr, "error: out of memory: the plan needs %.1f MiB\n", (double)arena->capacity / 1048576.0);
         exit(1);
     }
+#ifdef MADV_HUGEPAGE
+    madvise(arena->base, arena->capacity, MADV_HUGEPAGE);
+#endif
     memset(arena->base, 0, arena->capacity);  // touched once here, so that no step pays for it
 }
 
@@ -399,7 +410,7 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
         const real *rows[TILE_ROWS];
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) rows[i] = runs[run].rows[i];
-        const real *weights = panel + runs[run].offset;
+        const real *weights = panel + runs[run].offset, *next_rows = rows[TILE_ROWS - 1] + length;
         size_t at = 0;
         for (int k = 0; k < length; k++, at += step, weights += panel_step) {
             vec w[TILE_VECTORS];
@@ -408,6 +419,7 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
 #pragma GCC unroll 8
             for (int j = 0; j < TILE_COLUMNS; j += 64 / (int)sizeof(real))
                 __builtin_prefetch(weights + WEIGHTS_AHEAD * panel_step + j);
+            if (step == 1) __builtin_prefetch((const char *)next_rows + 64 * k);
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
                 if (half) {
@@ -462,8 +474,6 @@ static inline int conv_size(int size, ConvShape s) {
     return (size + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
 }
 
-static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
-static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t patch_size(ConvShape s) { return (size_t)s.kernel * s.kernel * s.in_channels; }
 
 static int amx_usable(void);
@@ -689,15 +699,17 @@ INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], con
     finish_rows(p, edge, TILE_COLUMNS, out_rows, rows, first_column, half);
 }
 
-// Asks for what the epilogue of a tile will touch, so that it comes in while the tile is multiplied.
-INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, int first_column, int columns) {
+// Asks for what the epilogue of a tile will read, so that it comes in while the tile is multiplied; and for where the
+// `result` will be written, which does not pay next to AMX: it keeps the lines that are to be read from coming.
+INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, int first_column, int columns,
+                          int result) {
     const size_t bytes = number_bytes(p->epilogue.half), line = VECTOR_BYTES / bytes;
     for (int i = 0; i < rows; i++) {
         const size_t at = out_rows[i] * p->out_channels + first_column;
         for (size_t j = 0; j < (size_t)columns; j += line) {
             if (p->epilogue.add) __builtin_prefetch((const char *)p->epilogue.add + (at + j) * bytes);
             if (p->epilogue.mask) __builtin_prefetch((const char *)p->epilogue.mask + (at + j) * bytes);
-            __builtin_prefetch((const char *)p->out + (at + j) * bytes, 1);
+            if (result) __builtin_prefetch((const char *)p->out + (at + j) * bytes, 1);
         }
     }
 }
@@ -706,7 +718,7 @@ INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, in
 INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     const int first_column = panel * TILE_COLUMNS;
-    prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS);
+    prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS, 1);
     clear_tile(tile);
     multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, half);
     if (p->epilogue.half)
@@ -879,7 +891,7 @@ static void amx_product(const Product *p) {
                 if (turn < turns) {
                     column = (first_part + turn / column_turns % wide) * AMX_TILE;
                     at = turn / tile_turns % count * AMX_TILE;
-                    prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE);
+                    prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE, 0);
                     amx_multiply(sums[turn % 2], copied + at * stride, stride,
                                  p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
                                  TILE_COLUMNS, p->taps, num_taps, run);
@@ -934,7 +946,8 @@ static void product(Product *p) {
         amx_product(p);
         return;
     }
-    long tiles = (long)divide_up(rows, TILE_ROWS), blocks = (long)divide_up(tiles, BLOCK_TILES);
+    const long tiles = (long)divide_up(rows, TILE_ROWS), threads = omp_get_max_threads();
+    const long blocks = (long)divide_up(tiles, BLOCK_TILES * threads) * threads;
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
