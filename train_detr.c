@@ -83,9 +83,9 @@ typedef struct {
     size_t num_named, named_capacity;
 } Arena;
 
-// Bytes. An arena has whole pages of the large kind, so that few entries of the TLB reach all of it. Between two tensors
-// is a gap: many are a multiple of 4 KB long, and a load waits for a store that is not done yet where the two addresses
-// have the same last 12 bits, as those of a residual and of the result in its place would.
+// Bytes. An arena has whole pages of the large kind, so that few entries of the TLB reach all of it. Between two
+// tensors is a gap: many are a multiple of 4 KB long, and a load waits for a store that is not done yet where the two
+// addresses have the same last 12 bits, as those of a residual and of the result in its place would.
 enum { HUGE_PAGE = 2 << 20, ARENA_GAP = 9 * 64 };
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
