@@ -216,7 +216,7 @@ enum {
     LANES = VECTOR_BYTES / sizeof(real),
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
     TILE_COLUMNS = TILE_VECTORS * LANES,
-    BLOCK_TILES = 16,       // tiles that use a panel of weights one after another, while it is in the L2 cache
+    BLOCK_TILES = 17,       // tiles that use a panel of weights one after another: 100 queries are so many
     WEIGHTS_AHEAD = 8,      // lines of TILE_COLUMNS weights: the one that far ahead is asked for
     MAX_KERNEL = 7,         // taps of a kernel: 7 x 7
     MAX_PATCH = 160,        // a kernel with no more inputs than this reads all its columns as one run
