@@ -947,7 +947,8 @@ static void product(Product *p) {
         return;
     }
     const long tiles = (long)divide_up(rows, TILE_ROWS), threads = omp_get_max_threads();
-    const long blocks = (long)divide_up(tiles, BLOCK_TILES * threads) * threads;
+    const long least = (long)divide_up(tiles, BLOCK_TILES);
+    const long blocks = least > threads ? (long)divide_up(least, threads) * threads : least;
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
