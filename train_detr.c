@@ -33,6 +33,9 @@ of threads, and a resumed run, sees the same ones.
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef __x86_64__
 #include <immintrin.h>  // instructions that GCC's vector extensions do not reach
 #endif
@@ -134,7 +137,8 @@ static inline double profile_begin(void) { return profile.on ? seconds_now() : 0
 static void profile_end(double begin, const char *work, const char *pass, double flops, double bytes) {
     if (!profile.on) return;
     int i = 0;
-    while (i < profile.count && (strcmp(profile.lines[i].work, work) || strcmp(profile.lines[i].pass, pass))) i++;
+    while (i < profile.count && (strcmp(profile.lines[i].work, work) != 0 || strcmp(profile.lines[i].pass, pass) != 0))
+        i++;
     if (i == (int)(sizeof profile.lines / sizeof profile.lines[0])) return;
     ProfileLine *line = &profile.lines[i];
     if (i == profile.count) {
@@ -3764,6 +3768,7 @@ static void plan_backbone(Activations *acts, const Model *model) {
             const size_t count = (size_t)height * (size_t)width * (size_t)block->conv[j].shape.out_channels;
             if (block->trained && acts->training) continue;
             if (j < block->num_convs - 1) {
+                // NOLINTNEXTLINE(clang-analyzer-core.CallAndMessage): no block has more than three
                 inner_count[j] = larger(inner_count[j], count);
             } else {
                 at ^= block->has_shortcut;
@@ -5303,6 +5308,15 @@ static void wait_passively(char **argv) {
     execv("/proc/self/exe", argv);  // comes back where there is no such file: then they spin
 }
 
+// Pictures go back to the system when they are done. glibc learns from the first ones that are freed to keep memory of
+// that size, for each thread by itself: training --preset small on data/bccd took 117.5 MiB before the first evaluation
+// and 129.0 in the third epoch, and takes 108.7 and 110.8.
+static void keep_no_pictures(void) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // as it begins, but from now on it stays
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The program around it: what a user types, what lands on disk
 
@@ -5318,6 +5332,7 @@ static void wait_passively(char **argv) {
 #ifndef TRAIN_DETR_NO_MAIN
 int MAIN(int argc, char **argv) {
     wait_passively(argv);
+    keep_no_pictures();
     char *command_line = shell_command(argc, argv);  // before getopt moves the words
     Error error;
     int command = -1, help = 0;

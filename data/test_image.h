@@ -707,6 +707,21 @@ static void test_jitter(const TestSet *test, const LoaderSettings *settings) {
     check(longest > 1.2 * settings->max_size, "the long side's limit grows too: %g", longest);
 }
 
+// Every side that the picture has on its way counts; one that a crop never makes does not.
+static void test_longest_side(void) {
+    for (int longest = 0; longest < 6; longest++) {
+        int sides[6] = {1, 2, 3, 4, 5, 6};
+        sides[longest] = 7;
+        ImageChange change = {0, 0, 0, 2, {{99, 99, 9, 9, sides[2], sides[3]}, {99, 99, 9, 9, sides[4], sides[5]}}};
+        for (int resizes = 2; resizes >= 0; resizes--) {
+            const int expected = longest < 2 * resizes + 2 ? 7 : 2 * resizes + 2;
+            change.num_resizes = resizes;
+            check(change_longest_side(&change, sides[0], sides[1]) == expected, "the longest of %d sides is %d, at %d",
+                  2 * resizes + 2, expected, longest);
+        }
+    }
+}
+
 // Deferred, and then done by the caller, is the same; what has a longer side on its way comes done.
 static void test_deferred(const TestSet *test, const LoaderSettings *settings) {
     enum { SIDE = 200 };
@@ -742,6 +757,7 @@ static void test_loader(const char *folder) {
     test_set_make(test, folder);
     LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0, 0};
     test_crop_boxes();
+    test_longest_side();
     test_samples(test, &settings);
     test_jitter(test, &settings);
     test_deferred(test, &settings);

@@ -653,6 +653,8 @@ def command_cases():
                              "vflip and no_augment": ["--vflip", "--no_augment"], "resume and pretrained": ["--resume", OUT / "good", "--pretrained", OUT / "good"], "freeze alone": ["--freeze", "backbone"],
                              "freeze nonsense": ["--pretrained", OUT / "good", "--freeze", "nonsense"], "another shape": ["--pretrained", OUT / "good", "--hidden_dim", "64"]}.items():
         command_case(f"flags: {title}", [*train, *arguments], 2)
+    for size in ("64", "64x", "0x64", "64x96x3", "4294967360x64", "64x16385"):
+        command_case(f"flags: --size {size}", ["bench", "--size", size], 2, "--size")
     command_case("flags: no command", [], 2)
     command_case("flags: an unknown command", ["fit"], 2, "fit")
     command_case("flags: output into a file", ["train", "--data", OUT / "data", "--output_dir", OUT / "pictures" / "notes.txt", *NETWORK], 1, "notes.txt")
