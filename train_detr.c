@@ -34,7 +34,7 @@ of threads, and a resumed run, sees the same ones.
 #include <sys/statvfs.h>
 #include <unistd.h>
 #ifdef __GLIBC__
-#include <malloc.h>
+#include <malloc.h>  // malloc_trim
 #endif
 #ifdef __x86_64__
 #include <immintrin.h>  // instructions that GCC's vector extensions do not reach
@@ -5308,12 +5308,10 @@ static void wait_passively(char **argv) {
     execv("/proc/self/exe", argv);  // comes back where there is no such file: then they spin
 }
 
-// Pictures go back to the system when they are done. glibc learns from the first ones that are freed to keep memory of
-// that size, for each thread by itself: training --preset small on data/bccd took 117.5 MiB before the first evaluation
-// and 129.0 in the third epoch, and takes 108.7 and 110.8.
-static void keep_no_pictures(void) {
+// Gives free memory back to the system; glibc would keep it.
+static void return_memory(void) {
 #ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // as it begins, but from now on it stays
+    malloc_trim(0);
 #endif
 }
 
@@ -5332,7 +5330,6 @@ static void keep_no_pictures(void) {
 #ifndef TRAIN_DETR_NO_MAIN
 int MAIN(int argc, char **argv) {
     wait_passively(argv);
-    keep_no_pictures();
     char *command_line = shell_command(argc, argv);  // before getopt moves the words
     Error error;
     int command = -1, help = 0;
