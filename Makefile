@@ -55,7 +55,7 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-tsan test-valgrind fuzz test-fuzz lint mutants determinism survive soak finetune \
+.PHONY: help test test-levels test-asan test-tsan test-valgrind fuzz test-fuzz lint coverage mutants determinism survive soak finetune \
         test-inputs dumps check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder \
         cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
@@ -79,7 +79,8 @@ help:
 	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make fuzz           look for files that break a reader, a minute for each of eleven (clang); FUZZ=NAME FUZZ_SECONDS=N"
 	@echo "make test-fuzz      what the search begins with and what it ever found, each once"
-	@echo "make lint           warnings beyond a build's, and cppcheck"
+	@echo "make lint           warnings beyond a build's, cppcheck and clang-tidy"
+	@echo "make coverage       which lines of the trainer no test runs, and why (python3, gcov)"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -236,6 +237,25 @@ lint:
 	cppcheck --quiet --error-exitcode=1 --std=c11 --enable=warning,portability,performance \
 	    --suppressions-list=dev/cppcheck.txt --suppress=missingIncludeSystem -D__x86_64__ -DREAL=float train_detr.c
 	clang-tidy --quiet train_detr.c -- $(CPPFLAGS) -std=gnu11 -Wno-unknown-pragmas -DREAL=float
+
+# Which lines of the trainer the tests run, those on the command line included, as this processor has it compiled;
+# dev/coverage.txt has a reason for each other one.
+COVERAGE := build/coverage
+coverage:
+	@mkdir -p $(COVERAGE)
+	@rm -f $(COVERAGE)/*.gcda
+	@$(MAKE) --no-print-directory REAL=float PORTABLE= SANITIZE= B=$(COVERAGE) CFLAGS="-Og --coverage" \
+	    $(COVERAGE)/train_detr $(COVERAGE)/test_detr
+	@export OMP_WAIT_POLICY=passive; for run in \
+	    "$(COVERAGE)/test_detr $(or $(TESTS),-heart)" \
+	    "$(PYTHON) dev/bad_inputs.py --slow 10 --program $(COVERAGE)/train_detr" \
+	    "$(PYTHON) dev/survive.py --quick --program $(COVERAGE)/train_detr" \
+	    "$(PYTHON) dev/finetune.py --program $(COVERAGE)/train_detr" \
+	    "env PROGRAM=$(COVERAGE)/train_detr dev/determinism.sh"; do \
+	    echo "$$run" | tee -a $(COVERAGE)/log; \
+	    $$run >>$(COVERAGE)/log 2>&1 || { tail -n 20 $(COVERAGE)/log; exit 1; }; \
+	done
+	@$(PYTHON) dev/coverage.py $(COVERAGE)
 
 # valgrind knows no AVX-512: a build of its own, with AVX2 where that is a choice.
 VALGRIND := build/float-valgrind
