@@ -33,9 +33,6 @@ of threads, and a resumed run, sees the same ones.
 #include <sys/resource.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
-#ifdef __GLIBC__
-#include <malloc.h>  // malloc_trim
-#endif
 #ifdef __x86_64__
 #include <immintrin.h>  // instructions that GCC's vector extensions do not reach
 #endif
@@ -5306,13 +5303,6 @@ static void wait_passively(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
     execv("/proc/self/exe", argv);  // comes back where there is no such file: then they spin
-}
-
-// Gives free memory back to the system; glibc would keep it.
-static void return_memory(void) {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

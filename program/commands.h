@@ -919,7 +919,6 @@ static int training_end_epoch(Training *run, Error *error) {
         }
         run->report.epoch = stopped ? -1 : epoch;  // half an evaluation is not shown
         free(detections);
-        return_memory();  // what an evaluation took
         run->report.seconds[PHASE_EVALUATION] += seconds_now() - begin;
         if (stopped) return 1;
     }
