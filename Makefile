@@ -55,7 +55,7 @@ EXPORTED := CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' LDFLAGS='$(LDFLAGS)'
 TESTS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-levels test-asan test-valgrind fuzz test-fuzz lint mutants determinism survive soak finetune \
+.PHONY: help test test-levels test-asan test-tsan test-valgrind fuzz test-fuzz lint coverage mutants determinism survive soak finetune \
         test-inputs dumps check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder \
         cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
@@ -69,6 +69,7 @@ help:
 	@echo "make make_shapes    the generator of those pictures: ./make_shapes --help"
 	@echo "make test-levels    the tests with each of the kernels in a portable binary that this machine can run"
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-tsan      the loader's threads under ThreadSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
 	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
 	@echo "make determinism    same bytes for 1 to 4 threads, micro-batches, workers"
@@ -78,7 +79,8 @@ help:
 	@echo "make test-inputs    hundreds of bad and odd data sets, pictures, checkpoints and flags: nothing breaks it (python3)"
 	@echo "make fuzz           look for files that break a reader, a minute for each of eleven (clang); FUZZ=NAME FUZZ_SECONDS=N"
 	@echo "make test-fuzz      what the search begins with and what it ever found, each once"
-	@echo "make lint           warnings beyond a build's, and cppcheck"
+	@echo "make lint           warnings beyond a build's, cppcheck and clang-tidy"
+	@echo "make coverage       which lines of the trainer no test runs, and why (python3, gcov)"
 	@echo "make dumps          PyTorch's truth made again and compared with dev/dumps (python3, downloads PyTorch);"
 	@echo "                    DUMPS=dev/dumps replaces the files there"
 	@echo "make check-python   transformers, Pillow and pycocotools against train_detr (python3, downloads PyTorch)"
@@ -179,6 +181,18 @@ test-asan:
 	@$(MAKE) --no-print-directory SANITIZE=1 REAL=$(REAL) build/$(REAL)-sanitize/test_detr
 	OMP_WAIT_POLICY=passive build/$(REAL)-sanitize/test_detr $(TESTS)
 
+# The loader's threads under ThreadSanitizer: its tests, and a training that waits for three of them, evaluates and saves.
+# Without OpenMP, whose library tells it nothing. It wants addresses where they are without randomisation.
+THREADS := build/float-threads
+test-tsan:
+	@$(MAKE) --no-print-directory REAL=float PORTABLE= SANITIZE= B=$(THREADS) LDFLAGS="$(LDFLAGS) -lgomp" \
+	    CFLAGS="-O1 -fno-openmp -Wno-unknown-pragmas -Wno-unused-function -fsanitize=thread" $(THREADS)/train_detr $(THREADS)/test_detr
+	@rm -rf build/threads
+	export OMP_WAIT_POLICY=passive; calm=$$(setarch -R true 2>/dev/null && echo setarch -R); \
+	    $$calm $(THREADS)/test_detr image && \
+	    $$calm $(THREADS)/train_detr train --data data/bccd --train_split test --split test --output_dir build/threads $(TINY) \
+	        --short_side 32 --max_size 48 --norm_init identity --batch_size 24 --num_workers 3 --steps 3 --save_steps 1
+
 # Searches for inputs that break a reader of files, for FUZZ_SECONDS each; corpus, log and finds are under FUZZ_OUT. A
 # find goes into dev/fuzz/seeds/NAME, once it is mended. Inputs are timed by the program itself, so not by libFuzzer;
 # not reduced, since what the libraries make of them is not seen. FUZZ=NAME: that reader alone.
@@ -213,14 +227,35 @@ test-fuzz:
 $(B)/fuzz: dev/fuzz/fuzz.c $(SOURCES) | build/libraries
 	$(CC) $(CPPFLAGS) $(FLAGS) $(FUZZ_FLAGS) $(CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
-# gcc's and clang's own warnings beyond those of a build, and cppcheck; its exceptions are in dev/cppcheck.txt. Without
-# -Wsign-conversion: counts are int, sizes size_t, and the casts between them would bury the sums.
+# gcc's and clang's own warnings beyond those of a build; cppcheck, whose exceptions are in dev/cppcheck.txt; clang-tidy,
+# whose are in .clang-tidy. Without -Wsign-conversion: counts are int, sizes size_t, and the casts between them would bury the sums.
 LINT := -std=gnu11 -fsyntax-only -Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Werror
 lint:
 	$(CC) $(CPPFLAGS) $(LINT) -fopenmp train_detr.c
+	$(CC) $(CPPFLAGS) -std=gnu11 -fsyntax-only -fopenmp -Wall -Wextra -Wno-unused-function -Werror dev/bench_data.c
 	$(CLANG) $(CPPFLAGS) -std=gnu11 -fsyntax-only -Wall -Wextra -Werror -Wno-unknown-pragmas -DLIBFUZZER $(FUZZ_FLAGS) dev/fuzz/fuzz.c
 	cppcheck --quiet --error-exitcode=1 --std=c11 --enable=warning,portability,performance \
 	    --suppressions-list=dev/cppcheck.txt --suppress=missingIncludeSystem -D__x86_64__ -DREAL=float train_detr.c
+	clang-tidy --quiet train_detr.c -- $(CPPFLAGS) -std=gnu11 -Wno-unknown-pragmas -DREAL=float
+
+# Which lines of the trainer the tests run, those on the command line included, as this processor has it compiled;
+# dev/coverage.txt has a reason for each other one.
+COVERAGE := build/coverage
+coverage:
+	@mkdir -p $(COVERAGE)
+	@rm -f $(COVERAGE)/*.gcda
+	@$(MAKE) --no-print-directory REAL=float PORTABLE= SANITIZE= B=$(COVERAGE) CFLAGS="-Og --coverage" \
+	    $(COVERAGE)/train_detr $(COVERAGE)/test_detr
+	@export OMP_WAIT_POLICY=passive; for run in \
+	    "$(COVERAGE)/test_detr $(or $(TESTS),-heart)" \
+	    "$(PYTHON) dev/bad_inputs.py --slow 10 --program $(COVERAGE)/train_detr" \
+	    "$(PYTHON) dev/survive.py --quick --program $(COVERAGE)/train_detr" \
+	    "$(PYTHON) dev/finetune.py --program $(COVERAGE)/train_detr" \
+	    "env PROGRAM=$(COVERAGE)/train_detr dev/determinism.sh"; do \
+	    echo "$$run" | tee -a $(COVERAGE)/log; \
+	    $$run >>$(COVERAGE)/log 2>&1 || { tail -n 20 $(COVERAGE)/log; exit 1; }; \
+	done
+	@$(PYTHON) dev/coverage.py $(COVERAGE)
 
 # valgrind knows no AVX-512: a build of its own, with AVX2 where that is a choice.
 VALGRIND := build/float-valgrind

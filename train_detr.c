@@ -145,7 +145,8 @@ static inline double profile_begin(void) { return profile.on ? seconds_now() : 0
 static void profile_end(double begin, const char *work, const char *pass, double flops, double bytes) {
     if (!profile.on) return;
     int i = 0;
-    while (i < profile.count && (strcmp(profile.lines[i].work, work) || strcmp(profile.lines[i].pass, pass))) i++;
+    while (i < profile.count && (strcmp(profile.lines[i].work, work) != 0 || strcmp(profile.lines[i].pass, pass) != 0))
+        i++;
     if (i == (int)(sizeof profile.lines / sizeof profile.lines[0])) return;
     ProfileLine *line = &profile.lines[i];
     if (i == profile.count) {
@@ -3778,6 +3779,7 @@ static void plan_backbone(Activations *acts, const Model *model) {
             const size_t count = (size_t)height * (size_t)width * (size_t)block->conv[j].shape.out_channels;
             if (block->trained && acts->training) continue;
             if (j < block->num_convs - 1) {
+                // NOLINTNEXTLINE(clang-analyzer-core.CallAndMessage): no block has more than three
                 inner_count[j] = larger(inner_count[j], count);
             } else {
                 at ^= block->has_shortcut;

@@ -235,8 +235,8 @@ static inline void evaluate_class(CocoClass *scores, const EvalTruth *truths, co
                                   int num_truths, const EvalDetection *detections, const CocoItem *detection_items,
                                   int num_detections) {
     size_t count = (size_t)num_detections;
-    const EvalTruth **class_truths = (const EvalTruth **)allocate((size_t)num_truths * sizeof *class_truths);
-    const EvalDetection **class_detections = (const EvalDetection **)allocate(count * sizeof *class_detections);
+    const EvalTruth **class_truths = (const EvalTruth **)allocate((size_t)num_truths * sizeof(EvalTruth *));
+    const EvalDetection **class_detections = (const EvalDetection **)allocate(count * sizeof(EvalDetection *));
     CocoItem *order = (CocoItem *)allocate(count * sizeof *order);  // by score, over all images
     int *rank = (int *)allocate(count * sizeof *rank);
     unsigned char *outcomes = (unsigned char *)allocate(COCO_AREAS * COCO_THRESHOLDS * count);
@@ -399,6 +399,12 @@ static inline int *ranks_by_id(const IdPlace *sorted, int count) {
     int *rank = (int *)allocate((size_t)count * sizeof(int));
     for (int i = 0; i < count; i++) rank[sorted[i].index] = i;
     return rank;
+}
+
+// The most bytes that so many detections take while they are scored, themselves included: all of one class.
+static inline double coco_score_bytes(double num_detections) {
+    return num_detections * (2 * sizeof(EvalDetection) + 2 * sizeof(CocoItem) + sizeof(EvalDetection *) + sizeof(int) +
+                             COCO_AREAS * COCO_THRESHOLDS + 3 * sizeof(double));
 }
 
 // Scores detections whose `image` and `category` are places in set->images and set->categories, against all boxes of

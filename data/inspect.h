@@ -210,7 +210,7 @@ static inline void inspect_boxes(Inspection *inspection, const Dataset *set, con
             inspection_add(inspection, FOUND_TINY, "%s: %s, x %g y %g width %g height %g", image->path, name, box->x,
                            box->y, box->width, box->height);
     }
-    qsort(boxes, (size_t)count, sizeof *boxes, box_order);
+    qsort(boxes, (size_t)count, sizeof(Annotation *), box_order);
     for (int i = 1; i < count; i++) {
         const Annotation *box = boxes[i], *before = boxes[i - 1];
         if (box->class_index == before->class_index && box->x == before->x && box->y == before->y &&

@@ -707,6 +707,21 @@ static void test_jitter(const TestSet *test, const LoaderSettings *settings) {
     check(longest > 1.2 * settings->max_size, "the long side's limit grows too: %g", longest);
 }
 
+// Every side that the picture has on its way counts; one that a crop never makes does not.
+static void test_longest_side(void) {
+    for (int longest = 0; longest < 6; longest++) {
+        int sides[6] = {1, 2, 3, 4, 5, 6};
+        sides[longest] = 7;
+        ImageChange change = {0, 0, 0, 2, {{99, 99, 9, 9, sides[2], sides[3]}, {99, 99, 9, 9, sides[4], sides[5]}}};
+        for (int resizes = 2; resizes >= 0; resizes--) {
+            const int expected = longest < 2 * resizes + 2 ? 7 : 2 * resizes + 2;
+            change.num_resizes = resizes;
+            check(change_longest_side(&change, sides[0], sides[1]) == expected, "the longest of %d sides is %d, at %d",
+                  2 * resizes + 2, expected, longest);
+        }
+    }
+}
+
 // Deferred, and then done by the caller, is the same; what has a longer side on its way comes done.
 static void test_deferred(const TestSet *test, const LoaderSettings *settings) {
     enum { SIDE = 200 };
@@ -737,11 +752,38 @@ static void test_deferred(const TestSet *test, const LoaderSettings *settings) {
           deferred, done);
 }
 
+// Without a limit for the long side the data set's pictures say how long it can be, and the most stretched crop.
+static void test_unlimited(const TestSet *test) {
+    static const int sizes[][2] = {{100, 90}, {90, 700}, {900, 80}, {0, 0}, {50, 5000}};
+    static const Augment augments[3] = {AUGMENT_NOTHING, AUGMENT_CROP, AUGMENT_JITTER};
+    for (int a = 0; a < 3; a++) {
+        LoaderSettings settings = {5, 160, 0, augments[a], 1, 2, 0, 0, 0, 0, 0, 0, 0};
+        if (augments[a] == AUGMENT_JITTER) settings.scales = 0.25;
+        DatasetImage images[5];
+        Dataset set = test->set;
+        memset(images, 0, sizeof images);
+        for (int i = 0; i < 5; i++) images[i].width = sizes[i][0], images[i].height = sizes[i][1];
+        set.images = images, set.num_images = 4;
+        const int side = augments[a] == AUGMENT_JITTER ? 200 : 160, longest = (int)(side * 900.0 / 80);
+        int height, width;
+        loader_worst_size(&set, &settings, &height, &width);
+        check(height == side && width == longest, "a long side without limit: %d x %d, not %d", height, width, longest);
+        set.num_images = 1;
+        loader_worst_size(&set, &settings, &height, &width);
+        const int least = augments[a] == AUGMENT_CROP ? (160 * 120 + 76) / 77 : (int)(side * 100.0 / 90);
+        check(width == least, "a long side of a picture, or its crop: %d, not %d", width, least);
+        set.images = images + 4;
+        loader_worst_size(&set, &settings, &height, &width);
+        check(width == side * 100, "a tall picture's long side: %d", width);
+    }
+}
+
 static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
     LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0, 0};
     test_crop_boxes();
+    test_longest_side();
     test_samples(test, &settings);
     test_jitter(test, &settings);
     test_deferred(test, &settings);
@@ -806,6 +848,7 @@ static void test_loader(const char *folder) {
         check(beyond == 0 && most_width <= 2 * settings.max_size + 32, "nothing passes the worst size %d x %d",
               most_height, most_width);
     }
+    test_unlimited(test);
     for (int i = 0; i < TEST_IMAGES; i++) {
         remove(test->images[i].path);
         free(test->images[i].path);

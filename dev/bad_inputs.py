@@ -600,7 +600,7 @@ def command_cases():
     annotations, results = OUT / "data" / "annotations" / "instances_train.json", OUT / "results.json"
     good = {"image_id": 1, "category_id": 1, "bbox": [10, 20, 100, 50], "score": 0.5}
     for title, content, status in (
-            ("good", [good], 0), ("empty list", [], 0), ("empty", "", 1), ("an object", {}, 1), ("half", '[{"image_id": 1', 1), ("a number inside", [7], 1), ("a list inside", [[good]], 1),
+            ("good", [good], 0), ("empty list", [], 0), ("empty", "", 1), ("an object", {}, 1), ("half", '[{"image_id": 1', 1), ("a number inside", [7], 1), ("true inside", [True], 1), ("a list inside", [[good]], 1),
             ("an unknown image", [{**good, "image_id": 9}], 1), ("an unknown class", [{**good, "category_id": 9}], 0), ("NaN", [{**good, "score": float("nan")}], 1),
             ("a text score", [{**good, "score": "1"}], 1), ("3 numbers", [{**good, "bbox": [1, 2, 3]}], 1), ("5 numbers", [{**good, "bbox": [1, 2, 3, 4, 5]}], 1), ("no box", [{"image_id": 1}], 1),
             ("infinite", [{**good, "bbox": [1, 2, float("inf"), 4]}], 1), ("deep", "[" * 100000, 1), ("1e308 wide", [{**good, "bbox": [1, 2, 1e308, 1e308]}], 0), ("binary", JPEGS[0], 1),
@@ -619,6 +619,9 @@ def command_cases():
         os.mkfifo(OUT / "pipe.jpg")
     predict = ["predict", "--resume", OUT / "good"]
     command_case("predict: a folder", [*predict, OUT / "pictures"], 1, "bad.jpg", "notes.txt", "1 of 2 pictures could not be read")
+    command_case("predict: drawn over", [*predict, "--draw", OUT / "pictures", OUT / "pictures" / "good.jpg"], 1, "would overwrite it")
+    command_case("predict: two of one name", [*predict, "--draw", OUT / "drawn", OUT / "pictures" / "good.jpg", OUT / "pictures" / "good.jpg"], 0)
+    command_case("eval: by decoder layers", ["eval", "--data", OUT / "data", "--resume", OUT / "good", "--sweep_dec_layers"], 0, "layers")
     command_case("predict: missing", [*predict, OUT / "absent.jpg"], 1, "absent.jpg")
     command_case("predict: an empty folder", [*predict, OUT / "empty"], 0, "0 pictures")
     command_case("predict: a pipe", [*predict, OUT / "pipe.jpg"], 1, "pipe.jpg")
@@ -653,6 +656,17 @@ def command_cases():
                              "vflip and no_augment": ["--vflip", "--no_augment"], "resume and pretrained": ["--resume", OUT / "good", "--pretrained", OUT / "good"], "freeze alone": ["--freeze", "backbone"],
                              "freeze nonsense": ["--pretrained", OUT / "good", "--freeze", "nonsense"], "another shape": ["--pretrained", OUT / "good", "--hidden_dim", "64"]}.items():
         command_case(f"flags: {title}", [*train, *arguments], 2)
+    for size in ("64", "64x", "0x64", "64x96x3", "4294967360x64", "64x16385"):
+        command_case(f"flags: --size {size}", ["bench", "--size", size], 2, "--size")
+    start, resume = [*train[:5], "--pretrained", OUT / "good"], ["train", "--resume", OUT / "good"]
+    for title, arguments, says in (("dropout of pretrained", [*start, "--dropout", "0.3"], "--dropout"), ("decoder of pretrained", [*start, "--decoder", "anchor"], "--decoder"),
+                                   ("dilation of pretrained", [*start, "--dilation"], "--dilation"), ("backbone of pretrained", [*start, "--backbone", "resnet18"], "--backbone"),
+                                   ("norm_init of pretrained", [*start, "--norm_init", "calibrate"], "--norm_init"), ("a plain decoder with dilation", [*train, "--dilation"], "--dilation"),
+                                   ("lr_drop of a cosine", [*train, "--lr_schedule", "cosine", "--lr_drop", "9"], "--lr_drop"), ("a GPU's tf32", [*train, "--tf32"], "--tf32"),
+                                   ("another lr", [*resume, "--lr", "1"], "--lr"), ("another switch", [*resume, "--vflip"], "--vflip"), ("another folder", [*resume, "--output_dir", OUT / "empty"], "--output_dir")):
+        command_case(f"flags: {title}", arguments, 2, says)
+    command_case("flags: a run that is over", [*resume, "--data", OUT / "data"], 0, "nothing to do")
+    command_case("flags: resumed nowhere", ["train", "--resume", OUT / "absent"], 1, "absent")
     command_case("flags: no command", [], 2)
     command_case("flags: an unknown command", ["fit"], 2, "fit")
     command_case("flags: output into a file", ["train", "--data", OUT / "data", "--output_dir", OUT / "pictures" / "notes.txt", *NETWORK], 1, "notes.txt")

@@ -22,7 +22,7 @@ static int load(const char *folder, const char *split, int epochs, Error *error)
     for (int i = 0; i < count; i++) {
         Sample *sample = loader_next_batch(loader);
         if (!sample->image.pixels) return fail(error, "%s", sample->error.text);
-        normalise_pixels(pixels, &sample->image);
+        normalise_pixels(pixels, &sample->image, 0);
     }
     printf("%d %.6f\n", count, cpu_seconds() - begin);
     loader_stop(loader);

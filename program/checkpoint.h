@@ -496,9 +496,10 @@ static void canonical_name(char *out, size_t size, const char *name) {
     char kind[16] = "", module[64] = "";
     if (sscanf(at, "embedder.embedder.%15[a-z].%n", kind, &used) == 1 && used)
         snprintf(module, sizeof module, "%s1.", kind[0] == 'c' ? "conv" : "bn");
-    else if (sscanf(at, "encoder.stages.%d.layers.%d.shortcut.%15[a-z].%n", &stage, &block, kind, &used) == 3 && used)
+    else if (sscanf(at, "encoder.stages.%3d.layers.%3d.shortcut.%15[a-z].%n", &stage, &block, kind, &used) == 3 && used)
         snprintf(module, sizeof module, "layer%d.%d.downsample.%d.", stage + 1, block, kind[0] != 'c');
-    else if (sscanf(at, "encoder.stages.%d.layers.%d.layer.%d.%15[a-z].%n", &stage, &block, &layer, kind, &used) == 4 &&
+    else if (sscanf(at, "encoder.stages.%3d.layers.%3d.layer.%3d.%15[a-z].%n", &stage, &block, &layer, kind, &used) ==
+                 4 &&
              used)
         snprintf(module, sizeof module, "layer%d.%d.%s%d.", stage + 1, block, kind[0] == 'c' ? "conv" : "bn",
                  layer + 1);

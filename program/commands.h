@@ -810,7 +810,8 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     double pictures =
         (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
     const double followed = model->track_norms ? calibration_bytes(model, height, width) : 0;
-    run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures);
+    const double scored = coco_score_bytes((double)run->val.num_images * model->config.num_queries);
+    run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures + scored);
     const ReportRow rows[] = {{"weights", NULL, (double)model->weights.used, 0},
                               {"packed weights", NULL, (double)model->packed.used, 0},
                               {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
@@ -818,7 +819,8 @@ static int training_plan(Training *run, int height, int width, Error *error) {
                               {"activations and workspace", NULL,
                                (double)activations_bytes(model, height, width, !engine.is_gpu, run->in_flight), 0},
                               {"pictures the norms follow", NULL, followed, 0},
-                              {"pictures read ahead", NULL, pictures, 0}};
+                              {"pictures read ahead", NULL, pictures, 0},
+                              {"boxes of an evaluation", NULL, scored, 0}};
     double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
         available = memory_free() + taken;
     printf("\nmemory     for pictures up to %d x %d, %d in flight\n", height, width, run->in_flight);
@@ -1725,7 +1727,7 @@ static int command_bench(Settings *settings, Error *error) {
     LossSettings loss = {1, 5, 2, 1, 5, 2, 0.1, !flag_on(settings, "no_aux_loss"), 1};
     Model model;
     int height, width, used = 0, batch = flag_int(settings, "batch_size");
-    if (sscanf(size, "%dx%d%n", &height, &width, &used) != 2 || size[used] || height < 1 || width < 1 ||
+    if (sscanf(size, "%5dx%5d%n", &height, &width, &used) != 2 || size[used] || height < 1 || width < 1 ||
         height > 16384 || width > 16384)
         usage_error("--size must be HEIGHTxWIDTH in pixels, from 1 to 16384, not \"%s\"", size);
     config.num_labels = 91;  // COCO's
