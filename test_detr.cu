@@ -1507,12 +1507,12 @@ struct ModelCase {
     size_t rows;  // answers of an image: L Q
     int from_scratch;
 
-    ModelCase(int bottleneck, int from_scratch) : from_scratch(from_scratch) {
+    ModelCase(int bottleneck, int from_scratch, int enc_layers) : from_scratch(from_scratch) {
         static const int sizes[MODEL_BATCH][2] = {{40, 56}, {0, 0}, {33, 47}, {72, 24}};
         Error error;
         memset(&config, 0, sizeof config), memset(samples, 0, sizeof samples);
         config.bottleneck = bottleneck, config.num_stages = 2, config.stem_width = 8;
-        config.hidden_dim = 64, config.nheads = 2, config.enc_layers = 1, config.dec_layers = 2;
+        config.hidden_dim = 64, config.nheads = 2, config.enc_layers = enc_layers, config.dec_layers = 2;
         config.dim_feedforward = 72, config.num_queries = 9, config.num_labels = 3, config.dropout = 0.1;
         for (int s = 0; s < 2; s++) config.depths[s] = 2, config.widths[s] = 32 << s;
         rows = (size_t)(config.dec_layers * config.num_queries);
@@ -1589,9 +1589,9 @@ struct Distance {
 static const int MODEL_PLACES[MODEL_IMAGES] = {0, 2, 3};
 
 template <class T>
-static void create_model_network(DeviceNetwork<T> *n, const ModelCase &c, int max_images) {
+static void create_model_network(DeviceNetwork<T> *n, const ModelCase &c, int max_images, bool recompute) {
     Error error;
-    if (device_network_create(n, &c.model, 40, 72, max_images, 7, MODEL_BATCH, 4096, false, &error) != 0)
+    if (device_network_create(n, &c.model, 40, 72, max_images, 7, MODEL_BATCH, 4096, recompute, false, &error) != 0)
         check(0, "%s", error.text);
 }
 
@@ -1697,26 +1697,79 @@ static void test_model_steps(DeviceNetwork<T> *n, const ModelCase &c, const Mode
     after.check_against(times, "values after two steps");
 }
 
+// One step's gradients into an array, by a network of its own.
+template <class T>
+static void model_gradients(const ModelCase &c, int max_images, bool recompute, Array<float> *gradients) {
+    DeviceNetwork<T> n;
+    Losses losses;
+    LossScale scale = c.model.loss_scale;
+    Error error;
+    create_model_network(&n, c, max_images, recompute);
+    if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
+        check(0, "%s", error.text);
+    CUDA(cudaMemcpy(gradients->device, n.params.grad, gradients->count * sizeof(float), cudaMemcpyDeviceToDevice));
+    gradients->download();
+    device_network_free(&n);
+}
+
+// The plan is what is taken of the device's memory, to the byte; made again, activations take less of it and give the
+// same gradients.
+template <class T>
+static void test_model_memory(int bottleneck, int from_scratch) {
+    ModelCase c(bottleneck, from_scratch, 2);
+    size_t planned[2];
+    Array<float> *gradients[2];
+    for (int recompute = 0; recompute < 2; recompute++) {
+        DeviceNetwork<T> n;
+        Error error;
+        size_t before, after, all;
+        if (device_network_create(&n, &c.model, 40, 72, MODEL_IMAGES, 7, MODEL_BATCH, 4096, recompute, true, &error))
+            check(0, "%s", error.text);
+        planned[recompute] = device_bytes(&n);
+        const size_t pinned = n.host.capacity;
+        device_network_free(&n);
+        CUDA(cudaMemGetInfo(&before, &all));
+        create_model_network(&n, c, MODEL_IMAGES, recompute);
+        CUDA(cudaMemGetInfo(&after, &all));
+#ifdef CUDA_EMU  // a GPU rounds up, and cuBLASLt takes what it likes
+        check(before - after == planned[recompute], "%zu bytes are planned, %zu were taken", planned[recompute],
+              before - after);
+#endif
+        check(device_bytes(&n) == planned[recompute] && n.host.capacity == pinned, "the plan holds");
+        check((n.encoder_ffn[0].hidden == n.encoder_ffn[1].hidden) == recompute &&
+                  (n.blocks[2].inner[0] == n.blocks[3].inner[0]) == recompute,
+              "layers share what is made again, and nothing else");
+        for (int images = 0; images < 3; images++) {
+            const double room = network_needs<T>(&c.model, 40, 72, images + 1, 7, MODEL_BATCH, recompute);
+            const int fit = images_that_fit<T>(&c.model, 40, 72, MODEL_BATCH, 7, MODEL_BATCH, recompute, room),
+                      fewer = images_that_fit<T>(&c.model, 40, 72, MODEL_BATCH, 7, MODEL_BATCH, recompute, room - 1);
+            check(fit == images + 1 && fewer == images, "where %d have room %d fit, in a byte less %d", images + 1, fit,
+                  fewer);
+        }
+        gradients[recompute] = new Array<float>(n.params.trained);
+        device_network_free(&n);
+        model_gradients<T>(c, MODEL_IMAGES, recompute, gradients[recompute]);
+    }
+    check(planned[1] < planned[0], "recomputing takes %zu bytes instead of %zu", planned[1], planned[0]);
+    check(memcmp(gradients[0]->host, gradients[1]->host, gradients[0]->count * sizeof(float)) == 0,
+          "recomputed gradients in %s differ", type_name<T>());
+    for (Array<float> *array : gradients) delete array;
+}
+
 template <class T>
 static void test_model_of(int bottleneck, int from_scratch) {
     const double times = 4;
-    ModelCase c(bottleneck, from_scratch);
+    ModelCase c(bottleneck, from_scratch, 1);
     ModelResult cpu(c, !std::is_same<T, float>::value), truth(c, false);
     Error error;
     if (reference_run(&cpu.r, &error) != 0 || truth_run(&truth.r, &error) != 0) check(0, "%s", error.text);
     DeviceNetwork<T> n;
-    create_model_network(&n, c, MODEL_IMAGES);
+    create_model_network(&n, c, MODEL_IMAGES, false);
     Array<float> together(n.params.trained), apart(n.params.trained);
     test_model_forward(&n, c, cpu, truth, times);
     test_model_steps(&n, c, cpu, truth, times, &together);
     device_network_free(&n);
-    create_model_network(&n, c, 1);  // one picture after another
-    Losses losses;
-    LossScale scale = c.model.loss_scale;
-    if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
-        check(0, "%s", error.text);
-    CUDA(cudaMemcpy(apart.device, n.params.grad, apart.count * sizeof(float), cudaMemcpyDeviceToDevice));
-    apart.download();
+    model_gradients<T>(c, 1, false, &apart);  // one picture after another
     double difference = 0, norm = 0;
     for (size_t i = 0; i < apart.count; i++) {
         difference += (apart[i] - together[i]) * (apart[i] - together[i]);
@@ -1724,13 +1777,14 @@ static void test_model_of(int bottleneck, int from_scratch) {
     }
     check(sqrt(difference) <= 1e-6 * sqrt(norm), "micro-batches of one: gradients differ by %.3g of their norm",
           sqrt(difference / norm));
-    device_network_free(&n);
 }
 
 static void test_model() {
     test_model_of<float>(1, 1);
     test_model_of<__nv_bfloat16>(1, 0);
     test_model_of<__half>(0, 1);
+    test_model_memory<float>(1, 1);
+    test_model_memory<__nv_bfloat16>(0, 0);
 }
 #endif
 

@@ -2860,7 +2860,9 @@ static void device_layers(DeviceLayer *layers, const DeviceParams *d, const Mode
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Network: where the activations of a micro-batch lie
+// Network: where the activations of a micro-batch lie. With n->recompute (--recompute) a block of the backbone keeps
+// its input and output, an encoder layer the same, and their other activations, which all of them have in the same
+// memory, are made again on the way back: the same kernels on the same numbers, so the same bytes.
 
 // Sizes that the maps of a micro-batch have on their way; behind these one for each stride of the blocks, then the
 // queries (num_queries x 1 an image), and the queries of all decoder layers as one map.
@@ -2917,6 +2919,7 @@ struct DeviceNetwork {
     DeviceParams params;
     DeviceLayer *layers;  // as model->layers
     int training;
+    bool recompute;          // see below: what a block or an encoder layer keeps
     int batch, max_images;   // of a step, of a micro-batch
     int max_places;          // height or width of the largest map of tokens
     size_t workspace_bytes;  // of cuBLASLt
@@ -3015,7 +3018,7 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
                  pooled = (size_t)n->maps[LEVEL_POOLED].rows * (size_t)model->config.stem_width,
                  pixels = 3 * (size_t)n->maps[LEVEL_PICTURE].rows;
     // As on the CPU: blocks that are not trained share two inner maps and two outer ones, and a block without a
-    // shortcut adds to its input in place.
+    // shortcut adds to its input in place. With n->recompute those that are trained share the inner maps too.
     size_t map[2] = {larger(pooled, pixels), stem}, inner[2] = {pooled, 0}, shortcut = 0;
     int level = LEVEL_POOLED, at = 0;
     for (int i = 0; i < model->num_blocks; i++) {
@@ -3025,9 +3028,13 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
         const size_t in = (size_t)n->maps[b->in_level].rows, out = (size_t)n->maps[b->out_level].rows;
         if (block->has_shortcut && block->shortcut.needs_input_gradient)
             shortcut = larger(shortcut, in * (size_t)block->shortcut.shape.in_channels);
-        if (block->trained && n->training) continue;
-        for (int j = 0; j < block->num_convs - 1; j++)
-            inner[j] = larger(inner[j], in * (size_t)block->conv[j].shape.out_channels);
+        const bool kept = block->trained && n->training;
+        int of_conv = b->in_level;
+        for (int j = 0; j < block->num_convs - 1 && (!kept || n->recompute); j++) {
+            if (block->conv[j].shape.stride > 1) of_conv = b->out_level;
+            inner[j] = larger(inner[j], (size_t)n->maps[of_conv].rows * (size_t)block->conv[j].shape.out_channels);
+        }
+        if (kept) continue;
         at ^= block->has_shortcut;
         map[at] = larger(map[at], out * (size_t)block->conv[block->num_convs - 1].shape.out_channels);
     }
@@ -3048,7 +3055,7 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
         for (int j = 0; j < last; j++) {
             if (block->conv[j].shape.stride > 1) of_conv = b->out_level;
             const size_t count = (size_t)n->maps[of_conv].rows * (size_t)block->conv[j].shape.out_channels;
-            b->inner[j] = kept ? take<T>(arena, count) : inners[j];
+            b->inner[j] = kept && !n->recompute ? take<T>(arena, count) : inners[j];
         }
         at ^= block->has_shortcut;
         const size_t count = (size_t)n->maps[b->out_level].rows * (size_t)block->conv[last].shape.out_channels;
@@ -3081,7 +3088,7 @@ static void plan_device_attention(DeviceNetwork<T> *n, DeviceAttention<T> *a, in
     a->operand = take_operand<T>(arena, a->out, rows * C);
 }
 
-// f->out is there.
+// f->out and f->operand are there.
 template <class T>
 static void plan_device_feed_forward(DeviceNetwork<T> *n, DeviceFeedForward<T> *f, int level) {
     Arena *arena = &n->arena;
@@ -3089,7 +3096,6 @@ static void plan_device_feed_forward(DeviceNetwork<T> *n, DeviceFeedForward<T> *
     f->map = n->maps[level];
     f->hidden = take<T>(arena, rows * (size_t)n->model->config.dim_feedforward);
     f->sum = take<float>(arena, rows * C), f->mean = take<float>(arena, rows), f->rstd = take<float>(arena, rows);
-    f->operand = take_operand<T>(arena, f->out, rows * C);
 }
 
 template <class T>
@@ -3101,12 +3107,17 @@ static void plan_device_transformer(DeviceNetwork<T> *n) {
     float *x = n->token_rows = take<float>(arena, tokens * C);
     const T *operand = n->token_operand = take_operand<T>(arena, x, tokens * C);
     for (int l = 0; l < config->enc_layers; l++) {
+        DeviceFeedForward<T> *f = &n->encoder_ffn[l];
+        f->out = take<float>(arena, tokens * C), f->operand = take_operand<T>(arena, f->out, tokens * C);
+    }
+    const size_t shared = arena->used;
+    for (int l = 0; l < config->enc_layers; l++) {
         DeviceAttention<T> *a = &n->encoder_attention[l];
         DeviceFeedForward<T> *f = &n->encoder_ffn[l];
+        if (n->recompute) arena->used = shared;  // the same memory for each layer
         a->query_in = a->key_in = n->encoder_query[l] = take<T>(arena, tokens * C);
         a->value_in = operand, a->residual = x;
         plan_device_attention(n, a, n->tokens, n->tokens);
-        f->out = take<float>(arena, tokens * C);
         plan_device_feed_forward(n, f, n->tokens);
         f->in = a->operand, f->residual = a->out;
         x = f->out, operand = f->operand;
@@ -3117,6 +3128,8 @@ static void plan_device_transformer(DeviceNetwork<T> *n) {
     operand = n->target_operand = take_operand<T>(arena, x, queries * C);
     for (int l = 0; l < config->dec_layers; l++)  // side by side: C is whole cache lines
         n->decoder_ffn[l].out = take<float>(arena, queries * C);
+    for (int l = 0; l < config->dec_layers; l++)
+        n->decoder_ffn[l].operand = take_operand<T>(arena, n->decoder_ffn[l].out, queries * C);
     for (int l = 0; l < config->dec_layers; l++) {
         DeviceAttention<T> *self = &n->decoder_self[l], *cross = &n->decoder_cross[l];
         DeviceFeedForward<T> *f = &n->decoder_ffn[l];
@@ -3476,6 +3489,23 @@ static const T *rounded_to(T *operand, const float *x, size_t count) {
     return operand;
 }
 
+// block_forward(); again: only the inner maps, on the way back with n->recompute.
+template <class T>
+static void device_block_forward(const DeviceNetwork<T> *n, int i, bool again) {
+    const Block *block = &n->model->blocks[i];
+    const DeviceBlock<T> *b = &n->blocks[i];
+    const T *x = b->in;
+    int level = b->in_level;
+    if (block->has_shortcut && !again)
+        convolve(n, b->shortcut, x, &block->shortcut, level, b->out_level, false, (const T *)NULL);
+    for (int j = 0; j < block->num_convs - again; j++) {
+        const int last = j == block->num_convs - 1, to = block->conv[j].shape.stride > 1 ? b->out_level : level;
+        T *y = last ? b->out : b->inner[j];
+        convolve(n, y, x, &block->conv[j], level, to, true, last ? (const T *)b->shortcut : NULL);
+        x = y, level = to;
+    }
+}
+
 // backbone_forward() from the bytes of the pictures on
 template <class T>
 static void device_backbone_forward(DeviceNetwork<T> *n) {
@@ -3485,36 +3515,31 @@ static void device_backbone_forward(DeviceNetwork<T> *n) {
     convolve(n, n->stem, (const T *)n->pixels, &model->stem, LEVEL_PICTURE, LEVEL_STEM, true, (const T *)NULL);
     gpu_maxpool_forward(n->pooled, n->argmax, n->stem, n->maps[LEVEL_POOLED], n->maps[LEVEL_STEM],
                         model->config.stem_width);
-    for (int i = 0; i < model->num_blocks; i++) {
-        const Block *block = &model->blocks[i];
-        const DeviceBlock<T> *b = &n->blocks[i];
-        const T *x = b->in;
-        int level = b->in_level;
-        if (block->has_shortcut)
-            convolve(n, b->shortcut, x, &block->shortcut, level, b->out_level, false, (const T *)NULL);
-        for (int j = 0; j < block->num_convs; j++) {
-            const int last = j == block->num_convs - 1, to = block->conv[j].shape.stride > 1 ? b->out_level : level;
-            T *y = last ? b->out : b->inner[j];
-            convolve(n, y, x, &block->conv[j], level, to, true, last ? (const T *)b->shortcut : NULL);
-            x = y, level = to;
-        }
-    }
+    for (int i = 0; i < model->num_blocks; i++) device_block_forward(n, i, false);
     project(n, n->token_rows, (const T *)n->blocks[model->num_blocks - 1].out, &model->input_projection, false, tokens);
     rounded_to(n->token_operand, n->token_rows, (size_t)tokens * (size_t)C);
+}
+
+// The rows that encoder layer l receives; those of the layer behind the last are what the encoder leaves.
+template <class T>
+static const float *encoder_rows(const DeviceNetwork<T> *n, int l) {
+    return l > 0 ? n->encoder_ffn[l - 1].out : n->token_rows;
+}
+
+template <class T>
+static void device_encoder_layer(const DeviceNetwork<T> *n, int l) {
+    gpu_add_positions(n->encoder_query[l], encoder_rows(n, l), n->position_table, n->maps[n->tokens],
+                      n->model->config.hidden_dim);
+    attend(n, &n->model->encoder_attention[l], &n->encoder_attention[l], 4 * l);
+    feed_forward(n, &n->model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2);
 }
 
 template <class T>
 static void device_encoder_forward(DeviceNetwork<T> *n) {
     const ModelConfig *config = &n->model->config;
-    const Ragged map = n->maps[n->tokens];
-    const float *x = n->token_rows;
-    for (int l = 0; l < config->enc_layers; l++) {
-        gpu_add_positions(n->encoder_query[l], x, n->position_table, map, config->hidden_dim);
-        attend(n, &n->model->encoder_attention[l], &n->encoder_attention[l], 4 * l);
-        feed_forward(n, &n->model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2);
-        x = n->encoder_ffn[l].out;
-    }
-    gpu_add_positions(n->memory_query, x, n->position_table, map, config->hidden_dim);
+    for (int l = 0; l < config->enc_layers; l++) device_encoder_layer(n, l);
+    gpu_add_positions(n->memory_query, encoder_rows(n, config->enc_layers), n->position_table, n->maps[n->tokens],
+                      config->hidden_dim);
 }
 
 template <class T>
@@ -3605,7 +3630,9 @@ template <class T>
 static void device_encoder_backward(DeviceNetwork<T> *n) {
     const Model *model = n->model;
     float *dx = n->dmemory;
-    for (int l = model->config.enc_layers - 1; l >= 0 && model->encoder_ffn[l].trained; l--) {
+    const int last = model->config.enc_layers - 1;
+    for (int l = last; l >= 0 && model->encoder_ffn[l].trained; l--) {
+        if (n->recompute && l < last) device_encoder_layer(n, l);
         feed_forward_backward(n, &model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2, dx, dx);
         attend_backward(n, &model->encoder_attention[l], &n->encoder_attention[l], 4 * l, n->dsum, dx, n->dsum, dx, dx,
                         dx);
@@ -3626,6 +3653,7 @@ static void device_backbone_backward(DeviceNetwork<T> *n) {
         const int last = block->num_convs - 1;
         int level = b->out_level;
         const T *dy = b->out, *dshortcut = b->out;
+        if (n->recompute && i < model->num_blocks - 1) device_block_forward(n, i, true);
         for (int j = last; j > 0; j--) {
             const int from = block->conv[j].shape.stride > 1 ? b->in_level : level;
             convolve_backward(n, b->inner[j - 1], b->inner[j - 1], dy, &block->conv[j], from, level, (const T *)NULL,
@@ -3697,19 +3725,27 @@ static void take_micro_batch(DeviceNetwork<T> *n, MicroBatch *feed, Answers *ans
     answers->boxes = take<float>(&n->host, 4 * queries), answers->match = take<int>(&n->host, queries);
 }
 
+// The bytes of the device's memory that a network takes, when it is made or counted.
+template <class T>
+static size_t device_bytes(const DeviceNetwork<T> *n) {
+    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity;
+}
+
 // Everything on the device that `model` needs for micro-batches of max_images pictures, none larger than (max_height,
 // max_width), either way round, with max_targets boxes each, of batches of `batch` pictures; training: the model's, and
-// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: in n->fixed.used, n->arena.used
-// (device) and n->host.used (pinned). 0, or -1 with the reason.
+// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: device_bytes() and
+// n->host.capacity (pinned). 0, or -1 with the reason.
 template <class T>
 static int device_network_create(DeviceNetwork<T> *n, const Model *model, int max_height, int max_width, int max_images,
-                                 int max_targets, int batch, size_t workspace_bytes, bool counting, Error *error) {
+                                 int max_targets, int batch, size_t workspace_bytes, bool recompute, bool counting,
+                                 Error *error) {
     const ModelConfig *config = &model->config;
     const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers;
     MicroBatch feed;
     memset((void *)n, 0, sizeof *n);
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
+    n->recompute = recompute && n->training;
     n->max_images = n->images = max_images, n->batch = batch;
     n->num_targets = n->training ? max_images * max_targets : 0;
     n->places = (int *)allocate((size_t)batch * sizeof(int));
@@ -3732,7 +3768,13 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     plan_device_fixed(n);
     take_host(n);
     for (int i = 0; i < batch; i += max_images) take_micro_batch(n, &feed, &n->told[0]);
-    if (counting) return 0;
+    if (counting) {
+        n->params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
+        device_params_walk(&n->params, model, sizeof(T));
+        free(n->params.place);
+        for (Arena *arena : {&n->params.arena, &n->fixed, &n->arena, &n->host}) arena->capacity = arena->used;
+        return 0;
+    }
 
     n->layers = (DeviceLayer *)allocate((size_t)model->num_layers * sizeof(DeviceLayer));
     device_params_create<T>(&n->params, model);
@@ -3778,6 +3820,35 @@ static void device_network_free(DeviceNetwork<T> *n) {
     free(n->decoder_cross);
     free(n->decoder_ffn);
     memset((void *)n, 0, sizeof *n);
+}
+
+// Bytes of the device's memory that a network for so many pictures at once takes; infinite if it cannot be.
+template <class T>
+static double network_needs(const Model *model, int height, int width, int images, int most_targets, int batch,
+                            bool recompute) {
+    DeviceNetwork<T> n;
+    Error unused;
+    const int status = device_network_create(&n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE,
+                                             recompute, true, &unused);
+    const double bytes = status == 0 ? (double)device_bytes(&n) : INFINITY;
+    device_network_free(&n);
+    return bytes;
+}
+
+// How many pictures of (height, width) at once, `most` at most, have room in so many bytes of the device's memory:
+// those that it counts for device_network_create() are what that takes, to the byte. 0: not even one has.
+template <class T>
+static int images_that_fit(const Model *model, int height, int width, int most, int most_targets, int batch,
+                           bool recompute, double room) {
+    int images = 0;
+    while (images < most) {  // more pictures never need less
+        const int middle = images + (most - images + 1) / 2;
+        if (network_needs<T>(model, height, width, middle, most_targets, batch, recompute) <= room)
+            images = middle;
+        else
+            most = middle - 1;
+    }
+    return images;
 }
 
 // Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes, and sends it on its way.
@@ -3976,8 +4047,29 @@ static void engine_send(Model *model) {
     gpu_fold<T>(d);
 }
 
+// Not even one picture has room: says so, and what would have. -1.
+template <class T>
+static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int most_targets,
+                         int batch, bool recompute, double room, Error *error) {
+    const double MiB = 1048576, needs = network_needs<T>(model, height, width, 1, most_targets, batch, recompute);
+    const int short_side = settings->command & TRAIN ? flag_int(settings, "short_side") : 0;
+    fail(error, "out of memory on the GPU: a picture of %d x %d needs %.1f MiB and %.1f are free: ", height, width,
+         needs / MiB, room / MiB);
+    if (network_needs<T>(model, height, width, 1, most_targets, batch, true) <= room)
+        return fail_more(error, "--recompute would fit"), -1;
+    for (int side = short_side - 1; side >= 32; side--) {
+        const double scale = (double)side / short_side;
+        const int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
+        if (network_needs<T>(model, h, w, 1, most_targets, batch, recompute) > room) continue;
+        fail_more(error, "--short_side %d --max_size %d would fit", side,
+                  (int)(flag_int(settings, "max_size") * scale));
+        return -1;
+    }
+    return fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim"), -1;
+}
+
 // Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
-// for.
+// for, each as large as any that can come.
 template <class T>
 static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width,
                            int training, int most_targets, Error *error) {
@@ -3987,34 +4079,30 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     device_network_free(n);
     activations_create(acts, model, height, width, 0, 1);
     CUDA(cudaMemGetInfo(&available, &all));
+    if (device_refuses(&model->config)) return fail(error, "%s", device_refuses(&model->config));
+    const double room = 0.95 * (double)available;  // kernels and cuBLASLt take some too
     const int batch = training ? flag_int(settings, "batch_size") : 1;
-    int images = training && flag_int(settings, "micro_batch") ? flag_int(settings, "micro_batch") : batch;
-    DeviceParams params;
-    memset(&params, 0, sizeof params);
-    params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
-    device_params_walk(&params, model, sizeof(T));
-    free(params.place);
-    double needed = 0, pinned = 0;
-    for (images = images < batch ? images : batch; images > 0; images--) {
-        const int status =
-            device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, true, error);
-        needed = (double)(params.arena.used + n->fixed.used + n->arena.used), pinned = (double)n->host.used;
-        device_network_free(n);
-        if (device_refuses(&model->config)) return status;
-        if (status == 0 && needed < 0.95 * (double)available) break;
-    }
+    const int asked = training ? flag_int(settings, "micro_batch") : 0, most = asked && asked < batch ? asked : batch;
+    const bool recompute = training && flag_on(settings, "recompute");
+    const int images = images_that_fit<T>(model, height, width, most, most_targets, batch, recompute, room);
     if (images == 0)
-        return fail(error, "out of memory on the GPU: one picture needs %.1f MiB and %.1f are free: a smaller %s",
-                    needed / MiB, (double)available / MiB, "--short_side and --max_size");
-    const int status =
-        device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, false, error);
-    if (status != 0) return status;
-    printf("GPU memory for pictures up to %d x %d, %d in flight\n", height, width, images);
+        return engine_refuse<T>(settings, model, height, width, most_targets, batch, recompute, room, error);
+    if (device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, recompute, false,
+                              error) != 0)
+        return -1;
+    printf("GPU memory for pictures up to %d x %d, %d in flight: %s\n", height, width, images,
+           images < most    ? "more would not fit"
+           : images < batch ? "as --micro_batch asks"
+                            : "all of a step");
     printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
            (double)n->params.arena.capacity / MiB);
-    printf("  %-30s %10.1f MiB\n", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
-    printf("  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total", needed / MiB,
-           (double)available / MiB, pinned / MiB);
+    printf("  %-30s %10.1f MiB", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
+    if (training) {
+        const double other = network_needs<T>(model, height, width, images, most_targets, batch, !recompute);
+        printf("; with%s --recompute %.1f", recompute ? "out" : "", (other - (double)n->params.arena.capacity) / MiB);
+    }
+    printf("\n  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total",
+           (double)device_bytes(n) / MiB, (double)available / MiB, (double)n->host.capacity / MiB);
     fflush(stdout);
     engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
     engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
