@@ -819,8 +819,8 @@ struct AttentionTruth {
 //   |dq error| <= |dS error| |k| + u |dq|,            |dk error| <= |dS error|^T |q| + u |dk|.
 // The forward pass rounds P before it is divided by its sum, which is at least 1, so t counts no more there. Errors of
 // floats are left out.
-static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int heads, Dropout dropout, double u,
-                            double t) {
+static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int heads, Dropout dropout,
+                            AttentionPrior prior, double u, double t) {
     const int D = C / heads;
     double *P = (double *)allocate((size_t)Tk * 3 * sizeof(double)), *M = P + Tk, *dP = M + Tk;
     for (int head = 0; head < heads; head++) {
@@ -834,6 +834,12 @@ static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int 
                 M[j] = word >= dropout_threshold(dropout) ? 1 / (1 - dropout.p) : 0;
                 P[j] = dP[j] = 0;
                 for (int d = low; d < high; d++) P[j] += a.q[i * C + d] * a.k[j * C + d] / sqrt((double)D);
+                for (int axis = 0; axis < 2 && prior.boxes; axis++) {
+                    const double *of_head = PRIOR_HEADS[head % 8], half = prior.boxes[4 * i + 2 + axis] / 2.0;
+                    const int cells = axis ? prior.height : prior.width, at = axis ? j / prior.width : j % prior.width;
+                    const double far = (at + 0.5) / cells - prior.boxes[4 * i + axis] - of_head[axis] * half;
+                    P[j] -= pow(far / fmax(of_head[2] * half, 0.5 / cells), 2) / 2;
+                }
                 top = fmax(top, P[j]);
             }
             for (int j = 0; j < Tk; j++) sum += P[j] = exp(P[j] - top);
@@ -870,7 +876,7 @@ static void plain_attention(const AttentionTruth &a, int Tq, int Tk, int C, int 
     free(P);
 }
 
-// cross: the queries are nine an image, else the image's own tokens.
+// cross: the queries are nine an image, else the image's own tokens; 2: with a prior.
 template <class T>
 static void test_attention_of(int C, int heads, double p, int cross) {
     Segment nine[NUM_PICTURES];
@@ -884,9 +890,28 @@ static void test_attention_of(int C, int heads, double p, int cross) {
     for (size_t i = 0; i < nk; i += (size_t)C) k[i] = to_type<T>(1);
     q[(size_t)(3 * C)] = to_type<T>(-1200);  // a query all of whose scores are below -100: exp() of them is 0
     q.upload(), k.upload();
-    const AttentionParams<T> params = {
-        out.device, lse.device, q.device,    k.device,  v.device,  queries.map, keys.map,   dropout_mask(a_dropout(p)),
-        C,          heads,      dout.device, dq.device, dk.device, dv.device,   dots.device};
+    Array<float> boxes(4 * (size_t)queries.map.rows, 36);
+    Array<float4> prior(nl);
+    for (size_t i = 0; i < boxes.count; i++)  // some of them smaller than a cell
+        boxes[i] = (float)(i % 4 < 2 ? 0.5 + 0.4 * sin(boxes[i] * 9) : 0.01 + 0.3 * pow(sin(boxes[i] * 9), 2));
+    boxes.upload();
+    gpu_attention_prior(prior.device, boxes.device, queries.map, keys.map, heads);
+    const AttentionParams<T> params = {out.device,
+                                       lse.device,
+                                       q.device,
+                                       k.device,
+                                       v.device,
+                                       queries.map,
+                                       keys.map,
+                                       dropout_mask(a_dropout(p)),
+                                       C,
+                                       heads,
+                                       cross == 2 ? prior.device : NULL,
+                                       dout.device,
+                                       dq.device,
+                                       dk.device,
+                                       dv.device,
+                                       dots.device};
     const int query_parts = attention_parts(queries.table.host, NUM_PICTURES);
     gpu_attention_forward(params, query_parts);
     gpu_attention_backward(params, query_parts, attention_parts(keys.table.host, NUM_PICTURES));
@@ -915,8 +940,9 @@ static void test_attention_of(int C, int heads, double p, int cross) {
                                   inputs + all,      bounds + first[0], bounds + first[1], bounds + first[2],
                                   bounds + first[3], inputs + first[0], inputs + first[2], inputs + first[3],
                                   inputs + first[1]};
-        // fp16 has nothing between 0 and 2^-24
-        plain_attention(a, Tq, Tk, C, heads, dropout, fp16 ? 0x1p-11 : 0x1p-8, fp16 ? 0x1p-25 : 0);
+        // fp16 has nothing between 0 and 2^-24; probabilities, which are floats, nothing exact below 2^-126
+        const AttentionPrior around = {cross == 2 ? boxes.host + 4 * from.first : NULL, to.height, to.width};
+        plain_attention(a, Tq, Tk, C, heads, dropout, around, fp16 ? 0x1p-11 : 0x1p-8, fp16 ? 0x1p-25 : 0x1p-126);
         for (int head = 0; head < heads; head++)
             for (int row = 0; row < Tq; row++)
                 wrong_lse += !(fabs(lse[(size_t)(head * queries.map.rows + from.first + row)] -
@@ -926,10 +952,10 @@ static void test_attention_of(int C, int heads, double p, int cross) {
               *v_i = cpu_inputs + first[3];
         const size_t needed = attention_workspace(Tq, Tk, C, heads, omp_get_max_threads());
         float *workspace = (float *)aligned_alloc(64, round_up(needed * sizeof(float), 64));
-        attention_forward(cpu + first[0], NULL, cpu_lse, q_i, k_i, v_i, Tq, Tk, C, heads, dropout, NO_PRIOR, 0,
+        attention_forward(cpu + first[0], NULL, cpu_lse, q_i, k_i, v_i, Tq, Tk, C, heads, dropout, around, 0,
                           workspace);
         attention_backward(cpu + first[1], cpu + first[2], cpu + first[3], cpu_inputs + first[1], q_i, k_i, v_i,
-                           cpu + first[0], cpu_lse, Tq, Tk, C, heads, dropout, NO_PRIOR, 0, workspace);
+                           cpu + first[0], cpu_lse, Tq, Tk, C, heads, dropout, around, 0, workspace);
         free(workspace);
     }
     static const char *const names[4] = {"attention's out", "attention's dq", "attention's dk", "attention's dv"};
@@ -960,6 +986,10 @@ static void test_attention() {
     test_attention_of<__nv_bfloat16>(64, 1, 0.1, 1);
     test_attention_of<__half>(64, 2, 0.1, 0);
     test_attention_of<__half>(64, 1, 0, 1);
+    test_attention_of<float>(128, 8, 0, 2);
+    test_attention_of<__nv_bfloat16>(128, 8, 0.1, 2);
+    test_attention_of<__half>(128, 4, 0, 2);
+    test_attention_of<__half>(32, 2, 0.1, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1506,19 +1536,22 @@ struct ModelCase {
     const float **values;
     size_t rows;  // answers of an image: L Q
     int from_scratch;
+    int64_t first_step;  // of two
 
-    ModelCase(int bottleneck, int from_scratch) : from_scratch(from_scratch) {
+    ModelCase(int bottleneck, int from_scratch, int enc_layers, int anchor)
+        : from_scratch(from_scratch), first_step(anchor ? TRACK_STEPS - 1 : 0) {
         static const int sizes[MODEL_BATCH][2] = {{40, 56}, {0, 0}, {33, 47}, {72, 24}};
         Error error;
         memset(&config, 0, sizeof config), memset(samples, 0, sizeof samples);
         config.bottleneck = bottleneck, config.num_stages = 2, config.stem_width = 8;
-        config.hidden_dim = 64, config.nheads = 2, config.enc_layers = 1, config.dec_layers = 2;
+        config.hidden_dim = 64, config.enc_layers = enc_layers, config.dec_layers = 2;
         config.dim_feedforward = 72, config.num_queries = 9, config.num_labels = 3, config.dropout = 0.1;
+        config.anchor = config.focal = anchor, config.nheads = anchor ? 4 : 2;
         for (int s = 0; s < 2; s++) config.depths[s] = 2, config.widths[s] = 32 << s;
         rows = (size_t)(config.dec_layers * config.num_queries);
         if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
         model_initialise(&model, 5);
-        model.loss_scale.scale = 1;
+        model.loss_scale.scale = 1, model.track_norms = anchor && from_scratch;
         values = (const float **)allocate((size_t)model.num_params * sizeof(float *));
         for (int i = 0; i < model.num_params; i++) {
             Param *param = model.params[i];
@@ -1556,6 +1589,7 @@ struct ModelResult {
         memset(&r, 0, sizeof r);
         config.half = half;
         r.config = &config, r.from_scratch = c.from_scratch, r.values = c.values, r.loss = &LOSS;
+        r.track_norms = c.model.track_norms, r.first_step = c.first_step;
         r.optimizer = &OPTIMIZER, r.samples = c.samples, r.count = MODEL_BATCH, r.seed = 11;
         r.logits = (double *)allocate(rows * (size_t)num_logits(&config) * sizeof(double));
         r.boxes = (double *)allocate(rows * 4 * sizeof(double));
@@ -1589,9 +1623,9 @@ struct Distance {
 static const int MODEL_PLACES[MODEL_IMAGES] = {0, 2, 3};
 
 template <class T>
-static void create_model_network(DeviceNetwork<T> *n, const ModelCase &c, int max_images) {
+static void create_model_network(DeviceNetwork<T> *n, const ModelCase &c, int max_images, bool recompute) {
     Error error;
-    if (device_network_create(n, &c.model, 40, 72, max_images, 7, MODEL_BATCH, 4096, false, &error) != 0)
+    if (device_network_create(n, &c.model, 40, 72, max_images, 7, MODEL_BATCH, 4096, recompute, false, &error) != 0)
         check(0, "%s", error.text);
 }
 
@@ -1655,16 +1689,23 @@ static void test_model_steps(DeviceNetwork<T> *n, const ModelCase &c, const Mode
                              double times, Array<float> *gradients) {
     const double unit = std::is_same<T, float>::value ? 0x1p-24 : std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
     Distance after = {};
+    double whole = 0;  // the squared distance of the CPU's first gradient
+    for (int i = 0; i < c.model.num_params; i++)
+        for (size_t k = 0; c.model.params[i]->trained && k < c.model.params[i]->count; k++)
+            whole += pow(cpu.r.grads[i][k] - truth.r.grads[i][k], 2);
     LossScale scale = c.model.loss_scale;
     Error error;
     for (int step = 0; step < REFERENCE_STEPS; step++) {
         Losses losses;
-        if (device_training_step(n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, step, &losses, &error) != 0)
+        if (device_training_step(n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, c.first_step + step, &losses,
+                                 &error) != 0)
             check(0, "%s", error.text);
         const Losses *right = &truth.r.losses[step], *theirs = &cpu.r.losses[step];
         Distance loss = {}, norm = {}, boxes = {};
         loss.add(losses.loss, theirs->loss, right->loss),
             norm.add(losses.grad_norm, theirs->grad_norm, right->grad_norm);
+        // One number, which the CPU may be near by luck: a norm is no farther off than the gradient as a whole.
+        if (!std::is_same<T, float>::value) norm.cpu = fmax(norm.cpu, whole);
         boxes.add(losses.matched_iou, theirs->matched_iou, right->matched_iou);
         boxes.add(losses.query_spread, theirs->query_spread, right->query_spread);
         loss.check_against(times, "loss"), norm.check_against(times, "norm of the gradient");
@@ -1697,26 +1738,82 @@ static void test_model_steps(DeviceNetwork<T> *n, const ModelCase &c, const Mode
     after.check_against(times, "values after two steps");
 }
 
+// One step's gradients into an array, by a network of its own.
 template <class T>
-static void test_model_of(int bottleneck, int from_scratch) {
+static void model_gradients(const ModelCase &c, int max_images, bool recompute, Array<float> *gradients) {
+    DeviceNetwork<T> n;
+    Losses losses;
+    LossScale scale = c.model.loss_scale;
+    Error error;
+    create_model_network(&n, c, max_images, recompute);
+    if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, c.first_step, &losses,
+                             &error) != 0)
+        check(0, "%s", error.text);
+    CUDA(cudaMemcpy(gradients->device, n.params.grad, gradients->count * sizeof(float), cudaMemcpyDeviceToDevice));
+    gradients->download();
+    device_network_free(&n);
+}
+
+// The plan is what is taken of the device's memory, to the byte; made again, activations take less of it and give the
+// same gradients.
+template <class T>
+static void test_model_memory(int bottleneck, int from_scratch) {
+    ModelCase c(bottleneck, from_scratch, 2, 1);
+    size_t planned[2];
+    Array<float> *gradients[2];
+    for (int recompute = 0; recompute < 2; recompute++) {
+        DeviceNetwork<T> n;
+        Error error;
+        size_t before, after, all;
+        if (device_network_create(&n, &c.model, 40, 72, MODEL_IMAGES, 7, MODEL_BATCH, 4096, recompute, true, &error))
+            check(0, "%s", error.text);
+        planned[recompute] = device_bytes(&n);
+        const size_t pinned = n.host.capacity;
+        device_network_free(&n);
+        CUDA(cudaMemGetInfo(&before, &all));
+        create_model_network(&n, c, MODEL_IMAGES, recompute);
+        CUDA(cudaMemGetInfo(&after, &all));
+#ifdef CUDA_EMU  // a GPU rounds up, and cuBLASLt takes what it likes
+        check(before - after == planned[recompute], "%zu bytes are planned, %zu were taken", planned[recompute],
+              before - after);
+#endif
+        check(device_bytes(&n) == planned[recompute] && n.host.capacity == pinned, "the plan holds");
+        check(plan_device_network(&n) && (n.encoder_ffn[0].hidden == n.encoder_ffn[1].hidden) == recompute &&
+                  (n.blocks[2].inner[0] == n.blocks[3].inner[0]) == recompute,
+              "layers share what is made again, and nothing else");
+        for (int images = 0; images < 3; images++) {
+            const double room = network_needs<T>(&c.model, 40, 72, images + 1, 7, MODEL_BATCH, recompute);
+            const int fit = images_that_fit<T>(&c.model, 40, 72, MODEL_BATCH, 7, MODEL_BATCH, recompute, room),
+                      fewer = images_that_fit<T>(&c.model, 40, 72, MODEL_BATCH, 7, MODEL_BATCH, recompute, room - 1);
+            check(fit == images + 1 && fewer == images, "where %d have room %d fit, in a byte less %d", images + 1, fit,
+                  fewer);
+        }
+        gradients[recompute] = new Array<float>(n.params.trained);
+        device_network_free(&n);
+        model_gradients<T>(c, MODEL_IMAGES, recompute, gradients[recompute]);
+    }
+    check(planned[1] < planned[0], "recomputing takes %zu bytes instead of %zu", planned[1], planned[0]);
+    check(memcmp(gradients[0]->host, gradients[1]->host, gradients[0]->count * sizeof(float)) == 0,
+          "recomputed gradients in %s differ", type_name<T>());
+    for (Array<float> *array : gradients) delete array;
+}
+
+template <class T>
+static void test_model_of(int bottleneck, int from_scratch, int anchor) {
     const double times = 4;
-    ModelCase c(bottleneck, from_scratch);
+    ModelCase c(bottleneck, from_scratch, 1, anchor);
     ModelResult cpu(c, !std::is_same<T, float>::value), truth(c, false);
     Error error;
     if (reference_run(&cpu.r, &error) != 0 || truth_run(&truth.r, &error) != 0) check(0, "%s", error.text);
     DeviceNetwork<T> n;
-    create_model_network(&n, c, MODEL_IMAGES);
+    create_model_network(&n, c, MODEL_IMAGES, false);
     Array<float> together(n.params.trained), apart(n.params.trained);
+    device_network_free(&n);
+    model_gradients<T>(c, 1, false, &apart);  // one picture after another
+    create_model_network(&n, c, MODEL_IMAGES, false);
     test_model_forward(&n, c, cpu, truth, times);
     test_model_steps(&n, c, cpu, truth, times, &together);
     device_network_free(&n);
-    create_model_network(&n, c, 1);  // one picture after another
-    Losses losses;
-    LossScale scale = c.model.loss_scale;
-    if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error) != 0)
-        check(0, "%s", error.text);
-    CUDA(cudaMemcpy(apart.device, n.params.grad, apart.count * sizeof(float), cudaMemcpyDeviceToDevice));
-    apart.download();
     double difference = 0, norm = 0;
     for (size_t i = 0; i < apart.count; i++) {
         difference += (apart[i] - together[i]) * (apart[i] - together[i]);
@@ -1724,13 +1821,65 @@ static void test_model_of(int bottleneck, int from_scratch) {
     }
     check(sqrt(difference) <= 1e-6 * sqrt(norm), "micro-batches of one: gradients differ by %.3g of their norm",
           sqrt(difference / norm));
-    device_network_free(&n);
+}
+
+// What stops a step is named as on the CPU, with the picture.
+template <class T>
+static void test_model_nonfinite() {
+    static const char *const names[] = {"model.input_projection.weight", "gradient of the boxes", "logits",
+                                        "encoder layer 1: query", NULL};
+    for (int i = 0; i < 5; i++) {
+        ModelCase c(1, 1, 2, 1);
+        LossSettings settings = LOSS;
+        Model *model = &c.model;
+        if (i == 0) model->input_projection.weight->value[3] = NAN;
+        if (i == 1) c.samples[2].boxes[2] = NAN;
+        Param *const weights[] = {model->class_head.weight, model->encoder_attention[1].query.weight};
+        for (size_t k = 0; i >= 2 && i < 4 && k < weights[i - 2]->count; k++) {
+            float *weight = &weights[i - 2]->value[k];
+            *weight = *weight > 0 ? 3e38f : -3e38f;  // their sums overflow
+        }
+        if (i == 4) settings.bbox_loss_coef = 1e300;  // a double has room for the loss
+        model_pack(model);
+        Activations acts;
+        DeviceNetwork<T> n;
+        Losses losses;
+        Error error, cpu_error;
+        LossScale scale = model->loss_scale;
+        create_model_network(&n, c, MODEL_IMAGES, false);
+        const int failed =
+            device_training_step(&n, &scale, &settings, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &error);
+        Array<float> values(n.params.count);
+        CUDA(cudaMemcpy(values.device, n.params.value, values.count * sizeof(float), cudaMemcpyDeviceToDevice));
+        values.download();
+        int changed = 0;
+        for (int p = 0; p < model->num_params; p++)
+            changed += memcmp(values.host + n.params.place[p], model->params[p]->value,
+                              model->params[p]->count * sizeof(float)) != 0;
+        device_network_free(&n);
+        activations_create(&acts, model, 40, 72, 1, 1);
+        const int cpu_failed =
+            training_step(model, &acts, &settings, &OPTIMIZER, c.samples, MODEL_BATCH, 11, 0, &losses, &cpu_error);
+        const char *ours = strchr(error.text, '"'), *theirs = strchr(cpu_error.text, '"');
+        const char *image = i == 4 ? "step 1: the gradient" : i == 1 ? "step 1, image 2 of" : "step 1, image 0 of";
+        check(failed == -1 && cpu_failed == -1 && ours && theirs && strcmp(ours, theirs) == 0 &&
+                  (!names[i] || strstr(ours, names[i])) && strncmp(error.text, image, strlen(image)) == 0 &&
+                  strncmp(cpu_error.text, image, strlen(image)) == 0,
+              "a step that is not finite: ours: %s, the CPU's: %s", error.text, cpu_error.text);
+        check(changed == 0, "a step that fails changes %d tensors", changed);
+        activations_free(&acts);
+    }
 }
 
 static void test_model() {
-    test_model_of<float>(1, 1);
-    test_model_of<__nv_bfloat16>(1, 0);
-    test_model_of<__half>(0, 1);
+    test_model_of<float>(1, 1, 0);
+    test_model_of<float>(0, 1, 1);
+    test_model_of<__nv_bfloat16>(1, 0, 0);
+    test_model_of<__nv_bfloat16>(0, 0, 1);
+    test_model_of<__half>(0, 1, 0);
+    test_model_nonfinite<float>();
+    test_model_memory<float>(1, 1);
+    test_model_memory<__nv_bfloat16>(0, 0);
 }
 #endif
 

@@ -5360,6 +5360,8 @@ int MAIN(int argc, char **argv) {
             usage_error("--precision fp16 is for GPUs: on the CPU there are fp32 and bf16");
         if (!engine.is_gpu && flag_on(&settings, "tf32"))
             usage_error("--tf32 is for GPUs: on the CPU fp32 is multiplied as it is");
+        if (!engine.is_gpu && flag_on(&settings, "recompute"))
+            usage_error("--recompute is for GPUs: the CPU has one picture's activations a thread");
         status = COMMANDS[command].run(&settings, &error);
     }
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))

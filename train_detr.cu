@@ -159,6 +159,7 @@ static void feed_end(Feed *feed) { CUDA(cudaEventRecord(feed->read[feed->turn], 
 // Numbers
 
 HOST_DEVICE static inline float to_float(float x) { return x; }
+HOST_DEVICE static inline double to_float(double x) { return x; }
 HOST_DEVICE static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 HOST_DEVICE static inline float to_float(__half x) { return __half2float(x); }
 
@@ -364,13 +365,15 @@ enum {
 
 // A convolution with the frozen norm behind it, all in device memory. Gradients are NULL where nothing is trained.
 typedef struct {
-    const float *weight, *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters, length), (filters)
-    void *operand;                                                              // (filters, length): weight * scale
-    float *scale, *bias;                                                        // (filters), as in Layer
-    void *bias_operand;                                                         // (filters): bias, rounded to T
+    float *weight;                                                     // (filters, length)
+    const float *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters)
+    void *operand;                                                     // (filters, length): weight * scale
+    float *scale, *bias;                                               // (filters), as in Layer
+    void *bias_operand;                                                // (filters): bias, rounded to T
     float *dweight, *dnorm_weight;
     const float *dnorm_bias;
     int first, length;  // how many filters come before its own; numbers of a filter
+    double size;        // the length that standardise_filters() gives a filter
 } Folded;
 
 // The numbers of one step, as optimizer_step() has them; [1] is the backbone's.
@@ -382,6 +385,7 @@ typedef struct {
 
 typedef struct {
     Arena arena;
+    int tracks;             // --norm_init track: filters are standardised behind each step
     size_t *place;          // host: where in the arrays each tensor of the model's table begins
     size_t trained, count;  // numbers: of trained tensors, of all, whole chunks
     float *value, *grad, *exp_avg, *exp_avg_sq, *ema;  // (count), (trained), ...; ema NULL where the model has none
@@ -409,6 +413,7 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
         if (!untrained) d->trained = d->count;
     }
     d->num_folded = d->num_filters = 0;
+    d->tracks = model->track_norms;
     for (int i = 0; i < model->num_layers; i++)
         if (model->layers[i]->norm_weight) d->num_folded++, d->num_filters += model->layers[i]->shape.out_channels;
     d->value = arena_take(arena, d->count);
@@ -515,6 +520,30 @@ static void gpu_unfold(const DeviceParams *d) {
     CUDA(cudaGetLastError());
 }
 
+__global__ static void __launch_bounds__(THREADS)
+    standardise_kernel(const Folded *layers, int count, const AdamwStep *step) {
+    __shared__ double shared[WARPS];
+    if (!step->finite) return;
+    const Folded layer = layers[find_convolution(layers, count)];
+    float *filter = layer.weight + (size_t)((int)blockIdx.x - layer.first) * layer.length;
+    double sum = 0, squares = 0;
+    for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) sum += (double)filter[k];
+    const float mean = (float)(block_sum(sum, shared) / layer.length);
+    for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) {
+        const float x = filter[k] - mean;
+        filter[k] = x;
+        squares += (double)x * (double)x;
+    }
+    const float factor = (float)(layer.size / fmax(sqrt(block_sum(squares, shared)), 1e-12));
+    for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) filter[k] *= factor;
+}
+
+// standardise_filters(), where the last step was taken; a block does a filter.
+static void gpu_standardise(const DeviceParams *d) {
+    standardise_kernel<<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded, d->step);
+    CUDA(cudaGetLastError());
+}
+
 // How the loss's scale stands where T multiplies: as a run before left it; at the beginning if there was none.
 template <class T>
 static LossScale loss_scale_of(LossScale scale) {
@@ -570,6 +599,7 @@ static void device_params_create(DeviceParams *d, const Model *model) {
         next->bias_operand = (T *)d->bias_operand + filters;
         next->dweight = grads[0], next->dnorm_weight = grads[1], next->dnorm_bias = grads[2];
         next->first = filters, next->length = (int)(layer->weight->count / (size_t)layer->shape.out_channels);
+        next->size = sqrt(2.0 * layer->shape.in_channels / layer->shape.out_channels);
         filters += layer->shape.out_channels;
         for (size_t k = 0; layer->weight->trained && k < layer->weight->count; k += PARAM_CHUNK)
             kinds[(place + k) / PARAM_CHUNK] |= KIND_FOLDED;
@@ -1758,6 +1788,9 @@ static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
 // are the operand of the next as they are. With T float there is no such instruction: the same elements are summed one
 // by one.
 
+#define LOG2E 1.4426950408889634f
+#define LN2 0.69314718055994531f
+
 enum { PART_ROWS = 64, ATTENTION_THREADS = 128 };
 
 template <class T>
@@ -1768,6 +1801,7 @@ struct AttentionParams {
     Ragged queries, keys;  // of the same images
     Mask mask;             // element (head * Tq + query) * Tk + key of an image with Tq queries and Tk keys
     int C, heads;
+    const float4 *prior;  // (heads, queries.rows): gpu_attention_prior(), or NULL
     // the way back, which reads all of the above
     const T *dout;
     T *dq, *dk, *dv;  // written, as operands
@@ -1842,6 +1876,64 @@ __device__ static inline void fetch_tile(Tile<T, D, ROWS> *to, const T *first, c
     }
 }
 
+typedef struct {
+    double of_head[8][3];
+} PriorHeads;
+
+// AttentionPrior's Gaussians, one for each row and head: x, y: the middle; z, w: LOG2E / (2 deviation^2) along x and y.
+__global__ static void __launch_bounds__(THREADS)
+    attention_prior_kernel(float4 *prior, const float *boxes, Ragged queries, Ragged keys, int heads,
+                           const __grid_constant__ PriorHeads table) {
+    const int at = (int)(blockIdx.x * THREADS + threadIdx.x), row = at % queries.rows, head = at / queries.rows;
+    if (head >= heads) return;
+    const Segment map = keys.segments[find_segment(queries, row)];
+    const double *of_head = table.of_head[head % 8];
+    float middle[2], steepness[2];
+    for (int axis = 0; axis < 2; axis++) {
+        const double half_size = (double)boxes[4 * row + 2 + axis] / 2,
+                     half_cell = 0.5 / (axis ? map.height : map.width);
+        const double deviation = fmax(of_head[2] * half_size, half_cell);
+        middle[axis] = (float)((double)boxes[4 * row + axis] + of_head[axis] * half_size);
+        steepness[axis] = (float)(LOG2E * 0.5 / (deviation * deviation));
+    }
+    prior[at] = make_float4(middle[0], middle[1], steepness[0], steepness[1]);
+}
+
+// prior (heads, queries.rows): where the heads of each query look around its box; boxes: (queries.rows, 4).
+static void gpu_attention_prior(float4 *prior, const float *boxes, Ragged queries, Ragged keys, int heads) {
+    const unsigned grid = blocks((size_t)queries.rows * (size_t)heads, THREADS);
+    PriorHeads table;
+    memcpy(table.of_head, PRIOR_HEADS, sizeof table.of_head);
+    attention_prior_kernel<<<grid, THREADS, 0, stream>>>(prior, boxes, queries, keys, heads, table);
+    CUDA(cudaGetLastError());
+}
+
+// The centre of key `key` of a map, in 0..1.
+__device__ static inline float2 place_of(int key, Segment map) {
+    return make_float2((key % map.width + 0.5f) / map.width, (key / map.width + 0.5f) / map.height);
+}
+
+// What a prior takes from the score of the key at `place`, a logarithm of base 2.
+__device__ static inline float prior_distance(float4 prior, float2 place) {
+    const float dx = place.x - prior.x, dy = place.y - prior.y;
+    return dx * dx * prior.z + dy * dy * prior.w;
+}
+
+// Takes it from a lane's scores of queries at[0] and at[1], where they are in p.prior; places: of ROWS keys, shared.
+template <int ROWS>
+__device__ static inline void subtract_prior(float (&score)[ROWS / 8][4], const float4 *prior, const size_t (&at)[2],
+                                             const float2 *places) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float4 of_query = prior[at[r]];
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                score[j][2 * r + i] -= prior_distance(of_query, places[8 * j + threadIdx.x % 4 * 2 + i]);
+    }
+}
+
 // Sixteen rows of D channels as a warp has them for products: a lane those at rows[0] and rows[1] that mma gives it.
 template <class T, int D>
 struct WarpRows {
@@ -1868,10 +1960,18 @@ template <class T, int D, int ROWS, int STRIDE>
 __device__ static inline void multiply_transposed(float (&product)[ROWS / 8][4], const WarpRows<T, D> &a,
                                                   const T (&b)[ROWS][STRIDE]) {
     const int lane = (int)threadIdx.x % 32;
+    constexpr int step = sizeof(T) == 2 && D == 16 ? 2 : 1;
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++) {
+    for (int j = 0; j < ROWS / 8; j++)
         for (int i = 0; i < 4; i++) product[j][i] = 0;
-        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j += step) {
+        if constexpr (step == 2) {  // four matrices are two times eight rows
+            uint32_t columns[4];
+            ldmatrix_x4(columns, &b[8 * j + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+            mma<T>(product[j], a.fragment[0], columns[0], columns[1]);
+            mma<T>(product[j + 1], a.fragment[0], columns[2], columns[3]);
+        } else if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int d = 0; d < D; d += 32) {
                 uint32_t columns[4];
@@ -1945,12 +2045,10 @@ __device__ static inline int find_part(int *block, Ragged map) {
     }
 }
 
-#define LOG2E 1.4426950408889634f
-#define LN2 0.69314718055994531f
-
 template <class T, int D, int ROWS>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
+    __shared__ float2 places[ROWS];
     Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;  // two
     int part;
     const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
@@ -1960,6 +2058,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
     float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
     const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
+    size_t at[2];
+    for (int r = 0; r < 2; r++)
+        at[r] = (size_t)head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
     float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
@@ -1967,6 +2068,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
         Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
         if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
         cp_async_commit();
+        if (p.prior && threadIdx.x < ROWS) places[threadIdx.x] = place_of(key + (int)threadIdx.x, of_keys);
         cp_async_wait<1>();
         __syncthreads();
         float score[ROWS / 8][4];
@@ -1976,6 +2078,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 score[j][i] = key + 8 * j + column + i % 2 < Tk ? score[j][i] * factor : -INFINITY;
+        if (p.prior) subtract_prior<ROWS>(score, p.prior, at, places);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float top = highest[r];
@@ -2033,11 +2136,12 @@ static void launch_attention_forward(const AttentionParams<T> &p, int query_part
     CUDA(cudaGetLastError());
 }
 
-// attention_forward() without a prior, for every image. query_parts: attention_parts() of p.queries. Heads have 32 or
-// 64 channels.
+// attention_forward() for every image. query_parts: attention_parts() of p.queries. Heads have 16, 32 or 64 channels.
 template <class T>
 static void gpu_attention_forward(const AttentionParams<T> &p, int query_parts) {
-    if (p.C / p.heads == 32)
+    if (p.C / p.heads == 16)
+        launch_attention_forward<T, 16>(p, query_parts);
+    else if (p.C / p.heads == 32)
         launch_attention_forward<T, 32>(p, query_parts);
     else
         launch_attention_forward<T, 64>(p, query_parts);
@@ -2053,7 +2157,7 @@ template <class T>
 __global__ static void __launch_bounds__(THREADS) attention_dots_kernel(AttentionParams<T> p) {
     const int lane = (int)threadIdx.x % 32, row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
     if (row >= p.queries.rows) return;
-    const int lanes = p.C / p.heads / 8;  // of a head: 4 or 8
+    const int lanes = p.C / p.heads / 8;  // of a head: 2, 4 or 8
     for (int first = 0; first < p.C; first += 256) {
         const int c = first + 8 * lane;
         float sum = 0;
@@ -2070,6 +2174,7 @@ __global__ static void __launch_bounds__(THREADS) attention_dots_kernel(Attentio
 template <class T, int D, int ROWS>
 __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_queries_kernel(AttentionParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
+    __shared__ float2 places[ROWS];
     Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
     int part;
     const int image = find_part(&part, p.queries), head = (int)blockIdx.y, column = (int)threadIdx.x % 4 * 2;
@@ -2080,10 +2185,10 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C), dout(p.dout + head * D, of_queries, first, p.C);
     const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
     float dq[D / 8][4] = {}, lse[2], dots[2];
+    size_t at[2];
     for (int r = 0; r < 2; r++) {
-        const int query = first + 8 * r < Tq ? first + 8 * r : 0;
-        const size_t at = (size_t)head * p.queries.rows + of_queries.first + query;
-        lse[r] = p.lse[at] * LOG2E, dots[r] = p.dots[at];
+        at[r] = (size_t)head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+        lse[r] = p.lse[at[r]] * LOG2E, dots[r] = p.dots[at[r]];
     }
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
@@ -2091,11 +2196,17 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
         Tile<T, D, ROWS> *now = &stages[key / ROWS % 2], *next = &stages[(key / ROWS + 1) % 2];
         if (key + ROWS < Tk) fetch_tile(next, p.k + head * D, p.v + head * D, of_keys, key + ROWS, p.C);
         cp_async_commit();
+        if (p.prior && threadIdx.x < ROWS) places[threadIdx.x] = place_of(key + (int)threadIdx.x, of_keys);
         cp_async_wait<1>();
         __syncthreads();
         float score[ROWS / 8][4], dp[ROWS / 8][4];
         multiply_transposed(score, q, now->first);
         multiply_transposed(dp, dout, now->second);
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) score[j][i] *= factor;
+        if (p.prior) subtract_prior<ROWS>(score, p.prior, at, places);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             uint64_t keep = 0;
@@ -2106,7 +2217,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; i++) {
                     const bool inside = key + 8 * j + column + i % 2 < Tk;
-                    const float P = inside ? exp2f(score[j][i] * factor - lse[r]) : 0;
+                    const float P = inside ? exp2f(score[j][i] - lse[r]) : 0;
                     if (p.mask.threshold) dp[j][i] = keep >> (8 * j + column + i % 2) & 1 ? dp[j][i] * p.mask.scale : 0;
                     score[j][i] = P * (dp[j][i] - dots[r]) * scale;
                 }
@@ -2136,6 +2247,8 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
     const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
     const float *lse = p.lse + (size_t)head * p.queries.rows + of_queries.first;
     const float *dots = p.dots + (size_t)head * p.queries.rows + of_queries.first;
+    const float4 *prior = p.prior + (size_t)head * p.queries.rows + of_queries.first;
+    const float2 places[2] = {place_of(first, of_keys), place_of(first + 8, of_keys)};
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     fetch_tile(&stages[0], p.q + head * D, p.dout + head * D, of_queries, 0, p.C);
     cp_async_commit();
@@ -2158,11 +2271,13 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
             for (int c = 0; c < 2; c++) {
                 const int i = 8 * j + column + c, inside = query + i < Tq;
                 const float base = inside ? lse[query + i] * LOG2E : 0, dot = inside ? dots[query + i] : 0;
+                const float4 around = p.prior && inside ? prior[query + i] : make_float4(0, 0, 0, 0);
                 const uint32_t keep = __shfl_sync(~0u, keeps, i);
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     float *s = &score[j][2 * r + c], *d = &dp[j][2 * r + c];
-                    const float P = inside ? exp2f(*s * factor - base) : 0;
+                    const float far = p.prior ? prior_distance(around, places[r]) : 0;
+                    const float P = inside ? exp2f(*s * factor - far - base) : 0;
                     const float M = !p.mask.threshold ? 1 : keep >> (lane / 4 + 8 * r) & 1 ? p.mask.scale : 0;
                     *s = P * M;
                     *d = P * (*d * M - dot) * scale;
@@ -2196,11 +2311,13 @@ static void launch_attention_backward(const AttentionParams<T> &p, int query_par
     CUDA(cudaGetLastError());
 }
 
-// attention_backward() without a prior, for every image; dq, dk and dv are written. key_parts: attention_parts() of
+// attention_backward() for every image; dq, dk and dv are written. key_parts: attention_parts() of
 // p.keys.
 template <class T>
 static void gpu_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
-    if (p.C / p.heads == 32)
+    if (p.C / p.heads == 16)
+        launch_attention_backward<T, 16>(p, query_parts, key_parts);
+    else if (p.C / p.heads == 32)
         launch_attention_backward<T, 32>(p, query_parts, key_parts);
     else
         launch_attention_backward<T, 64>(p, query_parts, key_parts);
@@ -2744,6 +2861,7 @@ static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *s
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
         d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->step);
     CUDA(cudaGetLastError());
+    if (d->tracks) gpu_standardise(d);
     gpu_fold<T>(d);
 }
 
@@ -2860,7 +2978,9 @@ static void device_layers(DeviceLayer *layers, const DeviceParams *d, const Mode
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Network: where the activations of a micro-batch lie
+// Network: where the activations of a micro-batch lie. With n->recompute (--recompute) a block of the backbone keeps
+// its input and output, an encoder layer the same, and their other activations, which all of them have in the same
+// memory, are made again on the way back: the same kernels on the same numbers, so the same bytes.
 
 // Sizes that the maps of a micro-batch have on their way; behind these one for each stride of the blocks, then the
 // queries (num_queries x 1 an image), and the queries of all decoder layers as one map.
@@ -2879,6 +2999,7 @@ struct DeviceAttention {
     int query_parts, key_parts;
     const T *query_in, *key_in, *value_in;
     const float *residual;
+    float4 *prior;  // of the anchor decoder's cross-attention, or NULL
     T *query, *key, *value, *attended;
     float *lse, *sum, *mean, *rstd, *out;
     T *operand;  // out, rounded; with T float out itself
@@ -2917,6 +3038,7 @@ struct DeviceNetwork {
     DeviceParams params;
     DeviceLayer *layers;  // as model->layers
     int training;
+    bool recompute;          // see below: what a block or an encoder layer keeps
     int batch, max_images;   // of a step, of a micro-batch
     int max_places;          // height or width of the largest map of tokens
     size_t workspace_bytes;  // of cuBLASLt
@@ -2942,8 +3064,11 @@ struct DeviceNetwork {
     T *token_operand, **encoder_query, *memory_query;
     DeviceAttention<T> *encoder_attention, *decoder_self, *decoder_cross;
     DeviceFeedForward<T> *encoder_ffn, *decoder_ffn;
-    float *target;  // zeros
+    float *target;  // zeros, or the queries' content
     T *target_operand;
+    // --decoder anchor: the learned boxes of each image, as logits and as boxes; what positions are made of, (L,
+    // images, Q) rows; frequencies
+    float *anchors, *first_boxes, *box_features, *position_hidden, *positions, *periods;
     T **self_query, **cross_query;
     // (L, images, Q) are rows, of what the layers' feed forwards leave too
     float *states, *state_mean, *state_rstd, *logits, *box_hidden[2], *box_logits, *boxes;
@@ -3015,7 +3140,7 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
                  pooled = (size_t)n->maps[LEVEL_POOLED].rows * (size_t)model->config.stem_width,
                  pixels = 3 * (size_t)n->maps[LEVEL_PICTURE].rows;
     // As on the CPU: blocks that are not trained share two inner maps and two outer ones, and a block without a
-    // shortcut adds to its input in place.
+    // shortcut adds to its input in place. With n->recompute those that are trained share the inner maps too.
     size_t map[2] = {larger(pooled, pixels), stem}, inner[2] = {pooled, 0}, shortcut = 0;
     int level = LEVEL_POOLED, at = 0;
     for (int i = 0; i < model->num_blocks; i++) {
@@ -3025,9 +3150,13 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
         const size_t in = (size_t)n->maps[b->in_level].rows, out = (size_t)n->maps[b->out_level].rows;
         if (block->has_shortcut && block->shortcut.needs_input_gradient)
             shortcut = larger(shortcut, in * (size_t)block->shortcut.shape.in_channels);
-        if (block->trained && n->training) continue;
-        for (int j = 0; j < block->num_convs - 1; j++)
-            inner[j] = larger(inner[j], in * (size_t)block->conv[j].shape.out_channels);
+        const bool kept = block->trained && n->training;
+        int of_conv = b->in_level;
+        for (int j = 0; j < block->num_convs - 1 && (!kept || n->recompute); j++) {
+            if (block->conv[j].shape.stride > 1) of_conv = b->out_level;
+            inner[j] = larger(inner[j], (size_t)n->maps[of_conv].rows * (size_t)block->conv[j].shape.out_channels);
+        }
+        if (kept) continue;
         at ^= block->has_shortcut;
         map[at] = larger(map[at], out * (size_t)block->conv[block->num_convs - 1].shape.out_channels);
     }
@@ -3048,7 +3177,7 @@ static void plan_device_backbone(DeviceNetwork<T> *n) {
         for (int j = 0; j < last; j++) {
             if (block->conv[j].shape.stride > 1) of_conv = b->out_level;
             const size_t count = (size_t)n->maps[of_conv].rows * (size_t)block->conv[j].shape.out_channels;
-            b->inner[j] = kept ? take<T>(arena, count) : inners[j];
+            b->inner[j] = kept && !n->recompute ? take<T>(arena, count) : inners[j];
         }
         at ^= block->has_shortcut;
         const size_t count = (size_t)n->maps[b->out_level].rows * (size_t)block->conv[last].shape.out_channels;
@@ -3081,7 +3210,7 @@ static void plan_device_attention(DeviceNetwork<T> *n, DeviceAttention<T> *a, in
     a->operand = take_operand<T>(arena, a->out, rows * C);
 }
 
-// f->out is there.
+// f->out and f->operand are there.
 template <class T>
 static void plan_device_feed_forward(DeviceNetwork<T> *n, DeviceFeedForward<T> *f, int level) {
     Arena *arena = &n->arena;
@@ -3089,7 +3218,6 @@ static void plan_device_feed_forward(DeviceNetwork<T> *n, DeviceFeedForward<T> *
     f->map = n->maps[level];
     f->hidden = take<T>(arena, rows * (size_t)n->model->config.dim_feedforward);
     f->sum = take<float>(arena, rows * C), f->mean = take<float>(arena, rows), f->rstd = take<float>(arena, rows);
-    f->operand = take_operand<T>(arena, f->out, rows * C);
 }
 
 template <class T>
@@ -3101,22 +3229,35 @@ static void plan_device_transformer(DeviceNetwork<T> *n) {
     float *x = n->token_rows = take<float>(arena, tokens * C);
     const T *operand = n->token_operand = take_operand<T>(arena, x, tokens * C);
     for (int l = 0; l < config->enc_layers; l++) {
+        DeviceFeedForward<T> *f = &n->encoder_ffn[l];
+        f->out = take<float>(arena, tokens * C), f->operand = take_operand<T>(arena, f->out, tokens * C);
+    }
+    const size_t shared = arena->used;
+    for (int l = 0; l < config->enc_layers; l++) {
         DeviceAttention<T> *a = &n->encoder_attention[l];
         DeviceFeedForward<T> *f = &n->encoder_ffn[l];
+        if (n->recompute) arena->used = shared;  // the same memory for each layer
         a->query_in = a->key_in = n->encoder_query[l] = take<T>(arena, tokens * C);
         a->value_in = operand, a->residual = x;
         plan_device_attention(n, a, n->tokens, n->tokens);
-        f->out = take<float>(arena, tokens * C);
         plan_device_feed_forward(n, f, n->tokens);
         f->in = a->operand, f->residual = a->out;
         x = f->out, operand = f->operand;
     }
+    const size_t answers = (size_t)n->maps[n->answers].rows;
     const T *memory = operand;
     n->memory_query = take<T>(arena, tokens * C);
     x = n->target = take<float>(arena, queries * C);
     operand = n->target_operand = take_operand<T>(arena, x, queries * C);
     for (int l = 0; l < config->dec_layers; l++)  // side by side: C is whole cache lines
         n->decoder_ffn[l].out = take<float>(arena, queries * C);
+    for (int l = 0; l < config->dec_layers; l++)
+        n->decoder_ffn[l].operand = take_operand<T>(arena, n->decoder_ffn[l].out, queries * C);
+    if (config->anchor) {
+        n->anchors = take<float>(arena, 4 * queries), n->first_boxes = take<float>(arena, 4 * queries);
+        n->box_features = take<float>(arena, 2 * answers * C);
+        n->position_hidden = take<float>(arena, answers * C), n->positions = take<float>(arena, answers * C);
+    }
     for (int l = 0; l < config->dec_layers; l++) {
         DeviceAttention<T> *self = &n->decoder_self[l], *cross = &n->decoder_cross[l];
         DeviceFeedForward<T> *f = &n->decoder_ffn[l];
@@ -3126,6 +3267,7 @@ static void plan_device_transformer(DeviceNetwork<T> *n) {
         cross->query_in = n->cross_query[l] = take<T>(arena, queries * C);
         cross->key_in = n->memory_query, cross->value_in = memory, cross->residual = self->out;
         plan_device_attention(n, cross, n->queries, n->tokens);
+        cross->prior = config->anchor ? take<float4>(arena, queries * (size_t)config->nheads) : NULL;
         plan_device_feed_forward(n, f, n->queries);
         f->in = cross->operand, f->residual = cross->out;
         x = f->out, operand = f->operand;
@@ -3167,11 +3309,13 @@ static void plan_device_backward(DeviceNetwork<T> *n) {
     for (T **to : {&n->dprojected, &n->dattended, &n->dq, &n->dk, &n->dv}) *to = take<T>(arena, rows * C);
     for (float **to : {&n->dx, &n->dsum, &n->dquery}) *to = take<float>(arena, rows * C);
     n->dmemory = take<float>(arena, tokens * C), n->dmemory_query = take<float>(arena, tokens * C);
-    n->dpositions = take<float>(arena, queries * C), n->dstates = take<float>(arena, answers * C);
+    n->dpositions = take<float>(arena, (config->anchor ? answers : queries) * C),
+    n->dstates = take<float>(arena, answers * C);
     n->dots = take<float>(arena, rows * (size_t)config->nheads);
     // Partial sums of every bias and norm, and of the convolution that has most
     size_t of_conv = 0;
     n->partials_count = (size_t)(2 * config->enc_layers + 3 * config->dec_layers + 1) * 2 * C * most;
+    if (config->anchor) n->partials_count += 4 * (size_t)config->num_queries * divide_up((size_t)n->images, CHUNK_ROWS);
     for (int i = 0; i < model->num_layers; i++)
         if (model->layers[i]->bias) n->partials_count += (size_t)model->layers[i]->shape.out_channels * most;
     for (int i = -1; i < model->num_blocks; i++) {
@@ -3211,6 +3355,7 @@ static void plan_device_fixed(DeviceNetwork<T> *n) {
     const ModelConfig *config = &n->model->config;
     n->pixel_table = take<float>(&n->fixed, 3 * 256);
     n->position_table = take<float>(&n->fixed, position_table_rows(n->max_places) * (size_t)config->hidden_dim / 2);
+    n->periods = take<float>(&n->fixed, (size_t)config->hidden_dim / 4);
     n->loss_sums = take<double>(&n->fixed, (size_t)config->dec_layers * LOSS_SUMS);
     n->workspace = take<unsigned char>(&n->fixed, n->workspace_bytes);
 }
@@ -3396,7 +3541,7 @@ static AttentionParams<T> attention_params(const DeviceNetwork<T> *n, const Devi
     AttentionParams<T> p;
     memset((void *)&p, 0, sizeof p);
     p.out = a->attended, p.lse = a->lse, p.q = a->query, p.k = a->key, p.v = a->value;
-    p.queries = a->queries, p.keys = a->keys, p.mask = mask_at(n, site);
+    p.queries = a->queries, p.keys = a->keys, p.mask = mask_at(n, site), p.prior = a->prior;
     p.C = n->model->config.hidden_dim, p.heads = n->model->config.nheads;
     return p;
 }
@@ -3476,6 +3621,23 @@ static const T *rounded_to(T *operand, const float *x, size_t count) {
     return operand;
 }
 
+// block_forward(); again: only the inner maps, on the way back with n->recompute.
+template <class T>
+static void device_block_forward(const DeviceNetwork<T> *n, int i, bool again) {
+    const Block *block = &n->model->blocks[i];
+    const DeviceBlock<T> *b = &n->blocks[i];
+    const T *x = b->in;
+    int level = b->in_level;
+    if (block->has_shortcut && !again)
+        convolve(n, b->shortcut, x, &block->shortcut, level, b->out_level, false, (const T *)NULL);
+    for (int j = 0; j < block->num_convs - again; j++) {
+        const int last = j == block->num_convs - 1, to = block->conv[j].shape.stride > 1 ? b->out_level : level;
+        T *y = last ? b->out : b->inner[j];
+        convolve(n, y, x, &block->conv[j], level, to, true, last ? (const T *)b->shortcut : NULL);
+        x = y, level = to;
+    }
+}
+
 // backbone_forward() from the bytes of the pictures on
 template <class T>
 static void device_backbone_forward(DeviceNetwork<T> *n) {
@@ -3485,63 +3647,119 @@ static void device_backbone_forward(DeviceNetwork<T> *n) {
     convolve(n, n->stem, (const T *)n->pixels, &model->stem, LEVEL_PICTURE, LEVEL_STEM, true, (const T *)NULL);
     gpu_maxpool_forward(n->pooled, n->argmax, n->stem, n->maps[LEVEL_POOLED], n->maps[LEVEL_STEM],
                         model->config.stem_width);
-    for (int i = 0; i < model->num_blocks; i++) {
-        const Block *block = &model->blocks[i];
-        const DeviceBlock<T> *b = &n->blocks[i];
-        const T *x = b->in;
-        int level = b->in_level;
-        if (block->has_shortcut)
-            convolve(n, b->shortcut, x, &block->shortcut, level, b->out_level, false, (const T *)NULL);
-        for (int j = 0; j < block->num_convs; j++) {
-            const int last = j == block->num_convs - 1, to = block->conv[j].shape.stride > 1 ? b->out_level : level;
-            T *y = last ? b->out : b->inner[j];
-            convolve(n, y, x, &block->conv[j], level, to, true, last ? (const T *)b->shortcut : NULL);
-            x = y, level = to;
-        }
-    }
+    for (int i = 0; i < model->num_blocks; i++) device_block_forward(n, i, false);
     project(n, n->token_rows, (const T *)n->blocks[model->num_blocks - 1].out, &model->input_projection, false, tokens);
     rounded_to(n->token_operand, n->token_rows, (size_t)tokens * (size_t)C);
+}
+
+// The rows that encoder layer l receives; those of the layer behind the last are what the encoder leaves.
+template <class T>
+static const float *encoder_rows(const DeviceNetwork<T> *n, int l) {
+    return l > 0 ? n->encoder_ffn[l - 1].out : n->token_rows;
+}
+
+template <class T>
+static void device_encoder_layer(const DeviceNetwork<T> *n, int l) {
+    gpu_add_positions(n->encoder_query[l], encoder_rows(n, l), n->position_table, n->maps[n->tokens],
+                      n->model->config.hidden_dim);
+    attend(n, &n->model->encoder_attention[l], &n->encoder_attention[l], 4 * l);
+    feed_forward(n, &n->model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2);
 }
 
 template <class T>
 static void device_encoder_forward(DeviceNetwork<T> *n) {
     const ModelConfig *config = &n->model->config;
-    const Ragged map = n->maps[n->tokens];
-    const float *x = n->token_rows;
-    for (int l = 0; l < config->enc_layers; l++) {
-        gpu_add_positions(n->encoder_query[l], x, n->position_table, map, config->hidden_dim);
-        attend(n, &n->model->encoder_attention[l], &n->encoder_attention[l], 4 * l);
-        feed_forward(n, &n->model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2);
-        x = n->encoder_ffn[l].out;
+    for (int l = 0; l < config->enc_layers; l++) device_encoder_layer(n, l);
+    gpu_add_positions(n->memory_query, encoder_rows(n, config->enc_layers), n->position_table, n->maps[n->tokens],
+                      config->hidden_dim);
+}
+
+// The boxes that decoder layer l receives, (images, Q, 4); anchor only.
+template <class T>
+static const float *references(const DeviceNetwork<T> *n, int l) {
+    return l > 0 ? n->boxes + 4 * (size_t)(l - 1) * (size_t)n->maps[n->queries].rows : n->first_boxes;
+}
+
+// What the decoder begins with; anchor: each image's copy of the learned boxes and of the queries' content.
+template <class T>
+static void device_decoder_begin(DeviceNetwork<T> *n) {
+    const ModelConfig *config = &n->model->config;
+    const size_t Q = (size_t)config->num_queries, C = (size_t)config->hidden_dim, count = (size_t)n->images * Q * C;
+    CUDA(cudaMemsetAsync(n->target, 0, count * sizeof(float), stream));
+    if (config->anchor) {
+        const float *boxes = value_of(n, n->model->query_embeddings), *content = value_of(n, n->model->query_content);
+        for (size_t i = 0; i < (size_t)n->images; i++)
+            CUDA(cudaMemcpyAsync(n->anchors + 4 * i * Q, boxes, 4 * Q * sizeof(float), cudaMemcpyDeviceToDevice,
+                                 stream));
+        gpu_sigmoid(n->first_boxes, n->anchors, 4 * (size_t)n->images * Q);
+        gpu_add_queries(n->target, n->target, content, n->images, (int)Q, (int)C);
     }
-    gpu_add_positions(n->memory_query, x, n->position_table, map, config->hidden_dim);
+    rounded_to(n->target_operand, n->target, count);
+}
+
+// query_positions() of all images, (images, Q, C): the anchor decoder's; and where its cross-attention looks.
+template <class T>
+static const float *device_query_positions(DeviceNetwork<T> *n, int l) {
+    const Model *model = n->model;
+    const Ragged queries = n->maps[n->queries];
+    const size_t count = (size_t)queries.rows * (size_t)model->config.hidden_dim, first = (size_t)l * count;
+    float *features = n->box_features + 2 * first, *hidden = n->position_hidden + first, *y = n->positions + first;
+    gpu_box_features(features, references(n, l), n->periods, 4 * (size_t)queries.rows, model->config.hidden_dim / 2);
+    project(n, hidden, (const float *)features, &model->query_position_head[0], true, queries.rows);
+    project(n, y, (const float *)hidden, &model->query_position_head[1], false, queries.rows);
+    gpu_attention_prior(n->decoder_cross[l].prior, references(n, l), queries, n->maps[n->tokens], model->config.nheads);
+    return y;
+}
+
+// box_head_forward() for `layers` decoder layers from `first` on, with the norm before it.
+template <class T>
+static void device_boxes_forward(DeviceNetwork<T> *n, int first, int layers) {
+    const Model *model = n->model;
+    const size_t queries = (size_t)n->maps[n->queries].rows, at = (size_t)first * queries,
+                 state = at * (size_t)model->config.hidden_dim;
+    const Ragged map = {n->maps[n->answers].segments, 1, layers * (int)queries};
+    const DeviceLayer *last = layer_of(n, &model->box_head[2]);
+    const float *before = !model->config.anchor ? NULL : first > 0 ? n->box_logits + 4 * (at - queries) : n->anchors;
+    norm_rows(n, &model->decoder_norm, n->decoder_ffn[first].out, NULL, NO_SITE, n->states + state, (T *)NULL,
+              n->state_mean + at, n->state_rstd + at, map);
+    project(n, n->box_hidden[0] + state, (const float *)n->states + state, &model->box_head[0], true, map.rows);
+    project(n, n->box_hidden[1] + state, (const float *)n->box_hidden[0] + state, &model->box_head[1], true, map.rows);
+    gpu_linear_forward(n->box_logits + 4 * at, (const float *)n->box_hidden[1] + state, last->weight, last->bias,
+                       before, false, map.rows, model->config.hidden_dim, 4);
+    gpu_sigmoid(n->boxes + 4 * at, n->box_logits + 4 * at, 4 * (size_t)map.rows);
 }
 
 template <class T>
 static void device_decoder_forward(DeviceNetwork<T> *n) {
     const Model *model = n->model;
     const ModelConfig *config = &model->config;
-    const int C = config->hidden_dim, Q = config->num_queries, rows = n->maps[n->answers].rows;
-    const size_t count = (size_t)(n->images * Q) * (size_t)C;
-    const float *embeddings = value_of(n, model->query_embeddings), *x = n->target;
-    CUDA(cudaMemsetAsync(n->target, 0, count * sizeof(float), stream));
-    CUDA(cudaMemsetAsync(n->target_operand, 0, count * sizeof(T), stream));
+    const int C = config->hidden_dim, rows = n->maps[n->queries].rows, anchor = config->anchor;
+    const float *positions = value_of(n, model->query_embeddings), *x = n->target;
+    const int copies = anchor ? 1 : n->images, each = rows / copies;  // of the positions
+    device_decoder_begin(n);
     for (int l = 0; l < config->dec_layers; l++) {
         const int site = 4 * config->enc_layers + 6 * l;
-        gpu_add_queries(n->self_query[l], x, embeddings, n->images, Q, C);
+        if (anchor) positions = device_query_positions(n, l);
+        gpu_add_queries(n->self_query[l], x, positions, copies, each, C);
         attend(n, &model->decoder_self[l], &n->decoder_self[l], site);
-        gpu_add_queries(n->cross_query[l], n->decoder_self[l].out, embeddings, n->images, Q, C);
+        gpu_add_queries(n->cross_query[l], n->decoder_self[l].out, positions, copies, each, C);
         attend(n, &model->decoder_cross[l], &n->decoder_cross[l], site + 2);
         feed_forward(n, &model->decoder_ffn[l], &n->decoder_ffn[l], site + 4);
+        if (anchor) device_boxes_forward(n, l, 1);
         x = n->decoder_ffn[l].out;
     }
-    norm_rows(n, &model->decoder_norm, n->decoder_ffn[0].out, NULL, NO_SITE, n->states, (T *)NULL, n->state_mean,
-              n->state_rstd, n->maps[n->answers]);
-    project(n, n->logits, (const float *)n->states, &model->class_head, false, rows);
-    project(n, n->box_hidden[0], (const float *)n->states, &model->box_head[0], true, rows);
-    project(n, n->box_hidden[1], (const float *)n->box_hidden[0], &model->box_head[1], true, rows);
-    project(n, n->box_logits, (const float *)n->box_hidden[1], &model->box_head[2], false, rows);
-    gpu_sigmoid(n->boxes, n->box_logits, 4 * (size_t)rows);
+    if (!anchor) device_boxes_forward(n, 0, config->dec_layers);
+    project(n, n->logits, (const float *)n->states, &model->class_head, false, n->maps[n->answers].rows);
+}
+
+// From dy, the gradient of what a linear layer made of x, hidden units behind a ReLU: dW, and in the place of x its
+// gradient. Biases: sum_biases().
+template <class T>
+static void hidden_backward(DeviceNetwork<T> *n, float *x, const float *dy, const Layer *layer, Ragged map) {
+    const DeviceLayer *d = layer_of(n, layer);
+    const ConvShape s = layer->shape;
+    if (d->dweight) gpu_linear_backward_weight(d->dweight, x, dy, map.rows, s.in_channels, s.out_channels);
+    if (layer->needs_input_gradient) convolve_backward_data<float>(x, dy, d->weight, map, map, s, NULL, x);
 }
 
 // Leaves the gradient of the states in dstates.
@@ -3553,15 +3771,14 @@ static void device_heads_backward(DeviceNetwork<T> *n) {
     const float *const dlogits = n->loss.dlogits, *dy = n->loss.dbox_logits;
     project_backward(n, n->dstates, (const float *)n->states, dlogits, &model->class_head, (const float *)NULL,
                      map.rows);
-    for (int i = 2; i > 0; i--) {  // the gradients of hidden units take their place
-        const Layer *layer = &model->box_head[i];
-        const DeviceLayer *d = layer_of(n, layer);
-        const ConvShape s = layer->shape;
-        if (d->dweight)
-            gpu_linear_backward_weight(d->dweight, hidden[i - 1], dy, map.rows, s.in_channels, s.out_channels);
-        if (layer->needs_input_gradient)
-            convolve_backward_data<float>(hidden[i - 1], dy, d->weight, map, map, s, NULL, hidden[i - 1]);
-        dy = hidden[i - 1];
+    for (int i = 2; i > 0; i--, dy = hidden[i]) hidden_backward(n, hidden[i - 1], dy, &model->box_head[i], map);
+    float *learned = model->config.anchor ? grad_of(n, model->query_embeddings) : NULL;
+    if (learned) {  // the first layer's boxes are sums with them
+        const int count = 4 * model->config.num_queries;
+        const dim3 grid(blocks((size_t)n->images, CHUNK_ROWS), blocks((size_t)count, THREADS));
+        float *partials = wait_for(n, learned, NULL, n->images, count);
+        column_sums_kernel<float><<<grid, THREADS, 0, stream>>>(partials, n->loss.dbox_logits, n->images, count);
+        CUDA(cudaGetLastError());
     }
     project_backward(n, n->dstates, (const float *)n->states, dy, &model->box_head[0], (const float *)n->dstates,
                      map.rows);
@@ -3569,6 +3786,20 @@ static void device_heads_backward(DeviceNetwork<T> *n) {
                           {&model->box_head[2], n->loss.dbox_logits, map.rows},
                           {&model->box_head[1], hidden[1], map.rows},
                           {&model->box_head[0], hidden[0], map.rows}});
+}
+
+// query_positions_backward()
+template <class T>
+static void device_query_positions_backward(DeviceNetwork<T> *n) {
+    const Layer *head = n->model->query_position_head;
+    const Ragged map = n->maps[n->answers];
+    const DeviceLayer *first = layer_of(n, &head[0]);
+    const ConvShape s = head[0].shape;
+    hidden_backward(n, n->position_hidden, n->dpositions, &head[1], map);
+    if (first->dweight)
+        gpu_linear_backward_weight(first->dweight, (const float *)n->box_features, (const float *)n->position_hidden,
+                                   map.rows, s.in_channels, s.out_channels);
+    sum_biases<float>(n, {{&head[1], n->dpositions, map.rows}, {&head[0], n->position_hidden, map.rows}});
 }
 
 // decoder_backward(): leaves the gradient of the encoder's output in dmemory.
@@ -3580,24 +3811,27 @@ static void device_decoder_backward(DeviceNetwork<T> *n) {
     const size_t count = (size_t)(n->images * Q) * (size_t)C, tokens = (size_t)n->maps[n->tokens].rows * (size_t)C;
     CUDA(cudaMemsetAsync(n->dmemory, 0, tokens * sizeof(float), stream));
     CUDA(cudaMemsetAsync(n->dmemory_query, 0, tokens * sizeof(float), stream));
-    CUDA(cudaMemsetAsync(n->dpositions, 0, count * sizeof(float), stream));
+    const int anchor = config->anchor;
+    CUDA(cudaMemsetAsync(n->dpositions, 0, (size_t)(anchor ? config->dec_layers : 1) * count * sizeof(float), stream));
     norm_rows_backward(n, &model->decoder_norm, n->dstates, (T *)NULL, n->dstates, n->decoder_ffn[0].out, n->state_mean,
                        n->state_rstd, NO_SITE, n->maps[n->answers]);
     const float *dout = n->dstates + (size_t)(config->dec_layers - 1) * count;
     for (int l = config->dec_layers - 1; l >= 0 && model->decoder_ffn[l].trained; l--) {
         const int site = 4 * config->enc_layers + 6 * l;
         const float *before = l > 0 ? n->dstates + (size_t)(l - 1) * count : NULL;  // what the heads ask of it
+        float *dpositions = n->dpositions + (anchor ? (size_t)l * count : 0);
         feed_forward_backward(n, &model->decoder_ffn[l], &n->decoder_ffn[l], site + 4, n->dx, dout);
         attend_backward(n, &model->decoder_cross[l], &n->decoder_cross[l], site + 2, n->dsum, n->dquery, NULL,
                         n->dmemory_query, n->dmemory, n->dx);
-        gpu_add(n->dx, n->dsum, n->dquery, NULL, n->dpositions, count);
+        gpu_add(n->dx, n->dsum, n->dquery, NULL, dpositions, count);
         attend_backward(n, &model->decoder_self[l], &n->decoder_self[l], site, n->dsum, n->dquery, NULL, n->dquery,
                         n->dsum, n->dx);
-        gpu_add(n->dx, n->dsum, n->dquery, before, n->dpositions, count);
+        gpu_add(n->dx, n->dsum, n->dquery, before, dpositions, count);
         dout = n->dx;
     }
-    float *embeddings = grad_of(n, model->query_embeddings);
-    if (embeddings) gpu_add_queries_backward(embeddings, n->dpositions, n->images, Q, C);
+    float *learned = grad_of(n, anchor ? model->query_content : model->query_embeddings);
+    if (learned) gpu_add_queries_backward(learned, anchor ? n->dx : n->dpositions, n->images, Q, C);
+    if (anchor) device_query_positions_backward(n);
     gpu_add(n->dmemory, n->dmemory, n->dmemory_query, NULL, NULL, tokens);
 }
 
@@ -3605,7 +3839,9 @@ template <class T>
 static void device_encoder_backward(DeviceNetwork<T> *n) {
     const Model *model = n->model;
     float *dx = n->dmemory;
-    for (int l = model->config.enc_layers - 1; l >= 0 && model->encoder_ffn[l].trained; l--) {
+    const int last = model->config.enc_layers - 1;
+    for (int l = last; l >= 0 && model->encoder_ffn[l].trained; l--) {
+        if (n->recompute && l < last) device_encoder_layer(n, l);
         feed_forward_backward(n, &model->encoder_ffn[l], &n->encoder_ffn[l], 4 * l + 2, dx, dx);
         attend_backward(n, &model->encoder_attention[l], &n->encoder_attention[l], 4 * l, n->dsum, dx, n->dsum, dx, dx,
                         dx);
@@ -3626,6 +3862,7 @@ static void device_backbone_backward(DeviceNetwork<T> *n) {
         const int last = block->num_convs - 1;
         int level = b->out_level;
         const T *dy = b->out, *dshortcut = b->out;
+        if (n->recompute && i < model->num_blocks - 1) device_block_forward(n, i, true);
         for (int j = last; j > 0; j--) {
             const int from = block->conv[j].shape.stride > 1 ? b->in_level : level;
             convolve_backward(n, b->inner[j - 1], b->inner[j - 1], dy, &block->conv[j], from, level, (const T *)NULL,
@@ -3674,9 +3911,8 @@ static const char *device_refuses(const ModelConfig *config) {
     const int head = config->hidden_dim / config->nheads;
     int odd = config->stem_width % 8 || config->dim_feedforward % 8;
     for (int s = 0; s < config->num_stages; s++) odd |= config->widths[s] % (config->bottleneck ? 32 : 8);
-    return config->anchor ? "--decoder anchor is not there on a GPU yet: it is on the CPU"
-           : head != 32 && head != 64
-               ? "on a GPU an attention head has 32 or 64 channels: --hidden_dim must be that many times --nheads"
+    return head != 16 && head != 32 && head != 64
+               ? "on a GPU an attention head has 16, 32 or 64 channels: --hidden_dim must be that many times --nheads"
            : config->hidden_dim > MAX_NORM_CHANNELS ? "on a GPU --hidden_dim is 1024 at most"
            : odd ? "on a GPU the backbone's channels and --dim_feedforward must be multiples of 8"
                  : NULL;
@@ -3697,19 +3933,27 @@ static void take_micro_batch(DeviceNetwork<T> *n, MicroBatch *feed, Answers *ans
     answers->boxes = take<float>(&n->host, 4 * queries), answers->match = take<int>(&n->host, queries);
 }
 
+// The bytes of the device's memory that a network takes, when it is made or counted.
+template <class T>
+static size_t device_bytes(const DeviceNetwork<T> *n) {
+    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity;
+}
+
 // Everything on the device that `model` needs for micro-batches of max_images pictures, none larger than (max_height,
 // max_width), either way round, with max_targets boxes each, of batches of `batch` pictures; training: the model's, and
-// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: in n->fixed.used, n->arena.used
-// (device) and n->host.used (pinned). 0, or -1 with the reason.
+// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: device_bytes() and
+// n->host.capacity (pinned). 0, or -1 with the reason.
 template <class T>
 static int device_network_create(DeviceNetwork<T> *n, const Model *model, int max_height, int max_width, int max_images,
-                                 int max_targets, int batch, size_t workspace_bytes, bool counting, Error *error) {
+                                 int max_targets, int batch, size_t workspace_bytes, bool recompute, bool counting,
+                                 Error *error) {
     const ModelConfig *config = &model->config;
     const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers;
     MicroBatch feed;
     memset((void *)n, 0, sizeof *n);
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
+    n->recompute = recompute && n->training;
     n->max_images = n->images = max_images, n->batch = batch;
     n->num_targets = n->training ? max_images * max_targets : 0;
     n->places = (int *)allocate((size_t)batch * sizeof(int));
@@ -3732,7 +3976,13 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     plan_device_fixed(n);
     take_host(n);
     for (int i = 0; i < batch; i += max_images) take_micro_batch(n, &feed, &n->told[0]);
-    if (counting) return 0;
+    if (counting) {
+        n->params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
+        device_params_walk(&n->params, model, sizeof(T));
+        free(n->params.place);
+        for (Arena *arena : {&n->params.arena, &n->fixed, &n->arena, &n->host}) arena->capacity = arena->used;
+        return 0;
+    }
 
     n->layers = (DeviceLayer *)allocate((size_t)model->num_layers * sizeof(DeviceLayer));
     device_params_create<T>(&n->params, model);
@@ -3749,6 +3999,8 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     CUDA(cudaMemcpy(n->pixel_table, table, 3 * 256 * sizeof(float), cudaMemcpyHostToDevice));
     position_table(table, n->max_places, config->hidden_dim / 2);
     CUDA(cudaMemcpy(n->position_table, table, positions * sizeof(float), cudaMemcpyHostToDevice));
+    box_periods(table, config->hidden_dim / 2);
+    CUDA(cudaMemcpy(n->periods, table, (size_t)config->hidden_dim / 4 * sizeof(float), cudaMemcpyHostToDevice));
     free(table);
     linear_create(n->workspace, n->workspace_bytes);
     return 0;
@@ -3778,6 +4030,35 @@ static void device_network_free(DeviceNetwork<T> *n) {
     free(n->decoder_cross);
     free(n->decoder_ffn);
     memset((void *)n, 0, sizeof *n);
+}
+
+// Bytes of the device's memory that a network for so many pictures at once takes; infinite if it cannot be.
+template <class T>
+static double network_needs(const Model *model, int height, int width, int images, int most_targets, int batch,
+                            bool recompute) {
+    DeviceNetwork<T> n;
+    Error unused;
+    const int status = device_network_create(&n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE,
+                                             recompute, true, &unused);
+    const double bytes = status == 0 ? (double)device_bytes(&n) : INFINITY;
+    device_network_free(&n);
+    return bytes;
+}
+
+// How many pictures of (height, width) at once, `most` at most, have room in so many bytes of the device's memory:
+// those that it counts for device_network_create() are what that takes, to the byte. 0: not even one has.
+template <class T>
+static int images_that_fit(const Model *model, int height, int width, int most, int most_targets, int batch,
+                           bool recompute, double room) {
+    int images = 0;
+    while (images < most) {  // more pictures never need less
+        const int middle = images + (most - images + 1) / 2;
+        if (network_needs<T>(model, height, width, middle, most_targets, batch, recompute) <= room)
+            images = middle;
+        else
+            most = middle - 1;
+    }
+    return images;
 }
 
 // Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes, and sends it on its way.
@@ -3823,6 +4104,154 @@ static void device_losses(Losses *losses, const double *sums, const ModelConfig 
     losses_finish(losses, config->dec_layers, settings);
 }
 
+// A look for the first tensor that holds a NaN or an infinity; name: empty as long as there is none.
+typedef struct {
+    char name[128];
+} Search;
+
+template <class S>
+__attribute__((format(printf, 4, 5))) static void look(Search *search, const S *x, size_t count, const char *format,
+                                                       ...) {
+    if (search->name[0]) return;
+    S *numbers = (S *)allocate(count * sizeof(S));
+    size_t i = 0;
+    CUDA(cudaMemcpy((void *)numbers, x, count * sizeof(S), cudaMemcpyDeviceToHost));
+    while (i < count && isfinite(to_float(numbers[i]))) i++;
+    va_list list;
+    va_start(list, format);
+    if (i < count) vsnprintf(search->name, sizeof search->name, format, list);
+    va_end(list);
+    free((void *)numbers);
+}
+
+template <class T>
+static void look_at_attention(Search *search, const DeviceAttention<T> *a, size_t C, const char *name, int layer) {
+    const size_t queries = (size_t)a->queries.rows * C, keys = (size_t)a->keys.rows * C;
+    look(search, a->query, queries, "%s %d: query", name, layer);
+    look(search, a->key, keys, "%s %d: key", name, layer);
+    look(search, a->value, keys, "%s %d: value", name, layer);
+    look(search, a->attended, queries, "%s %d: attended", name, layer);
+    look(search, a->sum, queries, "%s %d: sum", name, layer);
+    look(search, a->out, queries, "%s %d: norm", name, layer);
+}
+
+template <class T>
+static void look_at_feed_forward(Search *search, const DeviceFeedForward<T> *f, const ModelConfig *config,
+                                 const char *name, int layer) {
+    const size_t rows = (size_t)f->map.rows, C = (size_t)config->hidden_dim;
+    look(search, f->hidden, rows * (size_t)config->dim_feedforward, "%s %d: hidden", name, layer);
+    look(search, f->sum, rows * C, "%s %d: sum", name, layer);
+    look(search, f->out, rows * C, "%s %d: norm", name, layer);
+}
+
+// The activations of the way forward, in their order and with the CPU's names, as far as each has its own memory.
+template <class T>
+static void look_at_activations(Search *search, const DeviceNetwork<T> *n) {
+    const Model *model = n->model;
+    const ModelConfig *config = &model->config;
+    const size_t C = (size_t)config->hidden_dim, rows = (size_t)n->maps[n->answers].rows,
+                 classes = (size_t)num_logits(config), stem = (size_t)config->stem_width;
+    if (model->stem.weight->trained) {
+        look(search, n->stem, (size_t)n->maps[LEVEL_STEM].rows * stem, "stem");
+        look(search, n->pooled, (size_t)n->maps[LEVEL_POOLED].rows * stem, "stem, pooled");
+    }
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        const DeviceBlock<T> *b = &n->blocks[i];
+        int level = b->in_level;
+        for (int j = 0; j < block->num_convs && block->trained; j++) {
+            if (block->conv[j].shape.stride > 1) level = b->out_level;
+            const size_t count = (size_t)n->maps[level].rows * (size_t)block->conv[j].shape.out_channels;
+            if (j == block->num_convs - 1)
+                look(search, b->out, count, "backbone block %d", i);
+            else if (!n->recompute)
+                look(search, b->inner[j], count, "backbone block %d, convolution %d", i, j);
+        }
+    }
+    look(search, n->token_rows, (size_t)n->maps[n->tokens].rows * C, "projected feature map");
+    for (int l = 0; l < config->enc_layers; l++) {
+        if (!n->recompute) look_at_attention(search, &n->encoder_attention[l], C, "encoder layer", l);
+        if (n->recompute)
+            look(search, n->encoder_ffn[l].out, (size_t)n->maps[n->tokens].rows * C, "encoder feed forward %d: norm",
+                 l);
+        else
+            look_at_feed_forward(search, &n->encoder_ffn[l], config, "encoder feed forward", l);
+    }
+    for (int l = 0; l < config->dec_layers; l++) {
+        const size_t queries = (size_t)n->maps[n->queries].rows * C;
+        if (config->anchor) {
+            look(search, n->position_hidden + (size_t)l * queries, queries, "query positions, hidden");
+            look(search, n->positions + (size_t)l * queries, queries, "query positions");
+        }
+        look_at_attention(search, &n->decoder_self[l], C, "decoder self-attention", l);
+        look_at_attention(search, &n->decoder_cross[l], C, "decoder cross-attention", l);
+        look_at_feed_forward(search, &n->decoder_ffn[l], config, "decoder feed forward", l);
+    }
+    look(search, n->states, rows * C, "decoder states");
+    look(search, n->logits, rows * classes, "logits");
+    for (int i = 0; i < 2; i++) look(search, n->box_hidden[i], rows * C, "box head, layer %d", i);
+    look(search, n->boxes, 4 * rows, "pred_boxes");
+    look(search, n->loss.dlogits, rows * classes, "gradient of the logits");
+    look(search, n->loss.dbox_logits, 4 * rows, "gradient of the boxes");
+}
+
+// Behind a step whose loss was not finite and which changed nothing: computes its `count` pictures again, one by one,
+// up to the first whose loss is not finite. Its place in the batch, or -1; search: where the first such number is.
+template <class T>
+static int device_search(DeviceNetwork<T> *n, Search *search, const Sample *samples, int count) {
+    const size_t sums = (size_t)n->model->config.dec_layers * LOSS_SUMS;
+    for (int i = 0; i < count; i++) {
+        Answers unused;
+        Search of_sums = {""};
+        take_host(n);
+        device_load(n, &unused, samples, n->places + i, 1);
+        CUDA(cudaMemsetAsync(n->loss_sums, 0, sums * sizeof(double), stream));
+        device_forward(n);
+        gpu_match(n->loss);
+        gpu_set_loss(n->loss);
+        CUDA(cudaStreamSynchronize(stream));
+        look(&of_sums, n->loss_sums, sums, "loss");
+        if (!of_sums.name[0]) continue;
+        look_at_activations(search, n);
+        return n->places[i];
+    }
+    return -1;
+}
+
+// Why a step failed whose loss or gradient was not finite, in the words of training_step(). -1.
+template <class T>
+static int device_step_failed(DeviceNetwork<T> *n, const Sample *samples, int count, int64_t step, const Losses *losses,
+                              Error *error) {
+    device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
+    device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
+    const char *name = first_nonfinite(n->model, NULL);
+    if (isfinite(losses->loss))
+        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
+                    (long long)step + 1, name ? name : "none: the sum overflowed");
+    Search search = {""};
+    const int image = device_search(n, &search, samples, count);
+    for (int i = n->model->num_params - 1; i >= 0; i--) {
+        const Param *param = n->model->params[i];
+        if (!is_finite_tensor(param->value, param->count, 0))
+            snprintf(search.name, sizeof search.name, "%s", param->name);
+    }
+    return fail(error,
+                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
+                (long long)step + 1, image, losses->loss, search.name[0] ? search.name : "none: the sum overflowed");
+}
+
+// --norm_init track: the frozen norms follow the batch's first pictures, as in training_step(). The host computes it, a
+// forward pass of the backbone every TRACK_STEPS steps.
+template <class T>
+static void device_follow(DeviceNetwork<T> *n, const Sample *samples, int batch_size) {
+    const DeviceParams *d = &n->params;
+    Model model = *n->model;  // the host's values
+    device_params_copy(d, &model, d->value, &Param::value, cudaMemcpyDeviceToHost);
+    calibrate_norms(&model, samples, batch_size < TRACK_IMAGES ? batch_size : TRACK_IMAGES, TRACK_SHARE);
+    device_params_copy(d, &model, d->value, &Param::value, cudaMemcpyHostToDevice);
+    gpu_fold<T>(d);
+}
+
 // training_step() on the device, in micro-batches of n->max_images pictures. The host waits once, for the losses, when
 // all is done. scale: the loss's, before and afterwards; a step that fp16 leaves out has a norm of 0.
 template <class T>
@@ -3842,6 +4271,7 @@ static int device_training_step(DeviceNetwork<T> *n, LossScale *scale, const Los
         divisors_add(&divisors, samples[i].num_boxes, config->num_queries, loss_settings);
     }
     n->dropout.p = config->dropout, n->dropout.seed = seed, n->dropout.step = (uint32_t)step;
+    if (n->params.tracks && step > 0 && step % TRACK_STEPS == 0) device_follow(n, samples, batch_size);
     CUDA(cudaMemsetAsync(n->params.grad, 0, n->params.trained * sizeof(float), stream));
     CUDA(cudaMemsetAsync(n->loss_sums, 0, L * LOSS_SUMS * sizeof(double), stream));
     for (int first = 0; first < count; first += n->max_images) {
@@ -3887,12 +4317,7 @@ static int device_training_step(DeviceNetwork<T> *n, LossScale *scale, const Los
         losses->grad_norm = 0;
         return 0;
     }
-    device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
-    device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
-    const char *name = first_nonfinite(n->model, NULL);
-    return fail(error,
-                "step %lld: the loss is %g, the gradient's norm %g; the first tensor that is not finite is \"%s\"",
-                (long long)step + 1, losses->loss, losses->grad_norm, name ? name : "none: a sum overflowed");
+    return device_step_failed(n, samples, count, step, losses, error);
 }
 
 #ifndef TRAIN_DETR_NO_MAIN
@@ -3949,6 +4374,8 @@ static void engine_decode(const Model *model, Activations *acts) {
     CUDA(cudaStreamSynchronize(stream));
     fetch_rows(acts->logits, n->logits, rows * (size_t)num_logits(config));
     fetch_rows(acts->boxes, n->boxes, 4 * rows);
+    for (int l = 0; l < config->dec_layers && config->anchor; l++)
+        fetch_rows(acts->references + 4 * (size_t)l * Q, references(n, l), 4 * Q);
     for (int l = 0; l < config->dec_layers; l++) {
         AttentionActivations *cross = &acts->decoder_cross[l];
         fetch_rows(cross->query, n->decoder_cross[l].query, Q * C);
@@ -3976,8 +4403,29 @@ static void engine_send(Model *model) {
     gpu_fold<T>(d);
 }
 
+// Not even one picture has room: says so, and what would have. -1.
+template <class T>
+static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int most_targets,
+                         int batch, bool recompute, double room, Error *error) {
+    const double MiB = 1048576, needs = network_needs<T>(model, height, width, 1, most_targets, batch, recompute);
+    const int short_side = settings->command & TRAIN ? flag_int(settings, "short_side") : 0;
+    fail(error, "out of memory on the GPU: a picture of %d x %d needs %.1f MiB and %.1f are free: ", height, width,
+         needs / MiB, room / MiB);
+    if (network_needs<T>(model, height, width, 1, most_targets, batch, true) <= room)
+        return fail_more(error, "--recompute would fit"), -1;
+    for (int side = short_side - 1; side >= 32; side--) {
+        const double scale = (double)side / short_side;
+        const int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
+        if (network_needs<T>(model, h, w, 1, most_targets, batch, recompute) > room) continue;
+        fail_more(error, "--short_side %d --max_size %d would fit", side,
+                  (int)(flag_int(settings, "max_size") * scale));
+        return -1;
+    }
+    return fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim"), -1;
+}
+
 // Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
-// for.
+// for, each as large as any that can come.
 template <class T>
 static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width,
                            int training, int most_targets, Error *error) {
@@ -3987,34 +4435,30 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     device_network_free(n);
     activations_create(acts, model, height, width, 0, 1);
     CUDA(cudaMemGetInfo(&available, &all));
+    if (device_refuses(&model->config)) return fail(error, "%s", device_refuses(&model->config));
+    const double room = 0.95 * (double)available;  // kernels and cuBLASLt take some too
     const int batch = training ? flag_int(settings, "batch_size") : 1;
-    int images = training && flag_int(settings, "micro_batch") ? flag_int(settings, "micro_batch") : batch;
-    DeviceParams params;
-    memset(&params, 0, sizeof params);
-    params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
-    device_params_walk(&params, model, sizeof(T));
-    free(params.place);
-    double needed = 0, pinned = 0;
-    for (images = images < batch ? images : batch; images > 0; images--) {
-        const int status =
-            device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, true, error);
-        needed = (double)(params.arena.used + n->fixed.used + n->arena.used), pinned = (double)n->host.used;
-        device_network_free(n);
-        if (device_refuses(&model->config)) return status;
-        if (status == 0 && needed < 0.95 * (double)available) break;
-    }
+    const int asked = training ? flag_int(settings, "micro_batch") : 0, most = asked && asked < batch ? asked : batch;
+    const bool recompute = training && flag_on(settings, "recompute");
+    const int images = images_that_fit<T>(model, height, width, most, most_targets, batch, recompute, room);
     if (images == 0)
-        return fail(error, "out of memory on the GPU: one picture needs %.1f MiB and %.1f are free: a smaller %s",
-                    needed / MiB, (double)available / MiB, "--short_side and --max_size");
-    const int status =
-        device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, false, error);
-    if (status != 0) return status;
-    printf("GPU memory for pictures up to %d x %d, %d in flight\n", height, width, images);
+        return engine_refuse<T>(settings, model, height, width, most_targets, batch, recompute, room, error);
+    if (device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, recompute, false,
+                              error) != 0)
+        return -1;
+    printf("GPU memory for pictures up to %d x %d, %d in flight: %s\n", height, width, images,
+           images < most    ? "more would not fit"
+           : images < batch ? "as --micro_batch asks"
+                            : "all of a step");
     printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
            (double)n->params.arena.capacity / MiB);
-    printf("  %-30s %10.1f MiB\n", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
-    printf("  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total", needed / MiB,
-           (double)available / MiB, pinned / MiB);
+    printf("  %-30s %10.1f MiB", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
+    if (training) {
+        const double other = network_needs<T>(model, height, width, images, most_targets, batch, !recompute);
+        printf("; with%s --recompute %.1f", recompute ? "out" : "", (other - (double)n->params.arena.capacity) / MiB);
+    }
+    printf("\n  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total",
+           (double)device_bytes(n) / MiB, (double)available / MiB, (double)n->host.capacity / MiB);
     fflush(stdout);
     engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
     engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
@@ -4025,8 +4469,6 @@ static int engine_start_on_gpu(const Settings *settings, Model *model, Activatio
                                int training, int, int most_targets, Error *error) {
     const char *precision = flag_text(settings, "precision");
     allow_tf32 = flag_on(settings, "tf32");
-    if (model->track_norms)
-        return fail(error, "--norm_init track is not there on a GPU yet: it is on the CPU; calibrate is the default");
     return (strcmp(precision, "bf16") == 0 ? engine_start_as<__nv_bfloat16>
             : strcmp(precision, "fp16") == 0
                 ? engine_start_as<__half>

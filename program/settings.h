@@ -103,7 +103,11 @@ static const Flag FLAGS[] = {
      "pictures in one optimizer step; an epoch has floor(pictures / N) steps"},
     {"micro_batch", INTEGER, "N", "0", 0, 65536, TRAIN | BENCH,
      "pictures in flight at once, at most; 0: as many as there are threads. Where the batch, N and memory allow that "
-     "many, they run side by side, one thread each; else one at a time, on all threads: the same bytes"},
+     "many, they run side by side, one thread each; else one at a time, on all threads: the same bytes. On a GPU 0 "
+     "takes as many of the largest size as fit its memory"},
+    {"recompute", SWITCH, NULL, NULL, 0, 0, TRAIN | BENCH | MAY_CHANGE,
+     "on a GPU: keep less of the way forward, and make it again on the way back: more pictures fit, a step takes "
+     "longer, the same gradients"},
     {"precision", CHOICE, "fp32|bf16|fp16", "fp32", 0, 0, TRAIN | EVAL | PREDICT | BENCH | MAY_CHANGE,
      "bf16: products of 16-bit numbers, summed in 32 bits; weights, norms and losses stay in 32; fp16: GPUs only"},
     {"tf32", SWITCH, NULL, NULL, 0, 0, TRAIN | EVAL | PREDICT | BENCH | MAY_CHANGE,

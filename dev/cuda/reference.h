@@ -12,13 +12,14 @@ enum { REFERENCE_STEPS = 2 };
 // Arrays of doubles whatever the network computes in. Tensors: as in the model's table.
 typedef struct {
     const ModelConfig *config;
-    int from_scratch;
+    int from_scratch, track_norms;
     const float *const *values;  // at the start
     const LossSettings *loss;
     const OptimizerSettings *optimizer;
     const Sample *samples;
     int count;
     uint64_t seed;
+    int64_t first_step;
     // written
     double *logits, *boxes;  // without dropout: (images that could be read, L, Q, num_logits), (images, L, Q, 4)
     int *match;              // (images, L, Q)
@@ -44,6 +45,7 @@ static inline int reference_run(Reference *r, Error *error) {
     }
     for (int i = 0; i < model.num_params; i++)
         for (size_t k = 0; k < model.params[i]->count; k++) model.params[i]->value[k] = (real)r->values[i][k];
+    model.track_norms = r->track_norms;
     model_pack(&model);
     activations_create(&acts, &model, height, width, 1, 1);
     for (int i = 0, images = 0; i < r->count; i++) {
@@ -58,8 +60,8 @@ static inline int reference_run(Reference *r, Error *error) {
         memcpy(r->match + first, acts.match, rows * sizeof(int));
     }
     for (int step = 0; step < REFERENCE_STEPS && status == 0; step++) {
-        status = training_step(&model, &acts, r->loss, r->optimizer, r->samples, r->count, r->seed, step,
-                               &r->losses[step], error);
+        status = training_step(&model, &acts, r->loss, r->optimizer, r->samples, r->count, r->seed,
+                               r->first_step + step, &r->losses[step], error);
         for (int i = 0; i < model.num_params && step == 0; i++)
             if (model.params[i]->trained) copy_numbers(r->grads[i], model.params[i]->grad, model.params[i]->count);
     }
