@@ -91,7 +91,7 @@ help:
 	@echo "make train_detr_emu the CUDA trainer with its kernels emulated (needs CUDA's headers with cublasLt.h)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
 	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
-	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit"
+	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit; CUBLAS=1: cublasLt.h as well, 400 MB"
 	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, a warning is an error; not run (needs nvcc)"
 	@echo "make sass           what nvcc made of each: registers, spills, warps, instructions (needs nvcc and cuobjdump)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
@@ -354,7 +354,9 @@ cuda-ladder: build/emu/ladder-checked build/emu/ladder-counted
 	build/emu/ladder-counted $(LADDER)
 endif
 
-# They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then.
+# cublasLt.h comes with the library only, 400 MB, of which the header stays: CUBLAS=1. Without it the tests of linear
+# layers and of the network are left out.
+CUBLAS ?=
 cuda-headers: $(if $(CUDA),,build/cuda-headers/ready)
 build/cuda-headers/ready:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -362,7 +364,9 @@ build/cuda-headers/ready:
 	rm -rf build/cuda-headers
 	$(PYTHON) -m venv build/cuda-headers/venv
 	build/cuda-headers/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/cuda-headers \
-	    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
+	    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+	    $(if $(CUBLAS),'nvidia-cublas==13.0.*')
+	rm -rf build/cuda-headers/nvidia/cu13/lib
 	@touch $@
 
 build/emu/rewrite: dev/emu/rewrite.c
