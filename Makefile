@@ -88,6 +88,7 @@ help:
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
+	@echo "make train_detr_cu  the trainer for an NVIDIA GPU, SM=80 and newer (needs nvcc and cuBLASLt)"
 	@echo "make train_detr_emu the CUDA trainer with its kernels emulated (needs CUDA's headers with cublasLt.h)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
 	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
@@ -418,6 +419,11 @@ cuda-nvcc:
 	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas-sm_$(SM).txt || { cat build/cuda/ptxas-sm_$(SM).txt >&2; exit 1; }
 	@echo "build/cuda/test_detr-sm_$(SM).o: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
 
+# For a GPU of SM and newer.
+train_detr_cu: train_detr.cu train_detr.c $(HEADERS)
+	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+	$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -O3 -I. $< -o $@ $(LIBS) -lgomp -lcublasLt
+
 # For a GPU; prints times.
 build/cuda/ladder: dev/cuda/ladder.cu train_detr.cu train_detr.c $(HEADERS)
 	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
@@ -468,6 +474,6 @@ check-format:
 	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 clean:
-	rm -rf build train_detr test_detr make_shapes
+	rm -rf build train_detr train_detr_cu test_detr make_shapes
 
 FORCE:
