@@ -90,10 +90,11 @@ help:
 	@echo "make ladder         the way from three loops to the trainer's kernels: every step checked and timed, in a minute or two"
 	@echo "make emu-test       CUDA kernels run on this processor and checked: the emulator's own tests (needs CUDA's headers)"
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
+	@echo "make train_detr_cu  the trainer for an NVIDIA GPU, SM=80 and newer (needs nvcc and cuBLASLt)"
 	@echo "make train_detr_emu the CUDA trainer with its kernels emulated (needs CUDA's headers with cublasLt.h)"
 	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
 	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
-	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit"
+	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit; CUBLAS=1: cublasLt.h as well, 400 MB"
 	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, a warning is an error; not run (needs nvcc)"
 	@echo "make sass           what nvcc made of each: registers, spills, warps, instructions (needs nvcc and cuobjdump)"
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
@@ -389,7 +390,9 @@ cuda-ladder: build/emu/ladder-checked build/emu/ladder-counted
 	build/emu/ladder-counted $(LADDER)
 endif
 
-# They lack cublasLt.h (nvidia-cublas has it, 400 MB): its tests are left out then.
+# cublasLt.h comes with the library only, 400 MB, of which the header stays: CUBLAS=1. Without it the tests of linear
+# layers and of the network are left out.
+CUBLAS ?=
 cuda-headers: $(if $(CUDA),,build/cuda-headers/ready)
 build/cuda-headers/ready:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -397,7 +400,9 @@ build/cuda-headers/ready:
 	rm -rf build/cuda-headers
 	$(PYTHON) -m venv build/cuda-headers/venv
 	build/cuda-headers/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/cuda-headers \
-	    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
+	    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+	    $(if $(CUBLAS),'nvidia-cublas==13.0.*')
+	rm -rf build/cuda-headers/nvidia/cu13/lib
 	@touch $@
 
 build/emu/rewrite: dev/emu/rewrite.c
@@ -449,11 +454,16 @@ cuda-nvcc:
 	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas-sm_$(SM).txt || { cat build/cuda/ptxas-sm_$(SM).txt >&2; exit 1; }
 	@echo "build/cuda/test_detr-sm_$(SM).o: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
 
+# For a GPU of SM and newer. 177: a function that is not called, of which train_detr.c has some.
+train_detr_cu: train_detr.cu train_detr.c $(HEADERS)
+	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+	$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -diag-suppress 177 -arch=sm_$(SM) -O3 -I. $< -o $@ $(LIBS) -lgomp -lcublasLt
+
 # For a GPU; prints times.
 build/cuda/ladder: dev/cuda/ladder.cu train_detr.cu train_detr.c $(HEADERS)
 	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/cuda
-	$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -O3 -I. $< -o $@ $(LIBS) -lgomp
+	$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -diag-suppress 177 -arch=sm_$(SM) -O3 -I. $< -o $@ $(LIBS) -lgomp
 
 # The toolkit's, or the one that comes with PyTorch.
 CUOBJDUMP ?= $(firstword $(wildcard $(dir $(NVCC))cuobjdump) $(shell command -v cuobjdump 2>/dev/null) \
@@ -499,6 +509,6 @@ check-format:
 	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 clean:
-	rm -rf build train_detr test_detr make_shapes
+	rm -rf build train_detr train_detr_cu test_detr make_shapes
 
 FORCE:

@@ -1746,9 +1746,25 @@ static void model_gradients(const ModelCase &c, int max_images, bool recompute, 
     LossScale scale = c.model.loss_scale;
     Error error;
     create_model_network(&n, c, max_images, recompute);
+    profile.on = 1, profile.count = 0;
+#ifdef CUDA_EMU
+    const unsigned long before = emu::launches;
+#endif
     if (device_training_step(&n, &scale, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, c.first_step, &losses,
                              &error) != 0)
         check(0, "%s", error.text);
+    book_launches();
+    profile.on = 0;
+    long launches = 0, timeless = 0;
+    for (int i = 0; i < profile.count; i++)
+        launches += profile.lines[i].calls, timeless += !(profile.lines[i].seconds > 0);
+    check(timeless == 0, "%ld lines of a step's profile have no time", timeless);
+#ifdef CUDA_EMU
+    check(launches == (long)(emu::launches - before), "a step has %lu launches, its profile %ld",
+          emu::launches - before, launches);
+#else
+    check(launches > 0, "a step's profile has no launch");
+#endif
     CUDA(cudaMemcpy(gradients->device, n.params.grad, gradients->count * sizeof(float), cudaMemcpyDeviceToDevice));
     gradients->download();
     device_network_free(&n);
@@ -1885,9 +1901,40 @@ static void test_model() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// A profile has each launch while it is on, with the bytes that it has to move.
+static void test_profile() {
+    enum { COUNT = 3 * 8 * THREADS };
+    Array<float> x(COUNT);
+    Array<__nv_bfloat16> y(COUNT);
+    for (size_t i = 0; i < COUNT; i++) x[i] = (double)i;
+    x.upload();
+    profile.on = 1, profile.count = 0;
+    const double begin = seconds_now();
+    gpu_round(y.device, x.device, COUNT);
+    gpu_sigmoid(x.device, x.device, COUNT);
+    gpu_round(y.device, x.device, COUNT);
+    CUDA(cudaStreamSynchronize(stream));
+    book_launches();
+    const double wall = seconds_now() - begin;
+    profile.on = 0;
+    gpu_round(y.device, x.device, COUNT);
+    CUDA(cudaStreamSynchronize(stream));
+    book_launches();
+    const ProfileLine *round = &profile.lines[0], *sigmoid = &profile.lines[1];
+    check(profile.count == 2 && round->calls == 2 && sigmoid->calls == 1, "%d lines, %ld and %ld calls", profile.count,
+          round->calls, sigmoid->calls);
+    check(!strcmp(round->work, "round") && !strcmp(sigmoid->work, "sigmoid"), "they are called %s and %s", round->work,
+          sigmoid->work);
+    check(round->bytes == 12.0 * COUNT && sigmoid->bytes == 8.0 * COUNT, "%g and %g bytes", round->bytes,
+          sigmoid->bytes);
+    check(round->seconds > 0 && sigmoid->seconds > 0 && round->seconds + sigmoid->seconds < wall,
+          "%g and %g s of %g together", round->seconds, sigmoid->seconds, wall);
+}
+
 static const Test TESTS[] = {
-    {"ragged", test_ragged},     {"rows", test_rows},           {"pixels", test_pixels},
-    {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
+    {"profile", test_profile},   {"ragged", test_ragged},       {"rows", test_rows},
+    {"pixels", test_pixels},     {"feed", test_feed},           {"pictures", test_pictures},
+    {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
     {"linear", test_linear},     {"model", test_model},
 #endif

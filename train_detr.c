@@ -141,9 +141,8 @@ static struct {
 
 static inline double profile_begin(void) { return profile.on ? seconds_now() : 0; }
 
-// Books the time since `begin`, which profile_begin() gave, under (work, pass).
-static void profile_end(double begin, const char *work, const char *pass, double flops, double bytes) {
-    if (!profile.on) return;
+// Books one call of (work, pass) that took so long.
+static void profile_add(const char *work, const char *pass, double seconds, double flops, double bytes) {
     int i = 0;
     while (i < profile.count && (strcmp(profile.lines[i].work, work) != 0 || strcmp(profile.lines[i].pass, pass) != 0))
         i++;
@@ -155,8 +154,13 @@ static void profile_end(double begin, const char *work, const char *pass, double
         profile.count++;
     }
     line->calls++;
-    line->seconds += seconds_now() - begin;
+    line->seconds += seconds;
     line->flops += flops, line->bytes += bytes;
+}
+
+// Books the time since `begin`, which profile_begin() gave.
+static void profile_end(double begin, const char *work, const char *pass, double flops, double bytes) {
+    if (profile.on) profile_add(work, pass, seconds_now() - begin, flops, bytes);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,53 @@ static void device_arena_allocate(Arena *arena) {
     CUDA(cudaMalloc((void **)&arena->base, arena->capacity));
 }
 
+// What bench --profile says of a launch, from here to the end of the block or to the next Timed in it: two events in
+// `stream`, which are read when the host has waited. flops and bytes: what is to be done at least, 0 where that depends
+// on the data. Without a profile it is nothing.
+typedef struct {
+    const char *work, *pass;
+    double flops, bytes;
+    cudaEvent_t begin, end;
+} TimedLaunch;
+
+static struct {
+    TimedLaunch *launches;
+    int count, made;  // of which so many have events
+    bool open;
+} timed;
+
+struct Timed {
+    Timed(const char *work, const char *pass, double bytes, double flops = 0) {
+        if (!profile.on) return;
+        end();
+        if (timed.count == timed.made) {
+            timed.launches = (TimedLaunch *)grow(timed.launches, (size_t)timed.made, sizeof(TimedLaunch));
+            CUDA(cudaEventCreate(&timed.launches[timed.made].begin));
+            CUDA(cudaEventCreate(&timed.launches[timed.made++].end));
+        }
+        TimedLaunch *launch = &timed.launches[timed.count++];
+        launch->work = work, launch->pass = pass, launch->flops = flops, launch->bytes = bytes;
+        CUDA(cudaEventRecord(launch->begin, stream));
+        timed.open = true;
+    }
+    ~Timed() { end(); }
+    static void end() {
+        if (timed.open) CUDA(cudaEventRecord(timed.launches[timed.count - 1].end, stream));
+        timed.open = false;
+    }
+};
+
+// Books what was launched, after the host has waited for `stream`.
+static void book_launches() {
+    for (int i = 0; i < timed.count; i++) {
+        const TimedLaunch *launch = &timed.launches[i];
+        float milliseconds;
+        CUDA(cudaEventElapsedTime(&milliseconds, launch->begin, launch->end));
+        profile_add(launch->work, launch->pass, 1e-3 * (double)milliseconds, launch->flops, launch->bytes);
+    }
+    timed.count = 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Feed. What kernels need of the host comes batch by batch, each in one copy: the host takes room in pinned memory and
 // fills it, the copy has a stream of its own, and `stream` waits for its event, not the host. All is there twice, so
@@ -305,6 +352,7 @@ __global__ static void __launch_bounds__(THREADS)
 // first and second (C) += the sums of partials (chunks, 2, C), or first alone of (chunks, C) if second is NULL.
 static void gpu_add_partials(float *first, float *second, const float *partials, int chunks, int C) {
     const int columns = second ? 2 * C : C;
+    const Timed timed_sums("add_partials", "", 4.0 * ((double)chunks + 2) * columns);
     add_partials_kernel<<<blocks((size_t)columns, 32), THREADS, 0, stream>>>(first, second, partials, chunks, C,
                                                                              columns);
     CUDA(cudaGetLastError());
@@ -345,6 +393,7 @@ __global__ static void __launch_bounds__(THREADS) column_sums_kernel(float *part
 template <class T>
 static void gpu_column_sums(float *sums, float *partials, const T *x, int rows, int C) {
     const dim3 grid(blocks((size_t)rows, CHUNK_ROWS), blocks((size_t)C, THREADS));
+    const Timed timed_sums("column_sums", "", (double)sizeof(T) * rows * C);
     column_sums_kernel<T><<<grid, THREADS, 0, stream>>>(partials, x, rows, C);
     CUDA(cudaGetLastError());
     gpu_add_partials(sums, NULL, partials, (int)grid.x, C);
@@ -393,6 +442,7 @@ typedef struct {
     unsigned char *kinds;                              // (trained / PARAM_CHUNK)
     Folded *folded;
     int num_folded, num_filters;        // convolutions with a norm, their filters
+    size_t folded_count;                // their weights
     float *scale, *bias;                // (num_filters)
     void *bias_operand;                 // (num_filters) of T
     double *norm_partials, *grad_norm;  // grad_norm (1): of the step's gradients, without the loss's scale
@@ -412,10 +462,13 @@ static void device_params_walk(DeviceParams *d, const Model *model, size_t numbe
         }
         if (!untrained) d->trained = d->count;
     }
-    d->num_folded = d->num_filters = 0;
+    d->num_folded = d->num_filters = 0, d->folded_count = 0;
     d->tracks = model->track_norms;
-    for (int i = 0; i < model->num_layers; i++)
-        if (model->layers[i]->norm_weight) d->num_folded++, d->num_filters += model->layers[i]->shape.out_channels;
+    for (int i = 0; i < model->num_layers; i++) {
+        if (!model->layers[i]->norm_weight) continue;
+        d->num_folded++, d->num_filters += model->layers[i]->shape.out_channels;
+        d->folded_count += model->layers[i]->weight->count;
+    }
     d->value = arena_take(arena, d->count);
     d->operand = arena_bytes(arena, d->count * number_bytes);
     d->grad = arena_take(arena, d->trained);
@@ -460,6 +513,7 @@ __global__ static void __launch_bounds__(THREADS) round_kernel(T *y, const float
 // y = x rounded to T; count: a multiple of 8.
 template <class T>
 static void gpu_round(T *y, const float *x, size_t count) {
+    const Timed timed_kernel("round", "", (4.0 + sizeof(T)) * (double)count);
     round_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, count);
     CUDA(cudaGetLastError());
 }
@@ -489,6 +543,7 @@ __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *laye
 // filter. After values have changed.
 template <class T>
 static void gpu_fold(const DeviceParams *d) {
+    const Timed timed_kernel("fold", "", (4.0 + sizeof(T)) * (double)d->folded_count);
     fold_kernel<T><<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded);
     CUDA(cudaGetLastError());
 }
@@ -516,6 +571,7 @@ __global__ static void __launch_bounds__(THREADS) unfold_kernel(const Folded *la
 // unfold_norms(): from the gradients of folded weights and biases, which lie in dweight and dnorm_bias, to those of
 // what is stored.
 static void gpu_unfold(const DeviceParams *d) {
+    const Timed timed_kernel("unfold", "", 8.0 * (double)d->folded_count);
     unfold_kernel<<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded);
     CUDA(cudaGetLastError());
 }
@@ -649,6 +705,7 @@ __global__ static void __launch_bounds__(THREADS)
 // y (rows, 3) from the bytes of all images' pixels, side by side; count: 3 * rows. table: pixel_table(), on the device.
 template <class T>
 static void gpu_pixels(T *y, const unsigned char *bytes, const float *table, size_t count) {
+    const Timed timed_kernel("pixels", "", (1.0 + sizeof(T)) * (double)count);
     pixels_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, bytes, table, count);
     CUDA(cudaGetLastError());
 }
@@ -849,6 +906,7 @@ static void gpu_pictures(T *y, const Pictures *p, const float *table) {
         const int count = p->counts[pass];
         const unsigned grid = (unsigned)p->tiles[pass];
         if (grid == 0) continue;
+        const Timed timed_kernel("resize", "", 0);
         if (pass < PICTURE_PASSES - 1)
             resize_kernel<uint32_t><<<grid, TILE, 0, stream>>>(p->scratch[pass % 2], passes, count, NULL);
         else
@@ -898,6 +956,9 @@ __global__ static void __launch_bounds__(THREADS)
 template <class T, class S>
 static void gpu_finish(T *y, const S *sums, Epilogue epilogue, int rows, int C) {
     const size_t count = (size_t)rows * (size_t)C;
+    const Timed timed_kernel(
+        "finish", "",
+        ((double)sizeof(S) + sizeof(T) * (1.0 + (epilogue.add != NULL) + (epilogue.mask != NULL))) * (double)count);
     finish_kernel<T, S><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, sums, epilogue, count, C);
     CUDA(cudaGetLastError());
 }
@@ -936,6 +997,7 @@ __device__ static inline uint32_t pair(float first, float second) {
 }
 
 enum Pass { FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT };  // of a product with weights
+static const char *const PASS_NAMES[] = {"forward", "backward, data", "backward, weight"};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear layers, which 1 x 1 convolutions of stride 1 are too, by cuBLASLt. The library counts in columns: what is
@@ -1051,6 +1113,7 @@ static void ask_linear(LinearProduct *p, LinearKey key, const void *bias) {
 // d = epilogue(a b + add), the key without its bucket. add: like d, and may be it, or NULL.
 static void multiply_linear(LinearKey key, void *d, const void *a, const void *b, const void *bias, const void *add,
                             int rows) {
+    const double operand = key.operand_type == CUDA_R_32F ? 4 : 2, result = key.result_type == CUDA_R_32F ? 4 : 2;
     if (rows == 0) return;
     for (key.bucket = 64; key.bucket < rows;) key.bucket *= 2;
     int i = 0;
@@ -1065,6 +1128,15 @@ static void multiply_linear(LinearKey key, void *d, const void *a, const void *b
     for (cublasLtMatrixLayout_t layout : {key.pass == BACKWARD_WEIGHT ? p->a : p->d, p->b})
         CUBLAS(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_COLS, &columns, sizeof columns));
     CUBLAS(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    const bool of_weights = key.pass == BACKWARD_WEIGHT;
+    const double inputs = (double)rows * key.in, outputs = (double)rows * key.out, weights = (double)key.in * key.out;
+    const double bytes =
+        operand * (of_weights ? inputs + outputs : weights + (key.pass == FORWARD ? inputs : outputs)) +
+        result * (add ? 2 : 1) *
+            (of_weights            ? weights
+             : key.pass == FORWARD ? outputs
+                                   : inputs);
+    const Timed timed_product("linear", PASS_NAMES[key.pass], bytes, 2.0 * rows * key.in * key.out);
     CUBLAS(cublasLtMatmul(linear.handle, p->how, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
                           &p->algorithm, linear.workspace, p->workspace_bytes, stream));
 }
@@ -1478,6 +1550,11 @@ static void launch_conv(ConvParams<T> *p, Ragged out, Ragged in, ConvShape s, un
         }
     }
     if (p->rows == 0) return;
+    const double weights = (double)s.out_channels * (double)patch_size(s);
+    const Timed timed_kernel(
+        "conv", PASS_NAMES[PASS],
+        sizeof(T) * ((double)in.rows * s.in_channels + (double)out.rows * s.out_channels + weights),
+        2 * out.rows * weights);
     constexpr bool HALF = sizeof(T) == 2;
     constexpr int WIDE = HALF ? 128 : 64;  // floats of a wider tile do not fit the registers
     if (HALF && p->columns > 64)
@@ -1545,6 +1622,7 @@ static void gpu_conv_backward_weight(float *dw, float *partials, const T *x, con
     const unsigned parts = blocks((size_t)out.rows, (size_t)p.of_part);
     launch_conv<T, BACKWARD_WEIGHT>(&p, out, in, s, parts);
     const size_t count = (size_t)p.rows * (size_t)length;
+    const Timed timed_kernel("add_parts", "", 4.0 * (parts + 2.0) * (double)count);
     add_parts_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(dw, partials, (int)parts, p.rows, length,
                                                                      p.columns);
     CUDA(cudaGetLastError());
@@ -1589,6 +1667,7 @@ __global__ static void __launch_bounds__(THREADS)
 template <class T>
 static void gpu_maxpool_forward(T *y, unsigned char *argmax, const T *x, Ragged out, Ragged in, int C) {
     const unsigned grid = blocks((size_t)out.rows * (size_t)C, 8 * THREADS);
+    const Timed timed_kernel("maxpool_forward", "", ((double)sizeof(T) * in.rows + (sizeof(T) + 1.0) * out.rows) * C);
     maxpool_forward_kernel<T><<<grid, THREADS, 0, stream>>>(y, argmax, x, out, in, C);
     CUDA(cudaGetLastError());
 }
@@ -1621,6 +1700,7 @@ __global__ static void __launch_bounds__(THREADS)
 template <class T>
 static void gpu_maxpool_backward(T *dx, const T *dy, const unsigned char *argmax, Ragged out, Ragged in, int C) {
     const unsigned grid = blocks((size_t)in.rows * (size_t)C, 8 * THREADS);
+    const Timed timed_kernel("maxpool_backward", "", ((double)sizeof(T) * in.rows + (sizeof(T) + 1.0) * out.rows) * C);
     maxpool_backward_kernel<T><<<grid, THREADS, 0, stream>>>(dx, dy, argmax, out, in, C);
     CUDA(cudaGetLastError());
 }
@@ -1663,6 +1743,7 @@ __global__ static void __launch_bounds__(THREADS)
 template <class T>
 static void gpu_add_positions(T *y, const float *x, const float *table, Ragged map, int C) {
     const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
+    const Timed timed_kernel("add_positions", "", (4.0 + sizeof(T)) * map.rows * C);
     add_positions_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, table, map, C);
     CUDA(cudaGetLastError());
 }
@@ -1683,6 +1764,7 @@ __global__ static void __launch_bounds__(THREADS)
 template <class T>
 static void gpu_add_queries(T *y, const float *x, const float *embeddings, int images, int Q, int C) {
     const size_t period = (size_t)Q * (size_t)C, count = (size_t)images * period;
+    const Timed timed_kernel("add_queries", "", (4.0 + sizeof(T)) * (double)count);
     add_queries_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, embeddings, count, period);
     CUDA(cudaGetLastError());
 }
@@ -1703,6 +1785,7 @@ __global__ static void __launch_bounds__(THREADS)
 // dembeddings (Q, C) += the sum over images of dy (images, Q, C), in their order.
 static void gpu_add_queries_backward(float *dembeddings, const float *dy, int images, int Q, int C) {
     const size_t period = (size_t)Q * (size_t)C;
+    const Timed timed_kernel("add_queries_backward", "", 4.0 * (images + 2) * (double)period);
     add_queries_backward_kernel<<<blocks(period, 8 * THREADS), THREADS, 0, stream>>>(dembeddings, dy, images, period);
     CUDA(cudaGetLastError());
 }
@@ -1726,6 +1809,7 @@ __global__ static void __launch_bounds__(THREADS)
 // of the numbers of boxes, (values) in 0..1. count: half of the channels; periods: box_periods(), on the device.
 static void gpu_box_features(float *features, const float *boxes, const float *periods, size_t values, int count) {
     const unsigned grid = blocks(values * (size_t)count / 2, THREADS);
+    const Timed timed_kernel("box_features", "", 4.0 * (count + 1) * (double)values);
     box_features_kernel<<<grid, THREADS, 0, stream>>>(features, boxes, periods, values, count);
     CUDA(cudaGetLastError());
 }
@@ -1777,6 +1861,7 @@ __global__ static void __launch_bounds__(THREADS) dropout_kernel(T *y, const T *
 template <class T>
 static void gpu_dropout(T *y, const T *x, Mask mask, Ragged map, int C) {
     const unsigned grid = blocks((size_t)map.rows * (size_t)C, 8 * THREADS);
+    const Timed timed_kernel("dropout", "", 2.0 * sizeof(T) * map.rows * C);
     dropout_kernel<T><<<grid, THREADS, 0, stream>>>(y, x, mask, map, C);
     CUDA(cudaGetLastError());
 }
@@ -2126,12 +2211,20 @@ static size_t attention_shared() {
     return 2 * sizeof(Tile<T, D, ROWS>) + (sizeof(T) == 4 ? sizeof(float) * PART_ROWS * ROWS : 0);
 }
 
+// Queries times keys, of images of one size.
+template <class T>
+static double attention_pairs(const AttentionParams<T> &p) {
+    return (double)p.queries.rows * p.keys.rows / p.queries.count;
+}
+
 template <class T, int D>
 static void launch_attention_forward(const AttentionParams<T> &p, int query_parts) {
     constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
     const dim3 grid((unsigned)query_parts, (unsigned)p.heads);
     const size_t shared = attention_shared<T, D, ROWS>();
+    const double row = (double)sizeof(T) * p.C, product = attention_pairs(p) * p.C;
     allow_shared(attention_forward_kernel<T, D, ROWS>, shared);
+    const Timed timed_kernel("attention", "forward", 2.0 * row * (p.queries.rows + p.keys.rows), 4 * product);
     attention_forward_kernel<T, D, ROWS><<<grid, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
 }
@@ -2301,12 +2394,18 @@ template <class T, int D>
 static void launch_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
     const dim3 of_queries((unsigned)query_parts, (unsigned)p.heads), of_keys((unsigned)key_parts, (unsigned)p.heads);
     const size_t shared = attention_shared<T, D, 32>();
+    const double row = (double)sizeof(T) * p.C, product = attention_pairs(p) * p.C;
+    const Timed timed_dots("attention", "backward, dots", 2 * row * p.queries.rows);
     attention_dots_kernel<T><<<blocks((size_t)p.queries.rows, WARPS), THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
     allow_shared(attention_backward_queries_kernel<T, D, 32>, shared);
+    const Timed timed_queries("attention", "backward, queries", row * (3.0 * p.queries.rows + 2.0 * p.keys.rows),
+                              6 * product);
     attention_backward_queries_kernel<T, D, 32><<<of_queries, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
     allow_shared(attention_backward_keys_kernel<T, D, 32>, shared);
+    const Timed timed_keys("attention", "backward, keys", row * (2.0 * p.queries.rows + 4.0 * p.keys.rows),
+                           8 * product);
     attention_backward_keys_kernel<T, D, 32><<<of_keys, ATTENTION_THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
 }
@@ -2392,6 +2491,7 @@ __global__ static void __launch_bounds__(THREADS) norm_forward_kernel(NormForwar
 template <class T>
 static void gpu_norm_forward(const NormForward<T> &p) {
     const unsigned grid = blocks((size_t)p.map.rows, WARPS);
+    const Timed timed_kernel("norm_forward", "", ((p.x ? 16.0 : 8.0) + (p.operand ? sizeof(T) : 0)) * p.map.rows * p.C);
     if (p.C <= 256)
         norm_forward_kernel<T, 1><<<grid, THREADS, 0, stream>>>(p);
     else
@@ -2484,6 +2584,7 @@ __global__ static void __launch_bounds__(THREADS, PIECES == 1 ? 2 : 1) norm_back
 template <class T>
 static int launch_norm_backward(const NormBackward<T> &p) {
     const unsigned grid = blocks((size_t)p.map.rows, CHUNK_ROWS);
+    const Timed timed_kernel("norm_backward", "", (12.0 + (p.dx ? sizeof(T) : 0)) * p.map.rows * p.C);
     if (p.C <= 256)
         norm_backward_kernel<T, 1><<<grid, THREADS, 0, stream>>>(p);
     else
@@ -2532,6 +2633,7 @@ __global__ static void __launch_bounds__(THREADS) sigmoid_kernel(float *y, const
 
 // y = sigmoid(x), (count): boxes from what the box head says. The way back is in set_loss_kernel.
 static void gpu_sigmoid(float *y, const float *x, size_t count) {
+    const Timed timed_kernel("sigmoid", "", 8.0 * (double)count);
     sigmoid_kernel<<<blocks(count, THREADS), THREADS, 0, stream>>>(y, x, count);
     CUDA(cudaGetLastError());
 }
@@ -2652,9 +2754,11 @@ static void gpu_match(const SetLoss &p) {
     const size_t of_costs = WARPS * (size_t)p.classes * sizeof(double);
     const size_t of_match = (Q + 2 * columns) * sizeof(double) + (Q + 3 * columns) * sizeof(int);
     allow_shared(match_costs_kernel, of_costs);
+    const Timed timed_costs("match_costs", "", 4.0 * p.classes * (double)rows);
     match_costs_kernel<<<blocks(rows, WARPS), THREADS, of_costs, stream>>>(p);
     CUDA(cudaGetLastError());
     allow_shared(match_kernel, of_match);
+    const Timed timed_match("match", "", 0);
     match_kernel<<<(unsigned)(p.layers * p.images), 32, of_match, stream>>>(p);
     CUDA(cudaGetLastError());
 }
@@ -2748,8 +2852,10 @@ __global__ static void __launch_bounds__(THREADS) loss_sums_kernel(SetLoss p) {
 static void gpu_set_loss(const SetLoss &p) {
     const size_t rows = (size_t)(p.layers * p.images * p.Q), shared = WARPS * (size_t)p.classes * sizeof(double);
     allow_shared(set_loss_kernel, shared);
+    const Timed timed_losses("set_loss", "", 8.0 * p.classes * (double)rows);
     set_loss_kernel<<<blocks(rows, WARPS), THREADS, shared, stream>>>(p);
     CUDA(cudaGetLastError());
+    const Timed timed_sums("loss_sums", "", 24.0 * (double)rows);
     loss_sums_kernel<<<(unsigned)p.layers, THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
 }
@@ -2786,8 +2892,10 @@ __global__ static void __launch_bounds__(THREADS)
 // d->grad_norm = the norm of all gradients together, divided by the loss's scale.
 static void gpu_gradient_norm(const DeviceParams *d) {
     const unsigned count = blocks(d->trained, NORM_CHUNKS * PARAM_CHUNK);
+    const Timed timed_squares("gradient_norm", "", 4.0 * (double)d->trained);
     gradient_norm_kernel<<<count, THREADS, 0, stream>>>(d->norm_partials, d->grad, d->trained);
     CUDA(cudaGetLastError());
+    const Timed timed_sum("gradient_norm_finish", "", 8.0 * count);
     gradient_norm_finish_kernel<<<1, THREADS, 0, stream>>>(d->grad_norm, d->norm_partials, (int)count, d->loss_scale);
     CUDA(cudaGetLastError());
 }
@@ -2856,8 +2964,10 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
 template <class T>
 static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
     const bool scales = std::is_same<T, __half>::value;
+    const Timed timed_step("adamw_step", "", 0);
     adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales);
     CUDA(cudaGetLastError());
+    const Timed timed_adamw("adamw", "", (28.0 + (d->ema ? 8 : 0) + sizeof(T)) * (double)d->trained);
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
         d->value, d->exp_avg, d->exp_avg_sq, d->ema, (T *)d->operand, d->grad, d->kinds, d->step);
     CUDA(cudaGetLastError());
@@ -2893,6 +3003,7 @@ __global__ static void __launch_bounds__(THREADS) scale_kernel(T *y, const T *x,
 // y = x * factor; count: a multiple of 8.
 template <class T>
 static void gpu_scale(T *y, const T *x, float factor, size_t count) {
+    const Timed timed_kernel("scale", "", 2.0 * sizeof(T) * (double)count);
     scale_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, x, factor, count);
     CUDA(cudaGetLastError());
 }
@@ -2912,6 +3023,7 @@ __global__ static void __launch_bounds__(THREADS)
 
 // y = a + b + c, and sum += b; c and sum may be NULL, y may be any of the others. count: a multiple of 8.
 static void gpu_add(float *y, const float *a, const float *b, const float *c, float *sum, size_t count) {
+    const Timed timed_kernel("add", "", (12.0 + (c ? 4 : 0) + (sum ? 8 : 0)) * (double)count);
     add_kernel<<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, a, b, c, sum, count);
     CUDA(cudaGetLastError());
 }
@@ -3387,7 +3499,9 @@ static void add_waiting(DeviceNetwork<T> *n) {
     for (int i = 0; i < n->waiting.count; i++)
         columns = larger(columns, (size_t)n->waiting.sums[i].C * (n->waiting.sums[i].second ? 2 : 1));
     const dim3 grid(blocks(columns, 32), (unsigned)n->waiting.count);
-    if (n->waiting.count) add_waiting_kernel<<<grid, THREADS, 0, stream>>>(n->waiting);
+    if (n->waiting.count == 0) return;
+    const Timed timed_kernel("add_waiting", "", 4.0 * (double)n->partials_used);
+    add_waiting_kernel<<<grid, THREADS, 0, stream>>>(n->waiting);
     CUDA(cudaGetLastError());
     n->waiting.count = 0, n->partials_used = 0;
 }
@@ -3416,6 +3530,7 @@ static void sum_biases(DeviceNetwork<T> *n, std::initializer_list<BiasSum<S>> li
     ColumnSums<S> p;
     p.count = 0;
     size_t chunks = 0, columns = 0;
+    double bytes = 0;
     if (n->waiting.count + SUM_TENSORS > WAITING_SUMS) add_waiting(n);
     for (const BiasSum<S> &sum : list) {
         float *dbias = layer_of(n, sum.layer)->dbias;
@@ -3423,9 +3538,12 @@ static void sum_biases(DeviceNetwork<T> *n, std::initializer_list<BiasSum<S>> li
         const int i = p.count++, C = sum.layer->shape.out_channels;
         p.x[i] = sum.dy, p.partials[i] = wait_for(n, dbias, NULL, sum.rows, C), p.rows[i] = sum.rows, p.C[i] = C;
         chunks = larger(chunks, divide_up((size_t)sum.rows, CHUNK_ROWS)), columns = larger(columns, (size_t)C);
+        bytes += (double)sizeof(S) * sum.rows * C;
     }
     const dim3 grid((unsigned)chunks, blocks(columns, THREADS), (unsigned)p.count);
-    if (p.count) column_sums_of_kernel<S><<<grid, THREADS, 0, stream>>>(p);
+    if (p.count == 0) return;
+    const Timed timed_kernel("column_sums", "", bytes);
+    column_sums_of_kernel<S><<<grid, THREADS, 0, stream>>>(p);
     CUDA(cudaGetLastError());
 }
 
@@ -4332,8 +4450,10 @@ template <class T>
 static int engine_train(Model *model, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
                         const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses,
                         Error *error) {
-    return device_training_step(&network_of<T>, &model->loss_scale, loss, optimizer, samples, batch_size, seed, step,
-                                losses, error);
+    const int status = device_training_step(&network_of<T>, &model->loss_scale, loss, optimizer, samples, batch_size,
+                                            seed, step, losses, error);
+    book_launches();
+    return status;
 }
 
 // The host lays out its activations for what is read of them: answers, and where the decoder looked.
@@ -4372,6 +4492,7 @@ static void engine_decode(const Model *model, Activations *acts) {
     const size_t rows = (size_t)(config->dec_layers * config->num_queries), Q = (size_t)config->num_queries;
     const size_t C = (size_t)config->hidden_dim, keys = (size_t)n->maps[n->tokens].rows;
     CUDA(cudaStreamSynchronize(stream));
+    book_launches();
     fetch_rows(acts->logits, n->logits, rows * (size_t)num_logits(config));
     fetch_rows(acts->boxes, n->boxes, 4 * rows);
     for (int l = 0; l < config->dec_layers && config->anchor; l++)
@@ -4460,6 +4581,7 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     printf("\n  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total",
            (double)device_bytes(n) / MiB, (double)available / MiB, (double)n->host.capacity / MiB);
     fflush(stdout);
+    engine.bytes = n->params.arena.capacity + n->arena.capacity + n->fixed.capacity;
     engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
     engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
     return 0;
@@ -4476,6 +4598,9 @@ static int engine_start_on_gpu(const Settings *settings, Model *model, Activatio
 }
 
 int main(int argc, char **argv) {
+    cudaDeviceProp gpu;
+    if (cudaGetDeviceProperties(&gpu, 0) == cudaSuccess)  // without a GPU, some commands need none
+        snprintf(engine.device, sizeof engine.device, "%s, compute capability %d.%d", gpu.name, gpu.major, gpu.minor);
     engine.is_gpu = 1, engine.start = engine_start_on_gpu;
     return main_of_commands(argc, argv);
 }

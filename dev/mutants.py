@@ -6,8 +6,9 @@
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
 flags in a folder of its own under build/mutants/. With --cuda it is those that the table marks so: errors in kernels,
-tried on the emulator (needs CUDA's headers; minutes). An error is caught when a test fails, crashes or does not come to an
-end; one that survives shows that something is not tested. Exit status 0 when every error of the table was planted and
+tried on the emulator (needs CUDA's headers; a minute each), first with the tests that the table names, then with all.
+An error is caught when a test fails for the first time, crashes or does not come to an end; one that survives shows
+that something is not tested. Exit status 0 when every error of the table was planted and
 caught. With --minutes, errors that have not begun when the time is up are only compiled, and counted; which come first
 depends on the sources, so that each change has another part of the table tried.
 
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -43,25 +45,26 @@ TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections", 
          "data/report.h": ["eval"], "data/flags.h": ["report", "watch"],
          None: HEART + ["image", "dataset", "eval", "report"]}
 OTHER = ["dataset", "image"]  # on the files that are not named here
-EMULATOR = ["rewrite", "emu.o", "cublaslt.o"]  # what the folder of an error in a kernel need not build again
+EMULATOR = ["rewrite", "emu.o", "cublaslt.o", "truth.o"]  # what the folder of an error in a kernel need not build again
 BF16 = ["bf16", "attention", "normalise", "maxpool", "dumps", "same_bytes", "company"]  # in float, which has bf16
 
 
 def read_table(path):
     """
-    [(number of the line, file, original, replacement, real)] from lines `@ file`, `@ file float` or `@ file cuda`, `- original`,
-    `+ replacement`.
+    [(number of the line, file, original, replacement, real, tests)] from lines `@ file`, `@ file float` or `@ file cuda
+    tests`, `- original`, `+ replacement`.
     """
-    table, file, original, real = [], None, None, "double"
+    table, file, original, real, tests = [], None, None, "double", ""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith("@ "):
-            file, real = (line[2:].split() + ["double"])[:2]
+            words = line[2:].split()
+            file, real, tests = words[0], "".join(words[1:2]) or "double", " ".join(words[2:])
         elif line.startswith("- "):
             original = line[2:].strip()
         elif line.startswith("+ ") or line == "+":
             if file is None or original is None:
                 sys.exit(f"{path}:{number}: a replacement without file or original before it")
-            table.append((number, file, original, line[2:].strip(), real))
+            table.append((number, file, original, line[2:].strip(), real, tests))
             original = None
         elif line.strip() and not line.startswith("#"):
             sys.exit(f"{path}:{number}: neither '@ file', '- original', '+ replacement' nor a comment: {line}")
@@ -72,7 +75,7 @@ def check_table(table):
     """Complaints about entries whose original is not found exactly once; an empty list when all is well."""
     texts = {}
     complaints = []
-    for number, file, original, replacement, _ in table:
+    for number, file, original, replacement, *_ in table:
         if file not in SOURCES:
             complaints.append(f"dev/mutants.txt:{number}: {file} is not one of the sources")
             continue
@@ -85,7 +88,34 @@ def check_table(table):
     return complaints
 
 
-def build_and_test(name, file, original, replacement, real, limit):
+def run_test(command, folder, limit):
+    """The output of a test's program up to its first failure, and what is found (see build_and_test)."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    output, started = "", time.monotonic()
+    with subprocess.Popen(["stdbuf", "-oL", *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment, text=True, errors="replace") as run:
+        clock = threading.Timer(limit, run.kill)
+        clock.start()
+        for line in run.stdout:
+            output += line
+            if line.lstrip().startswith("FAILED: "):
+                run.kill()
+                break
+        status = run.wait()
+        clock.cancel()
+    if first_failure(output):
+        return "caught", output
+    if status < 0:
+        late = time.monotonic() - started >= limit
+        return "caught", f"FAILED: {command[1]} " + ("does not come to an end" if late else f"ends with signal {-status}")
+    if status != 0:
+        return "caught", output
+    if not re.search(r"^[1-9][0-9]* passed, 0 failed", output, re.MULTILINE):
+        return "no such test", f"./test_detr {command[1]} checks nothing:\n{output}"
+    return "survives", output
+
+
+def build_and_test(name, file, original, replacement, real, first_tests, limit):
     """
     Plants one error and returns (verdict, seconds, last lines of output). File None: the program as it is; limit 0: only
     asks the compiler whether it is C.
@@ -96,11 +126,11 @@ def build_and_test(name, file, original, replacement, real, limit):
     (folder / "data").mkdir(parents=True)
     (folder / "program").mkdir()
     for source in SOURCES:
-        text = (ROOT / source).read_text()
-        (folder / source).write_text(text.replace(original, replacement) if source == file else text)
+        shutil.copy2(ROOT / source, folder / source)
+    if file:
+        (folder / file).write_text((ROOT / file).read_text().replace(original, replacement))
     (folder / "dev").symlink_to(ROOT / "dev")
     (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
     command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
     command += [f"-DREAL={real}", "test_detr.c"] + (["-o", "test_detr"] if limit else ["-fsyntax-only"])
     command += shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
@@ -110,29 +140,15 @@ def build_and_test(name, file, original, replacement, real, limit):
         shutil.copytree(ROOT / "build" / "emu", folder / "build" / "emu", ignore=lambda _, names: set(names) - set(EMULATOR))
         (folder / "build" / "cuda-headers").symlink_to(ROOT / "build" / "cuda-headers")
         command = ["make", "EMU_OPTIMIZE=-O0", "build/emu/test_detr"]
-        program, tests = "build/emu/test_detr", [""]
+        program, tests = "build/emu/test_detr", first_tests.split() + [""]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if built.returncode != 0:
         return "does not compile", time.monotonic() - start, built.stderr[-2000:]
     if not limit:
         return "not planted", time.monotonic() - start, ""
-    verdict, output = "survives", ""
     for test in tests:
-        try:
-            run = subprocess.run([program, test], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 timeout=limit, env=environment)
-            output = run.stdout.decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            verdict, output = "caught", f"FAILED: {test} does not come to an end"
-            break
-        if run.returncode < 0:
-            verdict, output = "caught", f"FAILED: {test} ends with signal {-run.returncode}"
-            break
-        if run.returncode != 0:
-            verdict = "caught"
-            break
-        if not re.search(r"^[1-9][0-9]* passed, 0 failed", output, re.MULTILINE):
-            verdict, output = "no such test", f"./test_detr {test} checks nothing:\n{output}"
+        verdict, output = run_test([program, test], folder, limit)
+        if verdict != "survives":
             break
     shutil.rmtree(folder, ignore_errors=True)
     return verdict, time.monotonic() - start, output
@@ -158,18 +174,18 @@ def main():
         print(complaint)
     table = [entry for entry in table if arguments.only in " ".join(entry[1:])]
     if arguments.list or complaints:
-        for number, file, original, replacement, _ in table if arguments.list else []:
+        for number, file, original, replacement, *_ in table if arguments.list else []:
             print(f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}")
         print(f"{len(table)} errors in the table, {len(complaints)} of them not as the sources are")
         return 1 if complaints else 0
 
-    table = [entry for entry in table if (entry[-1] == "cuda") == arguments.cuda]
+    table = [entry for entry in table if (entry[4] == "cuda") == arguments.cuda]
     if arguments.cuda:
         subprocess.run(["make", "-s", "-C", str(ROOT), "EMU_OPTIMIZE=-O0"] + [f"build/emu/{name}" for name in EMULATOR], check=True)
     end = time.monotonic() + 60 * arguments.minutes
     longest = 0
-    for real in sorted({entry[-1] for entry in table}):
-        verdict, seconds, output = build_and_test("original", None, "", "", real, 3600)
+    for real in sorted({entry[4] for entry in table}):
+        verdict, seconds, output = build_and_test("original", None, "", "", real, "", 3600)
         longest = max(longest, seconds)
         if verdict != "survives":
             print(output[-2000:])
@@ -191,7 +207,7 @@ def main():
         for entry in table:
             jobs[pool.submit(try_error, entry)] = entry
         for job in concurrent.futures.as_completed(jobs):
-            number, file, original, replacement, _ = jobs[job]
+            number, file, original, replacement, *_ = jobs[job]
             verdict, seconds, output = job.result()
             what = f"{number}: {file}: {original.strip()}  ->  {replacement.strip()}"
             if verdict == "not planted":

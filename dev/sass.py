@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """What nvcc made of each kernel: registers, spills, shared memory, how many of its warps a multiprocessor can hold, and
-which instructions are there. Nothing is run. `make sass SM=90` calls it.
+which instructions are there; beside it what the kernel has to do at least. Nothing is run. `make sass SM=90` calls it.
 
     dev/sass.py SM PTXAS OBJECT CUOBJDUMP
 
@@ -54,9 +54,53 @@ DYNAMIC = {"conv_kernel": conv_shared, "attention_forward": attention_shared, "a
            "match_kernel": lambda: 8 * 3 * 100 + 4 * 4 * 100}
 
 
+# What a kernel in bf16 has to do at least: megabytes that are read and written once, and GFLOP of products, for ResNet-50
+# with 100 queries and eight pictures of 800 x 1066 (doc/8 says what of it each line is).
+PIXELS, TOKENS, CHANNELS, FEEDFORWARD, QUERIES, LAYERS, LOGITS = 8 * 800 * 1066, 8 * 25 * 34, 256, 2048, 8 * 100, 6, 92
+NUMBERS, TRAINED, CONV_WEIGHTS = TOKENS * CHANNELS, 41.28e6, 23.45e6
+PAIRS = 8 * 850 * 850 * CHANNELS  # of queries, keys and channels
+CONV = {"0": 29, "1": 42, "2": 32}  # 3 x 3, 256 channels, by pass; with the mask on the way back
+NARROW = {"0": 109, "1": 164, "2": 111}  # 64 channels
+LEAST = {"pixels": 9 * PIXELS, "resize_kernel<unsigned": 8 * 480 * (3 * 640 + 4 * 1066),
+         "resize": 8 * 1066 * (4 * 480 + 6 * 800), "finish": 8 * NUMBERS, "add_parts": 40 * 256 * 2304,
+         "maxpool": 8 * 64 * (2 * 400 * 533 + 3 * 200 * 267), "add_positions": 6 * NUMBERS,
+         "add_queries": 6 * QUERIES * CHANNELS, "add_queries_backward": 4 * (QUERIES + 200) * CHANNELS,
+         "box_features": 4 * 4 * QUERIES * 129, "sigmoid": 8 * 4 * LAYERS * QUERIES, "dropout": 4 * TOKENS * FEEDFORWARD,
+         "attention_forward": (8 * NUMBERS, 4 * PAIRS), "attention_dots": 4 * NUMBERS,
+         "attention_backward_queries": (10 * NUMBERS, 6 * PAIRS), "attention_backward_keys": (12 * NUMBERS, 8 * PAIRS),
+         "norm_forward": 18 * NUMBERS, "norm_backward": 14 * NUMBERS, "column_sums": 2 * TOKENS * FEEDFORWARD,
+         "match_costs": 4 * LAYERS * QUERIES * LOGITS, "set_loss": 8 * LAYERS * QUERIES * LOGITS,
+         "loss_sums": 25 * LAYERS * QUERIES, "unfold": 8 * CONV_WEIGHTS, "fold": 6 * CONV_WEIGHTS,
+         "gradient_norm": 4 * TRAINED, "gradient_norm_finish": 8 * TRAINED / 8192,
+         "adamw": 28 * TRAINED + 2 * (TRAINED - CONV_WEIGHTS), "adamw_step": 0, "add_kernel": 24 * NUMBERS,
+         "scale": 4 * NUMBERS, "round": 6 * NUMBERS}
+MEMORY, TENSOR = 3.35e12, 989e12  # bytes and operations in bf16 a second of an H100, by its data sheet
+
+
+def least(name, arguments):
+    """Bytes and operations of a kernel in bf16 or without a type, or None."""
+    if "float" in arguments or "__half" in arguments:
+        return None
+    if name.startswith(("attention", "norm")) and arguments[1:2] in (["64"], ["4"]):
+        return None  # heads of 64 channels, rows of more than 256
+    if name.startswith("conv_kernel"):
+        return 1e6 * (CONV if arguments[2] == "128" else NARROW)[arguments[1]], 31.6e9
+    found = entry(LEAST, name)
+    return found if isinstance(found, tuple) or found is None else (found, 0)
+
+
 def entry(table, name):
     """The value of the longest key that the name begins with, or None."""
     return table.get(max((key for key in table if name.startswith(key)), key=len, default=None))
+
+
+def floor(work):
+    """The table's last three cells."""
+    if not work or work[0] == 0:
+        return " | | "
+    size, operations = work
+    return (f"{size / 1e6:{'.0f' if size > 1e8 else '.3g'}} | {f'{operations / 1e9:.3g}' if operations else ''} | "
+            f"{1e6 * max(size / MEMORY, operations / TENSOR):{'.0f' if size > 1e8 else '.2g'}}")
 
 
 def blocks_per_multiprocessor(sm, threads, registers, shared):
@@ -90,7 +134,7 @@ def main():
             kernels[name]["threads"] = int(threads[1], 16) if threads else 0
     plain = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout.split("\n")
     print("| kernel | threads | registers | shared memory, bytes | spilled bytes | warps, of "
-          f"{MULTIPROCESSORS[sm][1] // 32} | instructions | among them |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+          f"{MULTIPROCESSORS[sm][1] // 32} | instructions | among them | MB | GFLOP | floor, us |\n| --- |{6 * ' ---: |'} --- |{3 * ' ---: |'}")
     wrong = []
     for name, kernel in sorted(zip(plain, kernels.values())):
         name = re.sub(r"\(.*", "", name.replace("(int)", "")).removeprefix("void ")
@@ -103,7 +147,7 @@ def main():
         blocks = blocks_per_multiprocessor(sm, kernel["threads"], kernel["registers"], shared)
         print(f"| `{name.replace('__nv_bfloat16', 'bf16').replace('__half', 'fp16')}` | {kernel['threads']} | "
               f"{kernel['registers']} | {shared} | {kernel['spills']} | {blocks * kernel['threads'] // 32} | "
-              f"{kernel['length']} | {' '.join(kernel['has'])} |")
+              f"{kernel['length']} | {' '.join(kernel['has'])} | {floor(least(name, arguments))} |")
         if kernel["local"] or kernel["stack"]:
             wrong.append(f"{name}: local memory: {kernel['stack']} bytes, {kernel['local']} instructions")
         if not dynamic and "LDSM" in kernel["has"] and not kernel["shared"]:

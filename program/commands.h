@@ -38,7 +38,9 @@ static struct {
     void (*encode)(const Model *, Activations *, const Image *);
     void (*decode)(const Model *, Activations *);
     void (*fetch)(Model *), (*send)(Model *);  // the model's values before they are used here, after they were changed
-} engine = {0, engine_start, training_step, encode_image, decoder_forward, values_are_here, values_are_here};
+    char device[300];                          // what a GPU is called
+    size_t bytes;                              // of its memory that start() has taken
+} engine = {0, engine_start, training_step, encode_image, decoder_forward, values_are_here, values_are_here, "", 0};
 
 // To compute with the averages, and to go back.
 static void engine_swap(Model *model) {
@@ -1674,18 +1676,23 @@ static int compare_profile_lines(const void *a, const void *b) {
     return left < right ? 1 : left > right ? -1 : 0;
 }
 
-// Prints what the profile holds of `runs` runs that took `seconds` in all, the longest first. peak: GFLOP/s.
+// Prints what the profile holds of `runs` runs that took `seconds` in all, the longest first; on a GPU that is the time
+// of its kernels. peak: GFLOP/s, or 0, unknown.
 static void print_profile(const char *title, double seconds, int runs, double peak) {
     double known = 0;
-    printf("\n%-24s %-17s %7s %9s %6s %9s %7s %7s\n", title, "", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s");
+    printf("\n%-24s %-17s %7s %9s %6s %9s %7s %7s\n", title, "", "calls", "ms", "share",
+           engine.is_gpu ? "TFLOP/s" : "GFLOP/s", peak > 0 ? "of peak" : "", "GB/s");
     qsort(profile.lines, (size_t)profile.count, sizeof profile.lines[0], compare_profile_lines);
     for (int i = 0; i < profile.count; i++) {
         const ProfileLine *line = &profile.lines[i];
         known += line->seconds;
         printf("%-24s %-17s %7ld %9.2f %5.1f%%", line->work, line->pass, line->calls / runs, 1e3 * line->seconds / runs,
                100 * line->seconds / seconds);
+        char of_peak[16] = "";
+        if (line->flops > 0 && peak > 0)
+            snprintf(of_peak, sizeof of_peak, "%.0f%%", line->flops / line->seconds / peak / 1e7);
         if (line->flops > 0)
-            printf(" %9.1f %6.0f%%", line->flops / line->seconds / 1e9, line->flops / line->seconds / peak / 1e7);
+            printf(" %9.1f %7s", line->flops / line->seconds / (engine.is_gpu ? 1e12 : 1e9), of_peak);
         else
             printf(" %9s %7s", "", "");
         printf(line->bytes > 0 ? " %7.1f\n" : "\n", line->bytes / line->seconds / 1e9);
@@ -1740,7 +1747,8 @@ static int command_bench(Settings *settings, Error *error) {
     if (engine.start(settings, &model, acts, height, width, 1, in_flight, 7, error) != 0) return -1;
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
-    double peak = measure_peak_gflops(config.half), infer_seconds = 0,
+    const size_t device_bytes = engine.bytes;
+    double peak = engine.is_gpu ? 0 : measure_peak_gflops(config.half), infer_seconds = 0,
            train_seconds = bench_seconds(&model, acts, &loss, samples, batch, 1, peak, error);
     double untrained, flops = forward_flops(&model, height, width, &untrained);
     struct rusage usage;
@@ -1752,13 +1760,20 @@ static int command_bench(Settings *settings, Error *error) {
     int status = train_seconds > 0 ? 0 : -1;
     if (status == 0) {
         const char *precision = config.half ? "bf16" : sizeof(real) == 4 ? "fp32" : "fp64";
-        printf("%s %dx%d, batch %d, %d in flight, %d threads, %s, %s\n", flag_text(settings, "backbone"), height, width,
-               batch, in_flight, omp_get_max_threads(), precision, KERNEL);
+        printf("%s %dx%d, batch %d, ", flag_text(settings, "backbone"), height, width, batch);
+        if (engine.is_gpu)
+            printf("%s, %s\n", flag_text(settings, "precision"), engine.device);
+        else
+            printf("%d in flight, %d threads, %s, %s\n", in_flight, omp_get_max_threads(), precision, KERNEL);
         printf("training step  %8.3f s  %7.1f Gflop/s  %.2f images/s\n", train_seconds,
                train_flops / train_seconds / 1e9, batch / train_seconds);
         printf("inference      %8.3f s  %7.1f Gflop/s\n", infer_seconds, flops / infer_seconds / 1e9);
-        printf("peak           %18.1f Gflop/s, measured; %.2f GiB of memory\n", peak,
-               (double)usage.ru_maxrss / 1048576);
+        if (engine.is_gpu)
+            printf("memory         %8.1f MiB of the GPU's in training, %.1f in inference\n",
+                   (double)device_bytes / 1048576, (double)engine.bytes / 1048576);
+        else
+            printf("peak           %18.1f Gflop/s, measured; %.2f GiB of memory\n", peak,
+                   (double)usage.ru_maxrss / 1048576);
     }
     if (status == 0 && json_path) {
         FILE *json = fopen(json_path, "w");
@@ -1766,9 +1781,14 @@ static int command_bench(Settings *settings, Error *error) {
         if (json) {
             fprintf(json,
                     "{\"train_step_s\": %.17g, \"infer_s\": %.17g, \"peak_rss_bytes\": %lld, \"gflops_train\": %.17g, "
-                    "\"gflops_infer\": %.17g, \"peak_gflops_measured\": %.17g}\n",
+                    "\"gflops_infer\": %.17g, ",
                     train_seconds, infer_seconds, (long long)usage.ru_maxrss * 1024, train_flops / train_seconds / 1e9,
-                    flops / infer_seconds / 1e9, peak);
+                    flops / infer_seconds / 1e9);
+            if (engine.is_gpu)
+                fprintf(json, "\"device\": \"%s\", \"device_bytes_train\": %zu, \"device_bytes_infer\": %zu}\n",
+                        engine.device, device_bytes, engine.bytes);
+            else
+                fprintf(json, "\"peak_gflops_measured\": %.17g}\n", peak);
             status = coco_close(json, json_path, error);
         }
     }

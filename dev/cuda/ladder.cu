@@ -1,5 +1,5 @@
 /*
-ladder.cu: how three of the trainer's kernels get fast. Each version does the same as the one before it; its comment
+ladder.cu: how four of the trainer's kernels get fast. Each version does the same as the one before it; its comment
 says what it changes and why that helps. The last one of each ladder is train_detr.cu's own.
 
     make cuda-ladder                  on dev/emu: checks every version, counts what it asks of memory, prints tables
@@ -13,6 +13,7 @@ channels, heads of 32, no dropout, one picture. Read it downward:
     Layer norm           bytes: who reads what, and how often
     Matching             steps: one after another, nothing but latency
     Attention            both, and products: forward, in bf16
+    Convolution          products: how often a number is used that has been fetched
 
 Machine words. 32 threads are a warp: they do an instruction together. A multiprocessor (132 of them on an H100) has 64
 warps at most and changes to another one when one waits. A warp's load is done in lines of 128 bytes, of which sectors
@@ -765,6 +766,260 @@ static int attention_ladder(int T, int heads) {
     return ladder.failed;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 3x3 convolution, stride 1, padding 1, of one picture's map, in bf16: y (height * width, filters), x (height * width,
+// channels), w (filters, 3, 3, channels). Channels are a multiple of 32, filters of 8.
+
+typedef struct {
+    __nv_bfloat16 *y;
+    const __nv_bfloat16 *x, *w;
+    int height, width, channels, filters;
+} ConvJob;
+
+// A thread has a number of y, as on paper, neighbours the next filter. All read the same number of x, but each its own
+// filter, 18 bytes a channel apart: 32 lines for 32 products, of which the next channel uses 2 bytes more each.
+__global__ static void conv_thread_kernel(ConvJob p) {
+    const int filter = (int)threadIdx.x, row = (int)blockIdx.x, oy = row / p.width, ox = row % p.width;
+    if (filter >= p.filters) return;
+    float sum = 0;
+    for (int tap = 0; tap < 9; tap++) {
+        const int y = oy + tap / 3 - 1, x = ox + tap % 3 - 1;
+        if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
+        const __nv_bfloat16 *from = p.x + (size_t)(y * p.width + x) * p.channels,
+                            *weight = p.w + (size_t)(9 * filter + tap) * p.channels;
+        for (int c = 0; c < p.channels; c++) sum += to_float(from[c]) * to_float(weight[c]);
+    }
+    p.y[(size_t)row * p.filters + filter] = to_type<__nv_bfloat16>(sum);
+}
+
+// A block has 8 x 8 pixels of 32 filters and goes through the channels 16 at a time: the 10 x 10 pixels that these need
+// and the filters come to shared memory once and are used 64 and 32 times. A thread has a pixel and eight filters; a
+// number of x that it has read is good for eight products, so 9 loads for 8. Edges cost most on small maps: 100 pixels
+// are fetched for 64.
+__global__ static void __launch_bounds__(THREADS) conv_tile_kernel(ConvJob p) {
+    __shared__ float x[10 * 10][16 + 1];  // odd, so that neighbours lie in different banks
+    __shared__ float w[9 * 16][32 + 1];
+    const int across = (p.width + 7) / 8, tile_y = (int)blockIdx.x / across * 8, tile_x = (int)blockIdx.x % across * 8;
+    const int pixel = (int)threadIdx.x % 64, first = (int)threadIdx.x / 64 * 8, filters = (int)blockIdx.y * 32;
+    const int oy = tile_y + pixel / 8, ox = tile_x + pixel % 8;
+    float sum[8] = {};
+    for (int c = 0; c < p.channels; c += 16) {
+        for (int i = (int)threadIdx.x; i < 100 * 16; i += THREADS) {
+            const int y = tile_y + i / 160 - 1, column = tile_x + i / 16 % 10 - 1;
+            const bool inside = y >= 0 && y < p.height && column >= 0 && column < p.width;
+            x[i / 16][i % 16] = inside ? to_float(p.x[(size_t)(y * p.width + column) * p.channels + c + i % 16]) : 0;
+        }
+        for (int i = (int)threadIdx.x; i < 9 * 16 * 32; i += THREADS) {
+            const int filter = i / (9 * 16), tap = i / 16 % 9;
+            w[16 * tap + i % 16][filter] =
+                filters + filter < p.filters
+                    ? to_float(p.w[(size_t)(9 * (filters + filter) + tap) * p.channels + c + i % 16])
+                    : 0;
+        }
+        __syncthreads();
+        for (int tap = 0; tap < 9; tap++) {
+            const float *from = x[(pixel / 8 + tap / 3) * 10 + pixel % 8 + tap % 3];
+            for (int k = 0; k < 16; k++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[j] += from[k] * w[16 * tap + k][first + j];
+            }
+        }
+        __syncthreads();
+    }
+    if (oy >= p.height || ox >= p.width) return;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (filters + first + j < p.filters)
+            p.y[(size_t)(oy * p.width + ox) * p.filters + filters + first + j] = to_type<__nv_bfloat16>(sum[j]);
+}
+
+// Eight numbers of a row of the matrix that is never made, from column k on: tap by tap, the channels of the pixel that
+// the output pixel `row` sees there.
+__device__ static uint4 patch_piece(const ConvJob &p, int row, int k) {
+    const int tap = k / p.channels, y = row / p.width + tap / 3 - 1, x = row % p.width + tap % 3 - 1;
+    const bool inside = row < p.height * p.width && y >= 0 && y < p.height && x >= 0 && x < p.width;
+    const uint4 zero = {0, 0, 0, 0};
+    return inside ? *(const uint4 *)(p.x + (size_t)(y * p.width + x) * p.channels + k % p.channels) : zero;
+}
+
+// The same of a filter, which lies in memory as it is needed.
+__device__ static uint4 filter_piece(const ConvJob &p, int filter, int k) {
+    const uint4 zero = {0, 0, 0, 0};
+    return filter < p.filters ? *(const uint4 *)(p.w + (size_t)filter * 9 * p.channels + k) : zero;
+}
+
+// Implicit GEMM: a product of (pixels, 9 channels) with (9 channels, filters), 64 x 64 sums a block, 32 columns at a
+// time, and nothing of it is about pixels but where a piece of 16 bytes is fetched from. So tiles have no edges of
+// their own, and it serves any kernel size and stride. A thread has 4 x 4 sums in registers: 8 loads for 16 products.
+__global__ static void __launch_bounds__(THREADS) conv_register_kernel(ConvJob p) {
+    __shared__ float a[32][64 + 4];  // column by column, so that a thread's four rows are neighbours
+    __shared__ float b[32][64 + 4];
+    const int thread = (int)threadIdx.x, row = (int)blockIdx.x * 64, filter = (int)blockIdx.y * 64;
+    const int i = thread / 16 * 4, j = thread % 16 * 4;
+    float sum[4][4] = {};
+    for (int k = 0; k < 9 * p.channels; k += 32) {
+        const int line = thread / 4, at = thread % 4 * 8;  // the piece that this thread brings
+        const uint4 pieces[2] = {patch_piece(p, row + line, k + at), filter_piece(p, filter + line, k + at)};
+        for (int n = 0; n < 8; n++) {
+            a[at + n][line] = to_float(((const __nv_bfloat16 *)&pieces[0])[n]);
+            b[at + n][line] = to_float(((const __nv_bfloat16 *)&pieces[1])[n]);
+        }
+        __syncthreads();
+        for (int n = 0; n < 32; n++) {
+            const float4 left = *(const float4 *)&a[n][i], right = *(const float4 *)&b[n][j];
+            const float rows[4] = {left.x, left.y, left.z, left.w}, columns[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sum[r][c] += rows[r] * columns[c];
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            if (row + i + r < p.height * p.width && filter + j + c < p.filters)
+                p.y[(size_t)(row + i + r) * p.filters + filter + j + c] = to_type<__nv_bfloat16>(sum[r][c]);
+}
+
+// Tensor cores: the same tiles, as bf16, and each of four warps multiplies 32 x 32 of the 64 x 64 by instructions of
+// 16 x 8 x 16. A lane of an operand has pairs of numbers of rows l / 4 and l / 4 + 8 at columns 2 (l % 4) and 8 further
+// (doc/8): four loads of 4 bytes for 16 x 16 numbers, or, with LDMATRIX, one instruction of the warp, which hands out
+// four matrices of 8 x 8 as they are needed. Rows 16 bytes longer than their 64 keep both free of bank conflicts.
+template <bool LDMATRIX>
+__device__ static void load_fragment(uint32_t (&to)[4], const __nv_bfloat16 (*tile)[32 + 8], int row, int k) {
+    const int lane = (int)threadIdx.x % 32;
+    if (LDMATRIX) {
+        ldmatrix_x4(to, &tile[row + lane % 16][k + lane / 16 * 8]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        to[i] = *(const uint32_t *)&tile[row + lane / 4 + i % 2 * 8][k + lane % 4 * 2 + i / 2 * 8];
+}
+
+template <bool LDMATRIX>
+__global__ static void __launch_bounds__(128) conv_mma_kernel(ConvJob p) {
+    __shared__ __align__(16) __nv_bfloat16 a[64][32 + 8];
+    __shared__ __align__(16) __nv_bfloat16 b[64][32 + 8];
+    const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int row = (int)blockIdx.x * 64, filter = (int)blockIdx.y * 64, i = warp / 2 * 32, j = warp % 2 * 32;
+    float sum[2][4][4] = {};
+    for (int k = 0; k < 9 * p.channels; k += 32) {
+        for (int line = thread / 4; line < 64; line += 32) {
+            *(uint4 *)&a[line][thread % 4 * 8] = patch_piece(p, row + line, k + thread % 4 * 8);
+            *(uint4 *)&b[line][thread % 4 * 8] = filter_piece(p, filter + line, k + thread % 4 * 8);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < 32; n += 16) {
+            uint32_t rows[2][4], columns[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                load_fragment<LDMATRIX>(rows[half], a, i + 16 * half, n);
+                load_fragment<LDMATRIX>(columns[half], b, j + 16 * half, n);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    mma<__nv_bfloat16>(sum[r][c], rows[r], columns[c / 2][c % 2], columns[c / 2][c % 2 + 2]);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int to = row + i + 8 * r + lane / 4, column = filter + j + 8 * c + lane % 4 * 2;
+            if (to < p.height * p.width && column < p.filters)
+                *(uint32_t *)(p.y + (size_t)to * p.filters + column) =
+                    pair<__nv_bfloat16>(sum[r / 2][c][r % 2 * 2], sum[r / 2][c][r % 2 * 2 + 1]);
+        }
+}
+
+// The last version is the trainer's: tiles of 128 rows, 64 columns of the inner dimension at a time, of which two
+// arrive by asynchronous copies, past the registers, while a third is multiplied; each piece at a place that depends on
+// its row instead of longer rows; and a warp has twice as many sums (four times with more filters), so that a fragment
+// is used for more of them.
+static int conv_ladder(int height, int width, int channels, int filters) {
+    const int rows = height * width;
+    const size_t num_x = (size_t)(rows * channels), num_w = (size_t)(9 * filters * channels),
+                 num_y = (size_t)(rows * filters);
+    float *x = random_numbers(num_x, 10), *w = random_numbers(num_w, 11);
+    __nv_bfloat16 *rounded_x = (__nv_bfloat16 *)allocate(num_x * sizeof(__nv_bfloat16)),
+                  *rounded_w = (__nv_bfloat16 *)allocate(num_w * sizeof(__nv_bfloat16)),
+                  *y = (__nv_bfloat16 *)allocate(num_y * sizeof(__nv_bfloat16));
+    double *truth = (double *)allocate(num_y * sizeof(double)), *allowed = (double *)allocate(num_y * sizeof(double));
+    for (size_t i = 0; i < num_x; i++) x[i] = to_float(rounded_x[i] = to_type<__nv_bfloat16>(x[i]));
+    for (size_t i = 0; i < num_w; i++) w[i] = to_float(rounded_w[i] = to_type<__nv_bfloat16>(w[i]));
+    for (int row = 0; row < rows; row++)
+        for (int filter = 0; filter < filters; filter++) {
+            double sum = 0, sizes = 0;
+            for (int tap = 0; tap < 9; tap++) {
+                const int iy = row / width + tap / 3 - 1, ix = row % width + tap % 3 - 1;
+                if (iy < 0 || iy >= height || ix < 0 || ix >= width) continue;
+                const float *from = x + (iy * width + ix) * channels, *weight = w + (9 * filter + tap) * channels;
+                for (int c = 0; c < channels; c++) {
+                    const double product = (double)from[c] * (double)weight[c];
+                    sum += product, sizes += fabs(product);
+                }
+            }
+            // bf16 rounds by 2^-8 of the result; a sum of n floats in any order is off by n 2^-23 of their sizes, and
+            // that may change the rounding
+            const size_t at = (size_t)row * (size_t)filters + (size_t)filter;
+            truth[at] = sum, allowed[at] = 0x1p-8 * 1.01 * fabs(sum) + 9 * channels * 0x1p-23 * sizes;
+        }
+    const ConvJob p = {on_device<__nv_bfloat16>(num_y),
+                       upload(rounded_x, num_x),
+                       upload(rounded_w, num_w),
+                       height,
+                       width,
+                       channels,
+                       filters};
+    auto is_right = [&] {
+        size_t right = 0;
+        take(y, p.y, num_y);
+        for (size_t i = 0; i < num_y; i++) right += fabs((double)to_float(y[i]) - truth[i]) <= allowed[i];
+        return right == num_y;
+    };
+    Ladder ladder = {2.0 * 9 * rows * channels * filters, 0, 0};
+    char title[100];
+    snprintf(title, sizeof title, "3x3 convolution of %d x %d pixels, %d to %d channels", height, width, channels,
+             filters);
+    print_head(title);
+    const dim3 tiles(blocks((size_t)height, 8) * blocks((size_t)width, 8), blocks((size_t)filters, 32)),
+        products(blocks((size_t)rows, 64), blocks((size_t)filters, 64));
+    rung(
+        &ladder, "a thread has a number",
+        [&] { conv_thread_kernel<<<(unsigned)rows, blocks((size_t)filters, 32) * 32, 0, stream>>>(p); }, is_right);
+    rung(
+        &ladder, "a block has 8 x 8 pixels in shared memory",
+        [&] { conv_tile_kernel<<<tiles, THREADS, 0, stream>>>(p); }, is_right);
+    rung(
+        &ladder, "implicit GEMM, 4 x 4 sums a thread",
+        [&] { conv_register_kernel<<<products, THREADS, 0, stream>>>(p); }, is_right);
+    rung(
+        &ladder, "tensor cores", [&] { conv_mma_kernel<false><<<products, 128, 0, stream>>>(p); }, is_right);
+    rung(
+        &ladder, "`ldmatrix`", [&] { conv_mma_kernel<true><<<products, 128, 0, stream>>>(p); }, is_right);
+    const Segment all = {0, height, width, 0};
+    Segment *segment = upload(&all, 1);
+    const Ragged map = {segment, 1, rows};
+    const ConvShape shape = {channels, filters, 3, 1, 1, 1};
+    const Epilogue epilogue = {NULL, NULL, 0, NULL, 0};
+    rung(
+        &ladder, "`gpu_conv_forward()`: steps come while others are used",
+        [&] { gpu_conv_forward(p.y, p.x, p.w, epilogue, map, map, shape); }, is_right);
+    CUDA(cudaFree(p.y));
+    CUDA(cudaFree((void *)p.x));
+    CUDA(cudaFree((void *)p.w));
+    CUDA(cudaFree(segment));
+    free(x), free(w), free(rounded_x), free(rounded_w), free(y), free(truth), free(allowed);
+    return ladder.failed;
+}
+
 int main(int argc, char **argv) {
     const int quick = argc == 2 && !strcmp(argv[1], "--quick");
     int failed = 0;
@@ -781,6 +1036,7 @@ int main(int argc, char **argv) {
     failed += norm_ladder(quick ? 37 : 850);
     failed += match_ladder(quick ? 2 : 6, quick ? 3 : 8, quick ? 7 : 20, quick ? 45 : 100);
     failed += attention_ladder(quick ? 70 : 250, quick ? 2 : 8);
+    failed += quick ? conv_ladder(7, 9, 32, 40) : conv_ladder(25, 34, 64, 64);
     if (failed) fprintf(stderr, "%d results are wrong\n", failed);
     return failed > 0;
 }

@@ -376,6 +376,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t how, const 
     if (p.d.batch > 1 && p.how.epilogue != CUBLASLT_EPILOGUE_DEFAULT && p.how.epilogue != CUBLASLT_EPILOGUE_RELU) {
         fail("cublasLt: a batch with a bias is not emulated, at %s", CALLER);
     }
+    emu::launches++;
     emu::enqueue(stream, p.pc, [=] { run(p, workspace, workspace_bytes); });
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -893,6 +893,8 @@ static void run_kernel(const Kernel &k, const std::vector<char> &arguments) {
     for (auto &v : shared_variables) check_memory(v.p, v.p, 0, v.p + v.bytes);
 }
 
+unsigned long launches;
+
 void enqueue_kernel(const Config &c, const void *function, const char *name, void (*call)(const void *, const void *),
                     const void *arguments, size_t bytes, const char *file, int line) {
     unsigned long count = (unsigned long)c.block.x * c.block.y * c.block.z;
@@ -912,6 +914,7 @@ void enqueue_kernel(const Config &c, const void *function, const char *name, voi
              where.c_str(), c.shared, gpu.architecture, gpu.shared_per_block, most);
     }
     Kernel k = {c, function, name, file, line, call, (int)count};
+    launches++;
     std::vector<char> copy((const char *)arguments, (const char *)arguments + bytes);
     push(c.stream, CALLER, [k, copy] { run_kernel(k, copy); });
 }

@@ -447,6 +447,7 @@ struct Counts {
     uint64_t steps;                  // accesses and waits of the thread that has most of them
 };
 Counts take_counts() EMU_WEAK;
+extern unsigned long launches;  // of kernels, and products of cuBLASLt, that the program has asked for
 void count_wait(Kind kind) EMU_WEAK;
 
 inline void touch(const void *address, size_t bytes, Access access, uintptr_t pc) {
