@@ -2,7 +2,7 @@
 """Speed beside PyTorch, OpenVINO and ONNX Runtime, the programs taking turns: writes the table of README.md.
 
     python dev/bench.py [--cases r50-fp32,small-bf16] [--rounds 5] [--steps 3] [--threads N] [--program ./train_detr]
-                        [--markdown FILE] [--json FILE]
+                        [--gpu_program ./train_detr_cu] [--markdown FILE] [--json FILE]
 
 Prints a Markdown table of medians, their ratios, the share of the machine's measured multiply-add peak, and peak
 memory; --json writes every single time as well.
@@ -13,6 +13,12 @@ the same network, exported to ONNX, after their outputs were compared with PyTor
 normalise, forward with dropout, a matching for each decoder layer, loss, backward, clipping, AdamW, on random pictures
 with 7 boxes each. An inference goes from decoded pixels of one picture to boxes and class probabilities. Shares of the
 peak count the operations of direct convolutions for every program.
+
+Where there is a GPU and train_detr_cu is built, a second table has both on it: PyTorch as the official DETR runs (fp32),
+in channels_last with autocast in bf16, and compiled besides; in images a second, with the peak of the GPU's memory as
+PyTorch and our plan count it. Floats are multiplied as floats. The case gpu-check is for machines without a GPU: it
+runs all of that on the processor, our side by the emulator (--gpu_program build/emu/train_detr), and its figures mean
+nothing.
 
 A machine's speed drifts, so each round gives every program a turn. A peer lives in a process of its own, one for
 training and one for inference, so that peak memory is its own; it sleeps while others are timed, which is checked.
@@ -40,6 +46,10 @@ for precision in "fp32", "bf16":
     CASES["vga-" + precision] = Case("ResNet-50, 480x640", "resnet50", 6, 480, 640, 2, precision, ("train",))
     CASES["small-" + precision] = Case("ResNet-18, 3+3 layers, 240x320", "resnet18", 3, 240, 320, 4, precision,
                                        ("train",))
+    CASES["gpu-r50-" + precision] = Case("ResNet-50, 800x1066", "resnet50", 6, 800, 1066, 8, precision,
+                                         ("train", "infer"))
+    CASES["gpu-vga-" + precision] = Case("ResNet-50, 480x640", "resnet50", 6, 480, 640, 16, precision, ("train",))
+CASES["gpu-check"] = Case("ResNet-18, one layer each, 32x32", "resnet18", 1, 32, 32, 1, "bf16", ("train", "infer"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,6 +75,32 @@ def pytorch_compiled(case, work, threads, folder):
     return network.infer
 
 
+def on_gpu(precision=None, channels_last=True, compiled=False):
+    """PyTorch on the GPU, or on the processor where there is none. precision: None, the case's."""
+    def prepare(case, work, threads, folder):
+        import torch
+        from bench_torch import Network
+
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and case != CASES["gpu-check"]:
+            sys.exit("PyTorch finds no GPU: only gpu-check runs without one")
+        network = Network(case._replace(precision=precision or case.precision), device,
+                          torch.channels_last if channels_last else torch.contiguous_format)
+        if compiled:
+            network.model.compile()
+        return getattr(network, work)
+
+    return prepare
+
+
+def device_memory():
+    """Peak bytes of the GPU's memory in this process, or None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else None
+
+
 def openvino(case, work, threads, folder):
     import numpy
     import openvino
@@ -88,6 +124,7 @@ def onnxruntime(case, work, threads, folder):
 
 
 PEERS = {"PyTorch": pytorch, "PyTorch compiled": pytorch_compiled, "OpenVINO": openvino, "ONNX Runtime": onnxruntime}
+GPU_PEERS = {"eager, fp32": on_gpu("fp32", channels_last=False), "channels_last": on_gpu(), "compiled": on_gpu(compiled=True)}
 COLUMNS = "PyTorch", "OpenVINO", "ONNX Runtime"  # the faster of the two PyTorchs is shown
 
 
@@ -100,7 +137,7 @@ def worker(options):
     import numpy
 
     case = CASES[options.cases]
-    run = PEERS[options.peer](case, options.work, options.threads, options.folder)
+    run = {**PEERS, **GPU_PEERS}[options.peer](case, options.work, options.threads, options.folder)
     if options.work == "infer":
         wanted = numpy.load(os.path.join(options.folder, "example.npz"))
         for name, output in zip(("arr_1", "arr_2"), run()):
@@ -115,8 +152,10 @@ def worker(options):
         for _ in range(options.steps):
             start = time.perf_counter()
             run()
+            if device_memory() is not None:
+                sys.modules["torch"].cuda.synchronize()
             times.append(time.perf_counter() - start)
-        print(json.dumps([times, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), flush=True)
+        print(json.dumps([times, device_memory() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), flush=True)
 
 
 class Peer:
@@ -153,12 +192,12 @@ class Peer:
 
 
 class Ours:
-    """train_detr bench, started anew for each turn; it does a training step and an inference several times."""
+    """train_detr bench, or train_detr_cu bench, started anew for each turn; it does a training step and an inference several times."""
 
-    def __init__(self, case, options):
-        self.name, self.program, self.runs, self.skipped = "train_detr", options.program, [], ""
+    def __init__(self, case, program):
+        self.name, self.program, self.runs, self.skipped = "train_detr", program, [], ""
         self.command = [
-            options.program, "bench", "--backbone", case.backbone, "--enc_layers", str(case.layers), "--dec_layers",
+            program, "bench", "--backbone", case.backbone, "--enc_layers", str(case.layers), "--dec_layers",
             str(case.layers), "--size", f"{case.height}x{case.width}", "--batch_size", str(case.batch), "--precision",
             case.precision, "--json"]
 
@@ -216,13 +255,13 @@ def measure(name, case, options):
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if "infer" in case.rows:
             subprocess.run([sys.executable, __file__, "--cases", name, "--export", folder], check=True)
-        peers = []
+        peers, gpu = [], name.startswith("gpu-")
         for work in case.rows:
-            for peer in PEERS if work == "infer" else ("PyTorch",):
+            for peer in GPU_PEERS if gpu else PEERS if work == "infer" else ("PyTorch",):
                 if (peer, case.precision) != ("ONNX Runtime", "bf16"):  # it has no bf16 on a CPU
                     peers.append(Peer(peer, name, work, options, folder))
                     stack.callback(peers[-1].close)
-        ours = Ours(case, options)
+        ours = Ours(case, options.gpu_program if gpu else options.program)
         take_turns(ours, peers, options.rounds)
         if ours.skipped:
             log(f"{name}: train_detr left out: {ours.skipped}")
@@ -234,9 +273,13 @@ def measure(name, case, options):
             if ours.runs:
                 row["times"]["train_detr"] = [run[key] for run in ours.runs]
                 row["gflop"] = ours.median("gflops_" + work) * ours.median(key)
-                row["peak_gflops"] = ours.median("peak_gflops_measured")
-                row["peak_rss_bytes"]["train_detr"] = (ours.median("peak_rss_bytes") if work == "train" else
-                                                       ours.inference_memory(case, folder))
+                if gpu:
+                    row["device"] = ours.runs[0]["device"]
+                    row["peak_rss_bytes"]["train_detr"] = ours.median("device_bytes_" + work)
+                else:
+                    row["peak_gflops"] = ours.median("peak_gflops_measured")
+                    row["peak_rss_bytes"]["train_detr"] = (ours.median("peak_rss_bytes") if work == "train" else
+                                                           ours.inference_memory(case, folder))
             for peer in peers:
                 if peer.work == work:
                     row["times"][peer.name], row["peak_rss_bytes"][peer.name] = peer.times, peer.memory
@@ -284,19 +327,47 @@ def markdown(rows, options):
     return "\n".join(lines) + "\n"
 
 
+def gpu_markdown(rows, options):
+    facts = {f"{row['device']}; PyTorch {importlib.metadata.version('torch')}" for row in rows if "device" in row}
+    lines = [f"{'; '.join(facts)}; medians of {options.rounds} rounds, images a second and MiB of the GPU's memory.", "",
+             "| | ours | " + " | ".join(f"{who} | ratio" for who in GPU_PEERS) + " | memory: ours | "
+             + " | ".join(GPU_PEERS) + " |", "| --- |" + " ---: |" * (2 + 3 * len(GPU_PEERS))]
+    for row in rows:
+        speed = {who: row["pictures"] / statistics.median(times) for who, times in row["times"].items()}
+        ours, memory = speed.get("train_detr"), row["peak_rss_bytes"]
+        work = f"training with {row['pictures']} a step" if row["work"] == "train" else "inference"
+        cells = [f"{row['title']}, {work}, {row['precision']}", f"{ours:.1f}" if ours else ""]
+        for who in GPU_PEERS:
+            cells += [f"{speed[who]:.1f}", f"{ours / speed[who]:.2f}" if ours else ""]
+        cells += [f"{memory[who] / 2**20:.0f}" if who in memory else "" for who in ("train_detr", *GPU_PEERS)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def default_cases(gpu_program):
+    """All of the processor's; the GPU's where it can be used."""
+    gpu = False
+    if os.path.exists(gpu_program):
+        import torch
+
+        gpu = torch.cuda.is_available()
+    return [name for name in CASES if not name.startswith("gpu-") or gpu and name != "gpu-check"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="some of " + ", ".join(CASES))
+    parser.add_argument("--cases", help="some of " + ", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--steps", type=int, default=3, help="a peer's runs in a turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--program", default="./train_detr")
+    parser.add_argument("--gpu_program", default="./train_detr_cu")
     parser.add_argument("--markdown", help="write the table here as well")
     parser.add_argument("--json", help="write every time here")
     for inner in "peer", "work", "folder", "export":  # what this program calls itself with
         parser.add_argument("--" + inner, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.cases.split(",")
+    names = options.cases.split(",") if options.cases else default_cases(options.gpu_program)
     for name in names:
         if name not in CASES:
             parser.error(f"--cases {name}: must be of {', '.join(CASES)}")
@@ -304,7 +375,9 @@ def main():
     if options.export:
         from bench_torch import Network
 
-        return Network(CASES[options.cases]._replace(precision="fp32")).export(options.export)
+        network = Network(CASES[options.cases]._replace(precision="fp32"))
+        network.example(options.export)
+        return None if options.cases.startswith("gpu-") else network.export(options.export)
     if options.peer:
         return worker(options)
 
@@ -314,7 +387,8 @@ def main():
     rows = []
     for name in names:
         rows += measure(name, CASES[name], options)
-    table = markdown(rows, options)
+    on = {gpu: [row for row in rows if row["case"].startswith("gpu-") == gpu] for gpu in (False, True)}
+    table = "\n".join(table(on[gpu], options) for gpu, table in ((False, markdown), (True, gpu_markdown)) if on[gpu])
     print(table, end="")
     for path, text in (options.markdown, table), (options.json, json.dumps(rows, indent=1)):
         if path:

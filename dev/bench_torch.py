@@ -1,6 +1,6 @@
 """The official DETR and one training step of it in PyTorch, for dev/bench.py: written as it would be for speed on a CPU
 (channels_last, frozen batch norm as one native kernel, attention without returning its weights, fused AdamW, no padding
-masks, autocast for bf16). A `case` says backbone, layers, height, width, batch and precision.
+masks, autocast for bf16), and on a GPU as it is told. A `case` says backbone, layers, height, width, batch and precision.
 """
 import math
 import os
@@ -16,7 +16,7 @@ BOXES, CLASSES, QUERIES, WIDTH, HEADS, FEEDFORWARD, DROPOUT, EOS = 7, 91, 100, 2
 BACKBONES = {"resnet18": (0, (2, 2, 2, 2)), "resnet50": (1, (3, 4, 6, 3))}
 
 
-def build_model(case):
+def build_model(case, layout):
     class FrozenNorm(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -63,10 +63,10 @@ def build_model(case):
         def forward(self, x):
             return self.norm(x + self.dropout(self.down(self.dropout(F.relu(self.up(x))))))
 
-    def sine_positions(height, width):
+    def sine_positions(height, width, device):
         def waves(size):
-            at = torch.arange(1, size + 1, dtype=torch.float32) / (size + 1e-6) * 2 * math.pi
-            at = at[:, None] / 10000 ** (2 * (torch.arange(WIDTH // 2) // 2) / (WIDTH // 2))
+            at = torch.arange(1, size + 1, dtype=torch.float32, device=device) / (size + 1e-6) * 2 * math.pi
+            at = at[:, None] / 10000 ** (2 * (torch.arange(WIDTH // 2, device=device) // 2) / (WIDTH // 2))
             return torch.stack((at[:, 0::2].sin(), at[:, 1::2].cos()), 2).flatten(1)
 
         y, x = waves(height)[:, None].expand(-1, width, -1), waves(width)[None].expand(height, -1, -1)
@@ -101,7 +101,7 @@ def build_model(case):
             x = F.max_pool2d(F.relu(self.stem(x), inplace=True), 3, 2, 1)
             for stage in self.stages:
                 x = stage(x)
-            positions = sine_positions(*x.shape[2:])
+            positions = sine_positions(*x.shape[2:], x.device)
             memory = self.projection(x).flatten(2).transpose(1, 2)
             for attention, feed_forward in self.encoder:
                 query = memory + positions
@@ -116,7 +116,7 @@ def build_model(case):
             states = torch.stack(states) if self.training else states[-1][None]
             return self.classes(states), self.boxes(states).sigmoid()
 
-    return Detr().to(memory_format=torch.channels_last)
+    return Detr().to(memory_format=layout)
 
 
 def set_loss(logits, boxes, target_classes, target_boxes):
@@ -135,36 +135,38 @@ def set_loss(logits, boxes, target_classes, target_boxes):
         return inside / union - (hull - union) / hull
 
     num_boxes, loss = max(1, target_classes.numel()), 0
-    weights = torch.ones(CLASSES + 1)
+    weights = torch.ones(CLASSES + 1, device=logits.device)
     weights[-1] = EOS
     for layer_logits, layer_boxes in zip(logits.float(), boxes.float()):
-        wanted = torch.full(layer_logits.shape[:2], CLASSES)
-        for image in range(len(layer_logits)):
-            with torch.no_grad():
-                truth = target_boxes[image]
-                cost = 5 * torch.cdist(layer_boxes[image], truth, p=1)
-                cost -= layer_logits[image].softmax(-1)[:, target_classes[image]]
-                cost -= 2 * giou(corners(layer_boxes[image])[:, None], corners(truth)[None])
-                query, target = map(torch.as_tensor, linear_sum_assignment(cost))
-            wanted[image, query] = target_classes[image, target]
-            chosen, truth = layer_boxes[image, query], truth[target]
-            loss = loss + 5 * F.l1_loss(chosen, truth, reduction="sum") / num_boxes
-            loss = loss + 2 * (1 - giou(corners(chosen), corners(truth))).sum() / num_boxes
+        with torch.no_grad():
+            cost = 5 * torch.cdist(layer_boxes, target_boxes, p=1)
+            cost -= layer_logits.softmax(-1).gather(2, target_classes[:, None].expand(-1, QUERIES, -1))
+            cost -= 2 * giou(corners(layer_boxes)[:, :, None], corners(target_boxes)[:, None])
+            pairs = numpy.array([linear_sum_assignment(of_image) for of_image in cost.cpu()])
+            query, target = torch.as_tensor(pairs, device=logits.device).unbind(1)  # (images, boxes)
+            image = torch.arange(len(query), device=logits.device)[:, None]
+        wanted = torch.full(layer_logits.shape[:2], CLASSES, device=logits.device)
+        wanted[image, query] = target_classes[image, target]
+        chosen, truth = layer_boxes[image, query], target_boxes[image, target]
+        loss = loss + 5 * F.l1_loss(chosen, truth, reduction="sum") / num_boxes
+        loss = loss + 2 * (1 - giou(corners(chosen), corners(truth))).sum() / num_boxes
         loss = loss + F.cross_entropy(layer_logits.flatten(0, 1), wanted.flatten(), weights)
     return loss
 
 
 class Network:
-    """The network and one training step of it."""
+    """The network and one training step of it. The numbers are the same on every device."""
 
-    def __init__(self, case):
+    def __init__(self, case, device="cpu", layout=torch.channels_last):
         torch.manual_seed(42)
-        self.model = build_model(case)
+        self.model = build_model(case, layout).to(device)
         self.pixels = torch.randint(0, 256, (case.batch, case.height, case.width, 3), dtype=torch.uint8)
         self.classes = torch.randint(0, CLASSES, (case.batch, BOXES))
         self.boxes = torch.rand(case.batch, BOXES, 4) * 0.4 + 0.1
         self.mean, self.deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        self.cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.precision == "bf16")
+        self.pixels, self.classes, self.boxes, self.mean, self.deviation = (
+            tensor.to(device) for tensor in (self.pixels, self.classes, self.boxes, self.mean, self.deviation))
+        self.layout, self.cast = layout, torch.autocast(device, dtype=torch.bfloat16, enabled=case.precision == "bf16")
         backbone = [p for n, p in self.model.named_parameters() if n.startswith("stages") and p.requires_grad]
         rest = [p for n, p in self.model.named_parameters() if not n.startswith(("stages", "stem"))]
         self.parameters = backbone + rest
@@ -172,7 +174,8 @@ class Network:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4, fused=True)
 
     def normalise(self, pixels):  # (images, 3, height, width), channels_last as a view of (images, height, width, 3)
-        return ((pixels.float() / 255 - self.mean) / self.deviation).permute(0, 3, 1, 2)
+        pixels = ((pixels.float() / 255 - self.mean) / self.deviation).permute(0, 3, 1, 2)
+        return pixels.contiguous() if self.layout == torch.contiguous_format else pixels
 
     def train(self):
         self.model.train()
@@ -187,10 +190,15 @@ class Network:
         self.model.eval()
         with torch.inference_mode(), self.cast:
             logits, boxes = self.model(self.normalise(self.pixels[:1]))
-            return logits.float().softmax(-1), boxes.float()
+            return logits.float().softmax(-1).cpu(), boxes.float().cpu()
+
+    def example(self, folder):
+        """Writes a picture, its probabilities and its boxes."""
+        arrays = [tensor.numpy() for tensor in (self.pixels[:1], *self.infer())]
+        numpy.savez(os.path.join(folder, "example.npz"), *arrays)
 
     def export(self, folder):
-        """Writes the network from pixels to probabilities and boxes as ONNX, and an example."""
+        """Writes the network from pixels to probabilities and boxes as ONNX."""
         class Detector(torch.nn.Module):
             def __init__(self, network):
                 super().__init__()
@@ -201,7 +209,5 @@ class Network:
                 return logits.softmax(-1), boxes
 
         warnings.simplefilter("ignore")  # the shapes are constant, as the tracer says
-        example = self.pixels[:1]
-        torch.onnx.export(Detector(self).eval(), (example,), os.path.join(folder, "detr.onnx"), dynamo=False,
+        torch.onnx.export(Detector(self).eval(), (self.pixels[:1],), os.path.join(folder, "detr.onnx"), dynamo=False,
                           input_names=["pixels"], output_names=["probabilities", "boxes"], opset_version=17)
-        numpy.savez(os.path.join(folder, "example.npz"), example.numpy(), *[x.numpy() for x in self.infer()])
