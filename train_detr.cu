@@ -596,6 +596,7 @@ __global__ static void __launch_bounds__(THREADS)
 
 // standardise_filters(), where the last step was taken; a block does a filter.
 static void gpu_standardise(const DeviceParams *d) {
+    const Timed timed_kernel("standardise", "", 8.0 * (double)d->folded_count);
     standardise_kernel<<<(unsigned)d->num_filters, THREADS, 0, stream>>>(d->folded, d->num_folded, d->step);
     CUDA(cudaGetLastError());
 }
@@ -1989,6 +1990,7 @@ static void gpu_attention_prior(float4 *prior, const float *boxes, Ragged querie
     const unsigned grid = blocks((size_t)queries.rows * (size_t)heads, THREADS);
     PriorHeads table;
     memcpy(table.of_head, PRIOR_HEADS, sizeof table.of_head);
+    const Timed timed_kernel("attention_prior", "", 16.0 * queries.rows * (heads + 1));
     attention_prior_kernel<<<grid, THREADS, 0, stream>>>(prior, boxes, queries, keys, heads, table);
     CUDA(cudaGetLastError());
 }
@@ -3895,6 +3897,7 @@ static void device_heads_backward(DeviceNetwork<T> *n) {
         const int count = 4 * model->config.num_queries;
         const dim3 grid(blocks((size_t)n->images, CHUNK_ROWS), blocks((size_t)count, THREADS));
         float *partials = wait_for(n, learned, NULL, n->images, count);
+        const Timed timed_sums("column_sums", "", 4.0 * n->images * count);
         column_sums_kernel<float><<<grid, THREADS, 0, stream>>>(partials, n->loss.dbox_logits, n->images, count);
         CUDA(cudaGetLastError());
     }
