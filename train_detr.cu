@@ -2266,12 +2266,10 @@ __global__ static void __launch_bounds__(THREADS) attention_dots_kernel(Attentio
     }
 }
 
-// Floats: nvcc would stop at 128 registers, and with 64 channels spill some, unless it is told how many blocks there
-// are.
+// Floats of 64 channels: nvcc would stop at 128 registers and spill some, unless it is told how many blocks there are;
+// 0 leaves it to nvcc.
 template <class T, int D, int ROWS>
-__global__ static void __launch_bounds__(ATTENTION_THREADS, sizeof(T) == 2 ? 1
-                                                            : D == 64      ? 3
-                                                                           : 4)
+__global__ static void __launch_bounds__(ATTENTION_THREADS, sizeof(T) == 4 && D == 64 ? 3 : 0)
     attention_backward_queries_kernel(AttentionParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
     __shared__ float2 places[ROWS];
@@ -2416,8 +2414,7 @@ static void launch_attention_backward(const AttentionParams<T> &p, int query_par
     CUDA(cudaGetLastError());
 }
 
-// attention_backward() for every image; dq, dk and dv are written. key_parts: attention_parts() of
-// p.keys.
+// attention_backward() for every image; dq, dk and dv are written. key_parts: attention_parts() of p.keys.
 template <class T>
 static void gpu_attention_backward(const AttentionParams<T> &p, int query_parts, int key_parts) {
     if (p.C / p.heads == 16)
@@ -4588,7 +4585,7 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     printf("\n  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total",
            (double)device_bytes(n) / MiB, (double)available / MiB, (double)n->host.capacity / MiB);
     fflush(stdout);
-    engine.bytes = n->params.arena.capacity + n->arena.capacity + n->fixed.capacity;
+    engine.bytes = device_bytes(n);
     engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
     engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
     return 0;

@@ -73,7 +73,8 @@ LEAST = {"pixels": 9 * PIXELS, "resize_kernel<unsigned": 8 * 480 * (3 * 640 + 4 
          "loss_sums": 25 * LAYERS * QUERIES, "unfold": 8 * CONV_WEIGHTS, "fold": 6 * CONV_WEIGHTS,
          "gradient_norm": 4 * TRAINED, "gradient_norm_finish": 8 * TRAINED / 8192,
          "adamw": 28 * TRAINED + 2 * (TRAINED - CONV_WEIGHTS), "adamw_step": 0, "add_kernel": 24 * NUMBERS,
-         "scale": 4 * NUMBERS, "round": 6 * NUMBERS}
+         "scale": 4 * NUMBERS, "round": 6 * NUMBERS, "standardise": 8 * CONV_WEIGHTS,
+         "attention_prior": 16 * QUERIES * (8 + 1)}
 MEMORY, TENSOR = 3.35e12, 989e12  # bytes and operations in bf16 a second of an H100, by its data sheet
 
 
