@@ -78,21 +78,18 @@ typedef struct {
 
 typedef struct {
     char *base;
-    size_t used, capacity;  // bytes
+    size_t used, capacity, gap;  // bytes; gap: between one tensor and the next
     NamedTensor *named;
     size_t num_named, named_capacity;
 } Arena;
 
-// Bytes. An arena has whole pages of the large kind, so that few entries of the TLB reach all of it. Between two
-// tensors is a gap: many are a multiple of 4 KB long, and a load waits for a store that is not done yet where the two
-// addresses have the same last 12 bits, as those of a residual and of the result in its place would.
-enum { HUGE_PAGE = 2 << 20, ARENA_GAP = 9 * 64 };
+enum { HUGE_PAGE = 2 << 20 };  // bytes: an arena has whole ones, so that few entries of the TLB reach all of it
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 static void *arena_bytes(Arena *arena, size_t bytes) {
     char *memory = arena->base ? arena->base + arena->used : NULL;
-    arena->used += divide_up(bytes, 64) * 64 + ARENA_GAP;  // cache lines
+    arena->used += divide_up(bytes, 64) * 64 + arena->gap;  // cache lines
     if (arena->base && arena->used > arena->capacity) {
         fprintf(stderr, "error: the memory plan has %zu bytes but %zu are needed\n", arena->capacity, arena->used);
         exit(1);
@@ -3863,6 +3860,11 @@ static void plan_feed_forward(Activations *acts, const Model *model, FeedForward
     f->operand = half ? arena_bytes(arena, R * C * sizeof(bf16)) : f->out;
 }
 
+// Bytes between two activations. Many are a multiple of 4 KB long, and a load waits for a store that is not done yet
+// where the last 12 bits of the two addresses are the same, as those of a residual and of the result in its place
+// would.
+enum { ACTIVATIONS_GAP = 9 * 64 };
+
 // Gives every activation of an image of (height, width) its place in the arena. With arena.base == NULL: only counts.
 static void activations_plan(Activations *acts, const Model *model, int height, int width) {
     const ModelConfig *config = &model->config;
@@ -3870,7 +3872,7 @@ static void activations_plan(Activations *acts, const Model *model, int height, 
     const int half = config->half;
     const size_t bytes = number_bytes(half);
     size_t C = (size_t)config->hidden_dim, Q = (size_t)config->num_queries, L = (size_t)config->dec_layers;
-    arena->used = arena->num_named = 0;
+    arena->used = arena->num_named = 0, arena->gap = ACTIVATIONS_GAP;
     acts->height = height, acts->width = width;
     plan_backbone(acts, model);
     int T = acts->map_height * acts->map_width;
