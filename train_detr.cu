@@ -1974,7 +1974,7 @@ __device__ static inline float prior_distance(float4 prior, float2 place) {
 
 // Takes it from a lane's scores of queries at[0] and at[1], where they are in p.prior; places: of ROWS keys, shared.
 template <int ROWS>
-__device__ static inline void subtract_prior(float (&score)[ROWS / 8][4], const float4 *prior, const size_t (&at)[2],
+__device__ static inline void subtract_prior(float (&score)[ROWS / 8][4], const float4 *prior, const int (&at)[2],
                                              const float2 *places) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -2111,9 +2111,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
     float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
     const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
-    size_t at[2];
+    int at[2];
     for (int r = 0; r < 2; r++)
-        at[r] = (size_t)head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
     float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
@@ -2232,8 +2232,13 @@ __global__ static void __launch_bounds__(THREADS) attention_dots_kernel(Attentio
     }
 }
 
+// Floats: nvcc would stop at 128 registers, and with 64 channels spill some, unless it is told how many blocks there
+// are.
 template <class T, int D, int ROWS>
-__global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_queries_kernel(AttentionParams<T> p) {
+__global__ static void __launch_bounds__(ATTENTION_THREADS, sizeof(T) == 2 ? 1
+                                                            : D == 64      ? 3
+                                                                           : 4)
+    attention_backward_queries_kernel(AttentionParams<T> p) {
     extern __shared__ __align__(128) unsigned char smem[];
     __shared__ float2 places[ROWS];
     Tile<T, D, ROWS> *stages = (Tile<T, D, ROWS> *)smem;
@@ -2246,9 +2251,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_q
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C), dout(p.dout + head * D, of_queries, first, p.C);
     const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
     float dq[D / 8][4] = {}, lse[2], dots[2];
-    size_t at[2];
+    int at[2];
     for (int r = 0; r < 2; r++) {
-        at[r] = (size_t)head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
         lse[r] = p.lse[at[r]] * LOG2E, dots[r] = p.dots[at[r]];
     }
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
@@ -2306,9 +2311,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
     float(*scratch)[ROWS] = (float(*)[ROWS])(stages + 2) + 16 * warp;
     const WarpRows<T, D> k(p.k + head * D, of_keys, first, p.C), v(p.v + head * D, of_keys, first, p.C);
     const float scale = 1 / sqrtf((float)D), factor = LOG2E * scale;
-    const float *lse = p.lse + (size_t)head * p.queries.rows + of_queries.first;
-    const float *dots = p.dots + (size_t)head * p.queries.rows + of_queries.first;
-    const float4 *prior = p.prior + (size_t)head * p.queries.rows + of_queries.first;
+    const int of_head = head * p.queries.rows + of_queries.first;
     const float2 places[2] = {place_of(first, of_keys), place_of(first + 8, of_keys)};
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     fetch_tile(&stages[0], p.q + head * D, p.dout + head * D, of_queries, 0, p.C);
@@ -2331,8 +2334,9 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_backward_k
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const int i = 8 * j + column + c, inside = query + i < Tq;
-                const float base = inside ? lse[query + i] * LOG2E : 0, dot = inside ? dots[query + i] : 0;
-                const float4 around = p.prior && inside ? prior[query + i] : make_float4(0, 0, 0, 0);
+                const int at = of_head + query + i;
+                const float base = inside ? p.lse[at] * LOG2E : 0, dot = inside ? p.dots[at] : 0;
+                const float4 around = p.prior && inside ? p.prior[at] : make_float4(0, 0, 0, 0);
                 const uint32_t keep = __shfl_sync(~0u, keeps, i);
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
