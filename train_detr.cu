@@ -435,7 +435,7 @@ typedef struct {
     float decay[2], rate[2], root, share;
     float factor;  // of the gradient: clipping and 1 / scale
     int finite;    // else nothing changes
-    int failed;    // and it was not the loss's scale: nothing will change any more
+    int failed;    // and the loss's scale cannot help: nothing will change any more
 } AdamwStep;
 
 typedef struct {
@@ -2890,9 +2890,12 @@ static void gpu_gradient_norm(const DeviceParams *d) {
 
 // One thread: the step's numbers, and what becomes of the loss's scale. step: of the run, those that were skipped among
 // them; Adam counts the others.
-__global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm,
-                                                               OptimizerSettings settings, int64_t step, bool scales) {
+__global__ static void __launch_bounds__(32)
+    adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm, OptimizerSettings settings,
+                      int64_t step, bool scales, const double *loss_sums, int num_sums) {
     if (threadIdx.x > 0) return;
+    bool finite_loss = true;
+    for (int i = 0; i < num_sums; i++) finite_loss &= isfinite(loss_sums[i]);
     AdamwStep s;
     LossScale now = *scale;
     const double norm = *grad_norm, taken = (double)(step - now.skipped);
@@ -2906,7 +2909,7 @@ __global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, Lo
     s.factor = settings.clip_max_norm > 0 ? (float)fmin(1.0, settings.clip_max_norm / (norm + 1e-6)) : 1;
     s.factor /= now.scale;
     s.finite = isfinite(norm);
-    s.failed = !s.finite && now.scale == 1;
+    s.failed = !s.finite && (now.scale == 1 || !finite_loss);
     now.good_steps++;
     if (!s.finite) {
         now.scale = fmaxf(now.scale / 2, 1), now.good_steps = 0, now.skipped++;
@@ -2949,12 +2952,15 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
 }
 
 // optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes but the loss's scale. step:
-// number of the run's steps before this one. A block does a chunk. Afterwards the operands are those of the new values.
+// number of the run's steps before this one; loss_sums (num_sums): of the loss, device. A block does a chunk.
+// Afterwards the operands are those of the new values.
 template <class T>
-static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
+static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step,
+                               const double *loss_sums, int num_sums) {
     const bool scales = std::is_same<T, __half>::value;
     const Timed timed_step("adamw_step", "", 0);
-    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales);
+    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales, loss_sums,
+                                            num_sums);
     CUDA(cudaGetLastError());
     const Timed timed_adamw("adamw", "", (28.0 + (d->ema ? 8 : 0) + sizeof(T)) * (double)d->trained);
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
@@ -4405,7 +4411,7 @@ static void device_step_begin(DeviceNetwork<T> *n, const LossSettings *loss_sett
     }
     gpu_unfold(&n->params);
     gpu_gradient_norm(&n->params);
-    gpu_optimizer_step<T>(&n->params, optimizer_settings, step);
+    gpu_optimizer_step<T>(&n->params, optimizer_settings, step, n->loss_sums, (int)L * LOSS_SUMS);
     CUDA(cudaMemcpyAsync(r->sums, n->loss_sums, L * LOSS_SUMS * sizeof(double), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaMemcpyAsync(r->grad_norm, n->params.grad_norm, sizeof(double), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaMemcpyAsync(r->scale, n->params.loss_scale, sizeof(LossScale), cudaMemcpyDeviceToHost, stream));
