@@ -12,7 +12,6 @@ Read it after train_detr.c, whose order it keeps: an image on its way to a loss,
     Ragged        a micro-batch: the rows of all its images one after another
     Sums          the two passes that every sum over rows takes
     Parameters    where they lie, and what products read instead of them
-    Pixels        bytes to numbers
     Pictures      from what a file holds to what the network sees
     Epilogue      what happens to a product's sums before they are written
     Tensor cores  and asynchronous copies: the instructions
@@ -65,6 +64,12 @@ static void cuda_check(cudaError_t error, const char *file, int line) {
 #define CUDA(call) cuda_check((call), __FILE__, __LINE__)
 
 static cudaStream_t stream;  // that all kernels run in, one after another
+
+// Before everything else on the device. Not the default stream, which every other one would wait for; but a synchronous
+// copy, which is in that one, comes behind what is in `stream`, and before what will be.
+static void device_begin() {
+    if (!stream) CUDA(cudaStreamCreate(&stream));
+}
 
 enum { THREADS = 256, WARPS = THREADS / 32 };  // of nearly all blocks
 
@@ -430,6 +435,7 @@ typedef struct {
     float decay[2], rate[2], root, share;
     float factor;  // of the gradient: clipping and 1 / scale
     int finite;    // else nothing changes
+    int failed;    // and the loss's scale cannot help: nothing will change any more
 } AdamwStep;
 
 typedef struct {
@@ -678,46 +684,12 @@ static void device_params_free(DeviceParams *d) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Pixels
-
-// What each byte of each colour becomes: table (3, 256), as normalise_pixels() computes it.
-static void pixel_table(float *table) {
-    for (int c = 0; c < 3; c++)
-        for (int i = 0; i < 256; i++) table[256 * c + i] = (float)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
-}
-
-template <class T>
-__global__ static void __launch_bounds__(THREADS)
-    pixels_kernel(T *y, const unsigned char *bytes, const float *table, size_t count) {
-    const int64_t at = place8(count);
-    if (at < 0) return;
-    if (count - (size_t)at < 8) {
-        for (size_t i = (size_t)at; i < count; i++) y[i] = to_type<T>(table[256 * (i % 3) + bytes[i]]);
-        return;
-    }
-    const uint2 piece = *(const uint2 *)(bytes + at);
-    Eight value;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-        value.x[j] = table[256 * ((at + j) % 3) + ((j < 4 ? piece.x : piece.y) >> 8 * (j % 4) & 255)];
-    store8(y + at, value);
-}
-
-// y (rows, 3) from the bytes of all images' pixels, side by side; count: 3 * rows. table: pixel_table(), on the device.
-template <class T>
-static void gpu_pixels(T *y, const unsigned char *bytes, const float *table, size_t count) {
-    const Timed timed_kernel("pixels", "", (1.0 + sizeof(T)) * (double)count);
-    pixels_kernel<T><<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, bytes, table, count);
-    CUDA(cudaGetLastError());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Pictures. They come as files hold them, and image_change() of data/loader.h happens here, with the same weights and
 // the same roundings: the same bytes as on the CPU. A resize is a pass along x and one along y, each rounded to 8 bits;
 // mirroring is how the first one reads. A pass does all pictures that have one, up to four in all; those with fewer
 // join later, and the last pass writes what the network reads.
 
-enum { PICTURE_PASSES = 4, PICTURE_TILE = 16, MOST_DEFERRED_SIDE = 2048 };
+enum { PICTURE_PASSES = 4, PICTURE_TILE = 16 };
 
 // What a pass does to a picture: pixels of the result are weighted means of pixels of the source, along y or along x.
 typedef struct {
@@ -738,20 +710,6 @@ typedef struct {
     int counts[PICTURE_PASSES], tiles[PICTURE_PASSES];
     uint32_t *scratch[2];  // what a pass leaves for the next one: pixels of four bytes
 } Pictures;
-
-// The side up to which the loader shall defer (LoaderSettings) what is done to pictures: the longest of the data set,
-// but no more than MOST_DEFERRED_SIDE, and no less than what the network sees at most. Larger ones are done by the
-// loader's threads.
-static int picture_side(const Dataset *set, int worst_height, int worst_width) {
-    int side = 0;
-    for (int i = 0; i < set->num_images; i++) {
-        const int width = set->images[i].width, height = set->images[i].height;
-        side = width > side ? width : side, side = height > side ? height : side;
-    }
-    side = side < MOST_DEFERRED_SIDE ? side : MOST_DEFERRED_SIDE;
-    side = worst_height > side ? worst_height : side;
-    return worst_width > side ? worst_width : side;
-}
 
 // The most pixels that one of a picture's stages has. side: the loader's defer_side; worst_pixels: of what the network
 // sees.
@@ -843,17 +801,25 @@ static void feed_picture(Feed *feed, Pictures *p, PicturePass *next[PICTURE_PASS
     }
 }
 
-// Puts the pictures of samples, but for those that could not be read, into the feed, with what is still to be done to
-// them. The samples may be freed afterwards.
-static void feed_pictures(Feed *feed, Pictures *p, const Sample *samples, int count) {
+// Puts the pictures of samples[places[i]] into the feed, with what is still to be done to them. The samples may be
+// freed afterwards.
+static void feed_pictures(Feed *feed, Pictures *p, const Sample *samples, const int *places, int count) {
     PicturePass *next[PICTURE_PASSES];
     size_t pixels[PICTURE_PASSES] = {};
     for (int pass = 0; pass < PICTURE_PASSES; pass++) {
         next[pass] = feed_take(feed, (size_t)count, &p->passes[pass]);
         p->counts[pass] = p->tiles[pass] = 0;
     }
-    for (int i = 0; i < count; i++)
-        if (samples[i].image.pixels) feed_picture(feed, p, next, pixels, &samples[i].image, &samples[i].change);
+    for (int i = 0; i < count; i++) {
+        const Sample *sample = &samples[places[i]];
+        feed_picture(feed, p, next, pixels, &sample->image, &sample->change);
+    }
+}
+
+// What each byte of each colour becomes: table (3, 256), as normalise_pixels() computes it.
+static void pixel_table(float *table) {
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < 256; i++) table[256 * c + i] = (float)((i / 255.0 - PIXEL_MEAN[c]) / PIXEL_STD[c]);
 }
 
 // A block has a tile of a picture, a thread one of its pixels: square, so that what is read across, by a transposed
@@ -2892,6 +2858,22 @@ __global__ static void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) *norm = sqrt(sum) / scale->scale;
 }
 
+__global__ static void __launch_bounds__(THREADS)
+    clear_gradients_kernel(float *grad, size_t count, const AdamwStep *before) {
+    const int64_t at = place8(count);
+    if (at < 0 || before->failed) return;
+    const Eight zeros = {};
+    store8(grad + at, zeros);
+}
+
+// The gradients are zero, unless the step before has failed: then they stay, so that this one fails too, and the host,
+// which is a step behind, finds what was not finite.
+static void gpu_clear_gradients(const DeviceParams *d) {
+    const Timed timed_kernel("clear_gradients", "", 4.0 * (double)d->trained);
+    clear_gradients_kernel<<<blocks(d->trained, 8 * THREADS), THREADS, 0, stream>>>(d->grad, d->trained, d->step);
+    CUDA(cudaGetLastError());
+}
+
 // d->grad_norm = the norm of all gradients together, divided by the loss's scale.
 static void gpu_gradient_norm(const DeviceParams *d) {
     const unsigned count = blocks(d->trained, NORM_CHUNKS * PARAM_CHUNK);
@@ -2905,9 +2887,12 @@ static void gpu_gradient_norm(const DeviceParams *d) {
 
 // One thread: the step's numbers, and what becomes of the loss's scale. step: of the run, those that were skipped among
 // them; Adam counts the others.
-__global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm,
-                                                               OptimizerSettings settings, int64_t step, bool scales) {
+__global__ static void __launch_bounds__(32)
+    adamw_step_kernel(AdamwStep *to, LossScale *scale, const double *grad_norm, OptimizerSettings settings,
+                      int64_t step, bool scales, const double *loss_sums, int num_sums) {
     if (threadIdx.x > 0) return;
+    bool finite_loss = true;
+    for (int i = 0; i < num_sums; i++) finite_loss &= isfinite(loss_sums[i]);
     AdamwStep s;
     LossScale now = *scale;
     const double norm = *grad_norm, taken = (double)(step - now.skipped);
@@ -2921,6 +2906,7 @@ __global__ static void __launch_bounds__(32) adamw_step_kernel(AdamwStep *to, Lo
     s.factor = settings.clip_max_norm > 0 ? (float)fmin(1.0, settings.clip_max_norm / (norm + 1e-6)) : 1;
     s.factor /= now.scale;
     s.finite = isfinite(norm);
+    s.failed = !s.finite && (now.scale == 1 || !finite_loss);
     now.good_steps++;
     if (!s.finite) {
         now.scale = fmaxf(now.scale / 2, 1), now.good_steps = 0, now.skipped++;
@@ -2963,12 +2949,15 @@ __global__ static void __launch_bounds__(PARAM_CHUNK / 8)
 }
 
 // optimizer_step() with the norm in d->grad_norm; where that is not finite nothing changes but the loss's scale. step:
-// number of the run's steps before this one. A block does a chunk. Afterwards the operands are those of the new values.
+// number of the run's steps before this one; loss_sums (num_sums): of the loss, device. A block does a chunk.
+// Afterwards the operands are those of the new values.
 template <class T>
-static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step) {
+static void gpu_optimizer_step(const DeviceParams *d, const OptimizerSettings *settings, int64_t step,
+                               const double *loss_sums, int num_sums) {
     const bool scales = std::is_same<T, __half>::value;
     const Timed timed_step("adamw_step", "", 0);
-    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales);
+    adamw_step_kernel<<<1, 32, 0, stream>>>(d->step, d->loss_scale, d->grad_norm, *settings, step, scales, loss_sums,
+                                            num_sums);
     CUDA(cudaGetLastError());
     const Timed timed_adamw("adamw", "", (28.0 + (d->ema ? 8 : 0) + sizeof(T)) * (double)d->trained);
     adamw_kernel<T><<<(unsigned)(d->trained / PARAM_CHUNK), PARAM_CHUNK / 8, 0, stream>>>(
@@ -3130,22 +3119,22 @@ struct DeviceFeedForward {
     T *operand;
 };
 
-// What the host tells of a micro-batch, in one piece: the same layout in pinned and in device memory.
+// What the device tells of a step, in pinned memory, there when `done` is; and what the host remembers of it until
+// then. The images are those of the batch that could be read.
 typedef struct {
-    Segment *segments[MAX_LEVELS];
-    int *first_target, *target_classes;  // (images + 1), (targets)
-    double *target_boxes;                // (targets, 4)
-    unsigned char *pixels;               // (rows of LEVEL_PICTURE, 3)
-} MicroBatch;
-
-// What the device tells of a micro-batch, in pinned memory, there when the step is done. places: of its images in the
-// batch.
-typedef struct {
-    float *boxes;  // (images, Q, 4), of the last decoder layer
-    int *match;    // (images, Q)
-    const int *places;
-    int images;
-} Answers;
+    double *sums, *grad_norm;  // (dec_layers, LOSS_SUMS), (1)
+    LossScale *scale;          // (1)
+    float *boxes;              // (images, Q, 4), of the last decoder layer
+    int *match;                // (images, Q)
+    cudaEvent_t done;
+    int images, *places;  // (images), in the batch
+    LossDivisors divisors;
+    LossSettings settings;
+    Dropout dropout;
+    int64_t step;
+    const Sample *samples;  // the caller's, like the losses
+    Losses *losses;
+} StepResult;
 
 template <class T>
 struct DeviceNetwork {
@@ -3159,19 +3148,21 @@ struct DeviceNetwork {
     size_t workspace_bytes;  // of cuBLASLt
     Arena fixed;             // device: tables, sums, cuBLASLt's workspace
     Arena arena;             // device: of a micro-batch, laid out anew for each
-    Arena host;              // pinned: what is on its way from or to the device within a step
+    Feed feed;               // of micro-batches: tables of segments, targets, pictures
+    Pictures pictures;
+    Arena host;               // pinned: results
+    StepResult results[2];    // of the step that was begun last, and of the one before
+    int64_t begun, finished;  // steps
     float *pixel_table, *position_table;
     void *workspace;
     double *loss_sums;             // (dec_layers, LOSS_SUMS), of a step
     int tokens, queries, answers;  // levels
     // The micro-batch
     int images, num_targets, most_targets;
-    Segment *segments;  // host: (MAX_LEVELS, max_images)
-    int *places;        // of the step's images in the batch, those that could be read
-    Answers *told;      // of each micro-batch of a step
+    Segment *segments;            // host: (MAX_LEVELS, max_images)
+    const Segment *fed_segments;  // the same on the device
     Ragged maps[MAX_LEVELS];
     Dropout dropout;
-    MicroBatch feed;  // device
     T *pixels, *stem, *pooled;
     unsigned char *argmax;
     DeviceBlock<T> *blocks;
@@ -3201,12 +3192,10 @@ static T *take(Arena *arena, size_t count) {
     return (T *)arena_bytes(arena, count * sizeof(T));
 }
 
-static void micro_batch_walk(MicroBatch *feed, Arena *arena, int images, int targets, size_t rows) {
-    for (int i = 0; i < MAX_LEVELS; i++) feed->segments[i] = take<Segment>(arena, (size_t)images);
-    feed->first_target = take<int>(arena, (size_t)images + 1);
-    feed->target_classes = take<int>(arena, (size_t)targets);
-    feed->target_boxes = take<double>(arena, 4 * (size_t)targets);
-    feed->pixels = take<unsigned char>(arena, 3 * rows);
+// Bytes of the feed that a micro-batch takes at most.
+static size_t micro_batch_bytes(int images, int targets, int side, size_t worst_pixels) {
+    return (size_t)(MAX_LEVELS * images) * sizeof(Segment) + ((size_t)images + 1) * sizeof(int) +
+           (size_t)targets * (sizeof(int) + 4 * sizeof(double)) + 4 * 64 + pictures_bytes(images, side, worst_pixels);
 }
 
 // The level behind a block; block: its number.
@@ -3404,8 +3393,7 @@ static void plan_device_heads(DeviceNetwork<T> *n) {
     p->layers = config->dec_layers, p->images = n->images, p->Q = config->num_queries, p->classes = num_logits(config);
     p->num_labels = config->num_labels, p->focal = config->focal;
     p->num_targets = n->num_targets, p->most_targets = n->most_targets;
-    p->target_boxes = n->feed.target_boxes, p->target_classes = n->feed.target_classes;
-    p->first_target = n->feed.first_target, p->logits = n->logits, p->boxes = n->boxes, p->sums = n->loss_sums;
+    p->logits = n->logits, p->boxes = n->boxes, p->sums = n->loss_sums;
     if (!n->training) return;
     p->costs = take<double>(arena, (size_t)(config->dec_layers * n->num_targets) * (size_t)config->num_queries);
     p->match = take<int>(arena, rows);
@@ -3454,9 +3442,8 @@ static void plan_device_backward(DeviceNetwork<T> *n) {
 template <class T>
 static bool plan_device_network(DeviceNetwork<T> *n) {
     if (!network_levels(n)) return false;
+    for (int i = 0; i <= n->answers; i++) n->maps[i].segments = n->fed_segments + i * n->max_images;
     n->arena.used = 0;
-    micro_batch_walk(&n->feed, &n->arena, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
-    for (int i = 0; i < MAX_LEVELS; i++) n->maps[i].segments = n->feed.segments[i];
     plan_device_backbone(n);
     plan_device_transformer(n);
     plan_device_heads(n);
@@ -3759,12 +3746,12 @@ static void device_block_forward(const DeviceNetwork<T> *n, int i, bool again) {
     }
 }
 
-// backbone_forward() from the bytes of the pictures on
+// backbone_forward() from the pictures on, as they were fed
 template <class T>
 static void device_backbone_forward(DeviceNetwork<T> *n) {
     const Model *model = n->model;
     const int C = model->config.hidden_dim, tokens = n->maps[n->tokens].rows;
-    gpu_pixels(n->pixels, n->feed.pixels, n->pixel_table, 3 * (size_t)n->maps[LEVEL_PICTURE].rows);
+    gpu_pictures(n->pixels, &n->pictures, n->pixel_table);
     convolve(n, n->stem, (const T *)n->pixels, &model->stem, LEVEL_PICTURE, LEVEL_STEM, true, (const T *)NULL);
     gpu_maxpool_forward(n->pooled, n->argmax, n->stem, n->maps[LEVEL_POOLED], n->maps[LEVEL_STEM],
                         model->config.stem_width);
@@ -4040,46 +4027,47 @@ static const char *device_refuses(const ModelConfig *config) {
                  : NULL;
 }
 
-// Pinned memory of a step: the sums of losses, behind them the gradient's norm and the loss's scale; then what each
-// micro-batch takes.
+// Takes the memory of both results.
 template <class T>
-static double *take_host(DeviceNetwork<T> *n) {
-    n->host.used = 0;
-    return take<double>(&n->host, (size_t)n->model->config.dec_layers * LOSS_SUMS + 1 + sizeof(LossScale));
-}
-
-template <class T>
-static void take_micro_batch(DeviceNetwork<T> *n, MicroBatch *feed, Answers *answers) {
-    const size_t queries = (size_t)(n->images * n->model->config.num_queries);
-    micro_batch_walk(feed, &n->host, n->images, n->num_targets, (size_t)n->maps[LEVEL_PICTURE].rows);
-    answers->boxes = take<float>(&n->host, 4 * queries), answers->match = take<int>(&n->host, queries);
+static void results_walk(DeviceNetwork<T> *n, int batch) {
+    const size_t images = (size_t)batch, queries = images * (size_t)n->model->config.num_queries;
+    for (StepResult &r : n->results) {
+        r.sums = take<double>(&n->host, (size_t)n->model->config.dec_layers * LOSS_SUMS);
+        r.grad_norm = take<double>(&n->host, 1), r.scale = take<LossScale>(&n->host, 1);
+        r.boxes = take<float>(&n->host, 4 * queries), r.match = take<int>(&n->host, queries);
+        r.places = take<int>(&n->host, images);
+    }
 }
 
 // The bytes of the device's memory that a network takes, when it is made or counted.
 template <class T>
 static size_t device_bytes(const DeviceNetwork<T> *n) {
-    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity;
+    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity + 2 * n->feed.host[0].capacity;
+}
+
+// And of the host's pinned memory.
+template <class T>
+static size_t pinned_bytes(const DeviceNetwork<T> *n) {
+    return n->host.capacity + 2 * n->feed.host[0].capacity;
 }
 
 // Everything on the device that `model` needs for micro-batches of max_images pictures, none larger than (max_height,
-// max_width), either way round, with max_targets boxes each, of batches of `batch` pictures; training: the model's, and
-// else 0. Nothing is allocated afterwards. With counting only the bytes are counted: device_bytes() and
-// n->host.capacity (pinned). 0, or -1 with the reason.
+// max_width), either way round, with max_targets boxes each, of batches of `batch` pictures; side: the loader's
+// defer_side; training: the model's, and else 0. Nothing is allocated afterwards. With counting only the bytes are
+// counted: device_bytes() and pinned_bytes(). 0, or -1 with the reason.
 template <class T>
-static int device_network_create(DeviceNetwork<T> *n, const Model *model, int max_height, int max_width, int max_images,
-                                 int max_targets, int batch, size_t workspace_bytes, bool recompute, bool counting,
-                                 Error *error) {
+static int device_network_create(DeviceNetwork<T> *n, const Model *model, int max_height, int max_width, int side,
+                                 int max_images, int max_targets, int batch, size_t workspace_bytes, bool recompute,
+                                 bool counting, Error *error) {
     const ModelConfig *config = &model->config;
-    const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers;
-    MicroBatch feed;
+    const size_t enc = (size_t)config->enc_layers, dec = (size_t)config->dec_layers,
+                 worst_pixels = (size_t)max_height * (size_t)max_width;
     memset((void *)n, 0, sizeof *n);
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
     n->recompute = recompute && n->training;
     n->max_images = n->images = max_images, n->batch = batch;
     n->num_targets = n->training ? max_images * max_targets : 0;
-    n->places = (int *)allocate((size_t)batch * sizeof(int));
-    n->told = (Answers *)allocate(divide_up((size_t)batch, (size_t)max_images) * sizeof(Answers));
     n->segments = (Segment *)allocate((size_t)(MAX_LEVELS * max_images) * sizeof(Segment));
     n->blocks = (DeviceBlock<T> *)allocate((size_t)model->num_blocks * sizeof(DeviceBlock<T>));
     n->encoder_query = (T **)allocate(enc * sizeof(T *));
@@ -4094,10 +4082,12 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
         return fail(error, "%d pictures of %d x %d at once are too many: a smaller --micro_batch", max_images,
                     max_height, max_width);
     const Segment *last = &n->segments[n->tokens * max_images];
-    n->max_places = last->height > last->width ? last->height : last->width;
+    // A picture of one line may be twice as long as the plan's (loader_worst_size).
+    n->max_places = 2 * (last->height > last->width ? last->height : last->width);
     plan_device_fixed(n);
-    take_host(n);
-    for (int i = 0; i < batch; i += max_images) take_micro_batch(n, &feed, &n->told[0]);
+    pictures_walk(&n->pictures, &n->fixed, max_images, side, worst_pixels);
+    results_walk(n, batch);
+    n->feed.host[0].capacity = micro_batch_bytes(max_images, n->num_targets, side, worst_pixels);
     if (counting) {
         n->params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
         device_params_walk(&n->params, model, sizeof(T));
@@ -4112,8 +4102,12 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     device_arena_allocate(&n->arena);
     device_arena_allocate(&n->fixed);
     plan_device_fixed(n);
-    n->host.capacity = n->host.used;
+    pictures_walk(&n->pictures, &n->fixed, max_images, side, worst_pixels);
+    n->host.capacity = n->host.used, n->host.used = 0;
     CUDA(cudaMallocHost((void **)&n->host.base, n->host.capacity));
+    results_walk(n, batch);
+    for (StepResult &r : n->results) CUDA(cudaEventCreateWithFlags(&r.done, cudaEventDisableTiming));
+    feed_create(&n->feed, n->feed.host[0].capacity);
     CUDA(cudaMemset(n->arena.base, 0, n->arena.capacity));
     const size_t positions = position_table_rows(n->max_places) * (size_t)config->hidden_dim / 2;
     float *table = (float *)allocate(larger(positions, 3 * 256) * sizeof(float));
@@ -4133,14 +4127,14 @@ static void device_network_free(DeviceNetwork<T> *n) {
     if (n->layers) {
         CUDA(cudaStreamSynchronize(stream));
         linear_free();
+        feed_free(&n->feed);
+        for (StepResult &r : n->results) CUDA(cudaEventDestroy(r.done));
         device_params_free(&n->params);
         CUDA(cudaFree(n->arena.base));
         CUDA(cudaFree(n->fixed.base));
         CUDA(cudaFreeHost(n->host.base));
     }
     free(n->layers);
-    free(n->places);
-    free(n->told);
     free(n->segments);
     free(n->blocks);
     free(n->encoder_query);
@@ -4156,12 +4150,12 @@ static void device_network_free(DeviceNetwork<T> *n) {
 
 // Bytes of the device's memory that a network for so many pictures at once takes; infinite if it cannot be.
 template <class T>
-static double network_needs(const Model *model, int height, int width, int images, int most_targets, int batch,
-                            bool recompute) {
+static double network_needs(const Model *model, int height, int width, int side, int images, int most_targets,
+                            int batch, bool recompute) {
     DeviceNetwork<T> n;
     Error unused;
-    const int status = device_network_create(&n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE,
-                                             recompute, true, &unused);
+    const int status = device_network_create(&n, model, height, width, side, images, most_targets, batch,
+                                             LINEAR_WORKSPACE, recompute, true, &unused);
     const double bytes = status == 0 ? (double)device_bytes(&n) : INFINITY;
     device_network_free(&n);
     return bytes;
@@ -4170,12 +4164,12 @@ static double network_needs(const Model *model, int height, int width, int image
 // How many pictures of (height, width) at once, `most` at most, have room in so many bytes of the device's memory:
 // those that it counts for device_network_create() are what that takes, to the byte. 0: not even one has.
 template <class T>
-static int images_that_fit(const Model *model, int height, int width, int most, int most_targets, int batch,
+static int images_that_fit(const Model *model, int height, int width, int side, int most, int most_targets, int batch,
                            bool recompute, double room) {
     int images = 0;
     while (images < most) {  // more pictures never need less
         const int middle = images + (most - images + 1) / 2;
-        if (network_needs<T>(model, height, width, middle, most_targets, batch, recompute) <= room)
+        if (network_needs<T>(model, height, width, side, middle, most_targets, batch, recompute) <= room)
             images = middle;
         else
             most = middle - 1;
@@ -4183,37 +4177,37 @@ static int images_that_fit(const Model *model, int height, int width, int most, 
     return images;
 }
 
-// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes, and sends it on its way.
+// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes where this is a training step, and
+// sends it on its way. feed_end() comes behind the last launch that reads it.
 template <class T>
-static void device_load(DeviceNetwork<T> *n, Answers *answers, const Sample *samples, const int *places, int count) {
-    MicroBatch feed;
+static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *places, int count, bool step) {
+    Feed *feed = &n->feed;
     n->images = count, n->num_targets = n->most_targets = 0;
     for (int i = 0; i < count; i++) {
         const Sample *sample = &samples[places[i]];
-        const int targets = n->training ? sample->num_boxes : 0;
-        n->segments[i] = {0, sample->image.height, sample->image.width, places[i]};
+        const int targets = step ? sample->num_boxes : 0;
+        n->segments[i] = {0, sample->height, sample->width, places[i]};
         n->num_targets += targets, n->most_targets = targets > n->most_targets ? targets : n->most_targets;
     }
+    feed_begin(feed);
+    const size_t segments = (size_t)(MAX_LEVELS * n->max_images);
+    Segment *fed = feed_take(feed, segments, &n->fed_segments);
     plan_device_network(n);
-    take_micro_batch(n, &feed, answers);
-    answers->places = places, answers->images = count;
-    for (int i = 0; i <= n->answers; i++)
-        memcpy(feed.segments[i], n->segments + i * n->max_images, (size_t)n->maps[i].count * sizeof(Segment));
-    int targets = 0;
+    memcpy(fed, n->segments, segments * sizeof(Segment));
+    int targets = 0, *first_target = feed_take(feed, (size_t)count + 1, &n->loss.first_target);
+    int *classes = feed_take(feed, (size_t)n->num_targets, &n->loss.target_classes);
+    double *boxes = feed_take(feed, 4 * (size_t)n->num_targets, &n->loss.target_boxes);
     for (int i = 0; i < count; i++) {
         const Sample *sample = &samples[places[i]];
-        const Segment *picture = &n->segments[i];
-        feed.first_target[i] = targets;
-        for (int t = 0; n->training && t < sample->num_boxes; t++, targets++) {
-            feed.target_classes[targets] = sample->classes[t];
-            memcpy(feed.target_boxes + 4 * targets, sample->boxes + 4 * t, 4 * sizeof(double));
-        }
-        memcpy(feed.pixels + 3 * (size_t)picture->first, sample->image.pixels,
-               3 * (size_t)picture->height * (size_t)picture->width);
+        first_target[i] = targets;
+        if (!step) continue;
+        memcpy(classes + targets, sample->classes, (size_t)sample->num_boxes * sizeof(int));
+        memcpy(boxes + 4 * targets, sample->boxes, 4 * (size_t)sample->num_boxes * sizeof(double));
+        targets += sample->num_boxes;
     }
-    feed.first_target[count] = targets;
-    const char *first = (const char *)feed.segments[0], *end = (const char *)answers->boxes;
-    CUDA(cudaMemcpyAsync(n->arena.base, first, (size_t)(end - first), cudaMemcpyHostToDevice, stream));
+    first_target[count] = targets;
+    feed_pictures(feed, &n->pictures, samples, places, count);
+    feed_send(feed);
 }
 
 // What the device has added up over a step, as Losses. sums: (dec_layers, LOSS_SUMS).
@@ -4317,53 +4311,54 @@ static void look_at_activations(Search *search, const DeviceNetwork<T> *n) {
     look(search, n->loss.dbox_logits, 4 * rows, "gradient of the boxes");
 }
 
-// Behind a step whose loss was not finite and which changed nothing: computes its `count` pictures again, one by one,
-// up to the first whose loss is not finite. Its place in the batch, or -1; search: where the first such number is.
+// Behind a step whose loss was not finite, and since which nothing has changed: computes its pictures again, one by
+// one, up to the first whose loss is not finite. Its place in the batch, or -1; search: where the first such number is.
 template <class T>
-static int device_search(DeviceNetwork<T> *n, Search *search, const Sample *samples, int count) {
+static int device_search(DeviceNetwork<T> *n, Search *search, const StepResult *r) {
     const size_t sums = (size_t)n->model->config.dec_layers * LOSS_SUMS;
-    for (int i = 0; i < count; i++) {
-        Answers unused;
+    n->dropout = r->dropout, n->loss.settings = r->settings, n->loss.divisors = r->divisors;
+    for (int i = 0; i < r->images; i++) {
         Search of_sums = {""};
-        take_host(n);
-        device_load(n, &unused, samples, n->places + i, 1);
+        device_load(n, r->samples, r->places + i, 1, true);
         CUDA(cudaMemsetAsync(n->loss_sums, 0, sums * sizeof(double), stream));
         device_forward(n);
         gpu_match(n->loss);
         gpu_set_loss(n->loss);
-        CUDA(cudaStreamSynchronize(stream));
+        feed_end(&n->feed);
         look(&of_sums, n->loss_sums, sums, "loss");
         if (!of_sums.name[0]) continue;
         look_at_activations(search, n);
-        return n->places[i];
+        return r->places[i];
     }
     return -1;
 }
 
 // Why a step failed whose loss or gradient was not finite, in the words of training_step(). -1.
 template <class T>
-static int device_step_failed(DeviceNetwork<T> *n, const Sample *samples, int count, int64_t step, const Losses *losses,
-                              Error *error) {
+static int device_step_failed(DeviceNetwork<T> *n, const StepResult *r, Error *error) {
+    const double loss = r->losses->loss;
+    const long long step = (long long)r->step + 1;
     device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
     device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
     const char *name = first_nonfinite(n->model, NULL);
-    if (isfinite(losses->loss))
-        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
-                    (long long)step + 1, name ? name : "none: the sum overflowed");
+    if (isfinite(loss))
+        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"", step,
+                    name ? name : "none: the sum overflowed");
     Search search = {""};
-    const int image = device_search(n, &search, samples, count);
+    const int image = device_search(n, &search, r);
     for (int i = n->model->num_params - 1; i >= 0; i--) {
         const Param *param = n->model->params[i];
         if (!is_finite_tensor(param->value, param->count, 0))
             snprintf(search.name, sizeof search.name, "%s", param->name);
     }
     return fail(error,
-                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
-                (long long)step + 1, image, losses->loss, search.name[0] ? search.name : "none: the sum overflowed");
+                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"", step,
+                image, loss, search.name[0] ? search.name : "none: the sum overflowed");
 }
 
 // --norm_init track: the frozen norms follow the batch's first pictures, as in training_step(). The host computes it, a
-// forward pass of the backbone every TRACK_STEPS steps.
+// forward pass of the backbone every TRACK_STEPS steps, behind all steps that were begun. The pictures must be
+// finished.
 template <class T>
 static void device_follow(DeviceNetwork<T> *n, const Sample *samples, int batch_size) {
     const DeviceParams *d = &n->params;
@@ -4374,75 +4369,84 @@ static void device_follow(DeviceNetwork<T> *n, const Sample *samples, int batch_
     gpu_fold<T>(d);
 }
 
-// training_step() on the device, in micro-batches of n->max_images pictures. The host waits once, for the losses, when
-// all is done. scale: the loss's, before and afterwards; a step that fp16 leaves out has a norm of 0.
+// training_step() on the device, in micro-batches of n->max_images pictures. Only launched: device_step_finish() says
+// when it is done, and *losses what it was like. No more than two steps may be under way, whose samples stay as they
+// are meanwhile.
 template <class T>
-static int device_training_step(DeviceNetwork<T> *n, LossScale *scale, const LossSettings *loss_settings,
-                                const OptimizerSettings *optimizer_settings, const Sample *samples, int batch_size,
-                                uint64_t seed, int64_t step, Losses *losses, Error *error) {
+static void device_step_begin(DeviceNetwork<T> *n, const LossSettings *loss_settings,
+                              const OptimizerSettings *optimizer_settings, const Sample *samples, int batch_size,
+                              uint64_t seed, int64_t step, Losses *losses) {
     const ModelConfig *config = &n->model->config;
     const size_t L = (size_t)config->dec_layers, Q = (size_t)config->num_queries;
-    double *sums = take_host(n), *grad_norm = sums + L * LOSS_SUMS;
-    LossScale *scale_now = (LossScale *)(grad_norm + 1);
-    int count = 0, num_told = 0;
+    StepResult *r = &n->results[n->begun++ % 2];
+    int count = 0;
     LossDivisors divisors = {{0, 0}, {0, 0}, 0};
-    memset(losses, 0, sizeof *losses);
     for (int i = 0; i < batch_size; i++) {
         if (!samples[i].image.pixels) continue;
-        n->places[count++] = i;
+        r->places[count++] = i;
         divisors_add(&divisors, samples[i].num_boxes, config->num_queries, loss_settings);
     }
     n->dropout.p = config->dropout, n->dropout.seed = seed, n->dropout.step = (uint32_t)step;
+    r->images = count, r->divisors = divisors, r->settings = *loss_settings, r->dropout = n->dropout;
+    r->step = step, r->samples = samples, r->losses = losses;
     if (n->params.tracks && step > 0 && step % TRACK_STEPS == 0) device_follow(n, samples, batch_size);
-    CUDA(cudaMemsetAsync(n->params.grad, 0, n->params.trained * sizeof(float), stream));
+    gpu_clear_gradients(&n->params);
     CUDA(cudaMemsetAsync(n->loss_sums, 0, L * LOSS_SUMS * sizeof(double), stream));
     for (int first = 0; first < count; first += n->max_images) {
-        Answers *answers = &n->told[num_told++];
         const int images = count - first < n->max_images ? count - first : n->max_images;
-        device_load(n, answers, samples, n->places + first, images);
+        device_load(n, samples, r->places + first, images, true);
         n->loss.settings = *loss_settings, n->loss.divisors = divisors, n->loss.loss_scale = n->params.loss_scale;
         device_forward(n);
         gpu_match(n->loss);
         gpu_set_loss(n->loss);
-        const size_t queries = (size_t)images * Q, last = (L - 1) * queries;
-        CUDA(cudaMemcpyAsync(answers->boxes, n->boxes + 4 * last, 4 * queries * sizeof(float), cudaMemcpyDeviceToHost,
-                             stream));
-        CUDA(cudaMemcpyAsync(answers->match, n->loss.match + last, queries * sizeof(int), cudaMemcpyDeviceToHost,
-                             stream));
+        const size_t queries = (size_t)images * Q, last = (L - 1) * queries, before = (size_t)first * Q;
+        const cudaMemcpyKind to_host = cudaMemcpyDeviceToHost;
+        CUDA(cudaMemcpyAsync(r->boxes + 4 * before, n->boxes + 4 * last, 4 * queries * sizeof(float), to_host, stream));
+        CUDA(cudaMemcpyAsync(r->match + before, n->loss.match + last, queries * sizeof(int), to_host, stream));
         device_backward(n);
+        feed_end(&n->feed);
     }
     gpu_unfold(&n->params);
     gpu_gradient_norm(&n->params);
-    gpu_optimizer_step<T>(&n->params, optimizer_settings, step);
-    CUDA(cudaMemcpyAsync(sums, n->loss_sums, L * LOSS_SUMS * sizeof(double), cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaMemcpyAsync(grad_norm, n->params.grad_norm, sizeof(double), cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaMemcpyAsync(scale_now, n->params.loss_scale, sizeof *scale, cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
-    device_losses(losses, sums, config, loss_settings);
-    losses->grad_norm = *grad_norm;
+    gpu_optimizer_step<T>(&n->params, optimizer_settings, step, n->loss_sums, (int)L * LOSS_SUMS);
+    CUDA(cudaMemcpyAsync(r->sums, n->loss_sums, L * LOSS_SUMS * sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(r->grad_norm, n->params.grad_norm, sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(r->scale, n->params.loss_scale, sizeof(LossScale), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaEventRecord(r->done, stream));
+}
+
+// Waits for the oldest step that is under way and fills its losses; scale: the loss's, before and afterwards. A step
+// that fp16 leaves out has a norm of 0. 0, or -1 with the reason if a loss or the gradient is not finite: then nothing
+// has changed since, on the device either.
+template <class T>
+static int device_step_finish(DeviceNetwork<T> *n, LossScale *scale, Error *error) {
+    const StepResult *r = &n->results[n->finished++ % 2];
+    const size_t Q = (size_t)n->model->config.num_queries;
+    Losses *losses = r->losses;
+    CUDA(cudaEventSynchronize(r->done));
+    memset(losses, 0, sizeof *losses);
+    device_losses(losses, r->sums, &n->model->config, &r->settings);
+    losses->grad_norm = *r->grad_norm;
     Model last = *n->model;  // watch_boxes() looks at the last layer; here there is no other
     last.config.dec_layers = 1;
-    for (int i = 0; i < num_told; i++) {
-        for (int image = 0; image < n->told[i].images; image++) {
-            const Sample *sample = &samples[n->told[i].places[image]];
-            const Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
-            Activations acts;
-            memset(&acts, 0, sizeof acts);
-            acts.boxes = n->told[i].boxes + 4 * (size_t)image * Q, acts.match = n->told[i].match + (size_t)image * Q;
-            watch_boxes(&last, &acts, targets, divisors.images, losses);
-        }
+    for (int i = 0; i < r->images; i++) {
+        const Sample *sample = &r->samples[r->places[i]];
+        const Targets targets = {sample->num_boxes, sample->boxes, sample->classes};
+        Activations acts;
+        memset(&acts, 0, sizeof acts);
+        acts.boxes = r->boxes + 4 * (size_t)i * Q, acts.match = r->match + (size_t)i * Q;
+        watch_boxes(&last, &acts, targets, r->divisors.images, losses);
     }
     const LossScale before = loss_scale_of<T>(*scale);
-    *scale = *scale_now;
+    *scale = *r->scale;
     if (isfinite(losses->loss) && isfinite(losses->grad_norm)) return 0;
-    if (isfinite(losses->loss) && loss_scale_say(&before, scale, step, error) == 0) {
+    if (isfinite(losses->loss) && loss_scale_say(&before, scale, r->step, error) == 0) {
         losses->grad_norm = 0;
         return 0;
     }
-    return device_step_failed(n, samples, count, step, losses, error);
+    return device_step_failed(n, r, error);
 }
 
-#ifndef TRAIN_DETR_NO_MAIN
 // ---------------------------------------------------------------------------------------------------------------------
 // Commands: those of program/commands.h, computed here. The host's model has the values that a checkpoint has; between
 // fetch and send the device's may be others.
@@ -4451,29 +4455,30 @@ template <class T>
 static DeviceNetwork<T> network_of;  // the program's, with operands of T
 
 template <class T>
-static int engine_train(Model *model, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
-                        const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses,
-                        Error *error) {
-    const int status = device_training_step(&network_of<T>, &model->loss_scale, loss, optimizer, samples, batch_size,
-                                            seed, step, losses, error);
-    book_launches();
+static int engine_train(Model *, Activations *, const LossSettings *loss, const OptimizerSettings *optimizer,
+                        const Sample *samples, int batch_size, uint64_t seed, int64_t step, Losses *losses, Error *) {
+    device_step_begin(&network_of<T>, loss, optimizer, samples, batch_size, seed, step, losses);
+    return 0;
+}
+
+template <class T>
+static int engine_finish(Model *model, Error *error) {
+    DeviceNetwork<T> *n = &network_of<T>;
+    const int status = device_step_finish(n, &model->loss_scale, error);
+    if (n->finished == n->begun) book_launches();
     return status;
 }
 
 // The host lays out its activations for what is read of them: answers, and where the decoder looked.
 template <class T>
-static void engine_encode(const Model *model, Activations *acts, const Image *image) {
+static void engine_encode(const Model *model, Activations *acts, const Sample *sample) {
     DeviceNetwork<T> *n = &network_of<T>;
-    Answers unused;
-    Sample sample;
     const int place = 0;
-    memset(&sample, 0, sizeof sample);
-    sample.image = *image;
-    load_image(model, acts, image);
-    take_host(n);
+    activations_plan(acts, model, sample->height, sample->width);
     n->dropout.p = 0;
-    device_load(n, &unused, &sample, &place, 1);
+    device_load(n, sample, &place, 1, false);
     device_forward(n);
+    feed_end(&n->feed);
 }
 
 // Rows of T to the host's, which are bf16 where T is that, else floats.
@@ -4530,19 +4535,19 @@ static void engine_send(Model *model) {
 
 // Not even one picture has room: says so, and what would have. -1.
 template <class T>
-static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int most_targets,
-                         int batch, bool recompute, double room, Error *error) {
-    const double MiB = 1048576, needs = network_needs<T>(model, height, width, 1, most_targets, batch, recompute);
+static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int side,
+                         int most_targets, int batch, bool recompute, double room, Error *error) {
+    const double MiB = 1048576, needs = network_needs<T>(model, height, width, side, 1, most_targets, batch, recompute);
     const int short_side = settings->command & TRAIN ? flag_int(settings, "short_side") : 0;
     fail(error, "out of memory on the GPU: a picture of %d x %d needs %.1f MiB and %.1f are free: ", height, width,
          needs / MiB, room / MiB);
-    if (network_needs<T>(model, height, width, 1, most_targets, batch, true) <= room)
+    if (network_needs<T>(model, height, width, side, 1, most_targets, batch, true) <= room)
         return fail_more(error, "--recompute would fit"), -1;
-    for (int side = short_side - 1; side >= 32; side--) {
-        const double scale = (double)side / short_side;
+    for (int shorter = short_side - 1; shorter >= 32; shorter--) {
+        const double scale = (double)shorter / short_side;
         const int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (network_needs<T>(model, h, w, 1, most_targets, batch, recompute) > room) continue;
-        fail_more(error, "--short_side %d --max_size %d would fit", side,
+        if (network_needs<T>(model, h, w, side, 1, most_targets, batch, recompute) > room) continue;
+        fail_more(error, "--short_side %d --max_size %d would fit", shorter,
                   (int)(flag_int(settings, "max_size") * scale));
         return -1;
     }
@@ -4552,12 +4557,13 @@ static int engine_refuse(const Settings *settings, const Model *model, int heigh
 // Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
 // for, each as large as any that can come.
 template <class T>
-static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width,
+static int engine_start_as(const Settings *settings, Model *model, Activations *acts, int height, int width, int side,
                            int training, int most_targets, Error *error) {
     DeviceNetwork<T> *n = &network_of<T>;
     const double MiB = 1048576;
     size_t available, all;
     device_network_free(n);
+    if (!model->track_norms) arena_free(&model->packed);  // only the norms' calibration has used them
     activations_create(acts, model, height, width, 0, 1);
     CUDA(cudaMemGetInfo(&available, &all));
     if (device_refuses(&model->config)) return fail(error, "%s", device_refuses(&model->config));
@@ -4565,11 +4571,11 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     const int batch = training ? flag_int(settings, "batch_size") : 1;
     const int asked = training ? flag_int(settings, "micro_batch") : 0, most = asked && asked < batch ? asked : batch;
     const bool recompute = training && flag_on(settings, "recompute");
-    const int images = images_that_fit<T>(model, height, width, most, most_targets, batch, recompute, room);
+    const int images = images_that_fit<T>(model, height, width, side, most, most_targets, batch, recompute, room);
     if (images == 0)
-        return engine_refuse<T>(settings, model, height, width, most_targets, batch, recompute, room, error);
-    if (device_network_create(n, model, height, width, images, most_targets, batch, LINEAR_WORKSPACE, recompute, false,
-                              error) != 0)
+        return engine_refuse<T>(settings, model, height, width, side, most_targets, batch, recompute, room, error);
+    if (device_network_create(n, model, height, width, side, images, most_targets, batch, LINEAR_WORKSPACE, recompute,
+                              false, error) != 0)
         return -1;
     printf("GPU memory for pictures up to %d x %d, %d in flight: %s\n", height, width, images,
            images < most    ? "more would not fit"
@@ -4577,30 +4583,36 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
                             : "all of a step");
     printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
            (double)n->params.arena.capacity / MiB);
+    const double taken = (double)device_bytes(n), fed = 2 * (double)n->feed.host[0].capacity;
     printf("  %-30s %10.1f MiB", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
     if (training) {
-        const double other = network_needs<T>(model, height, width, images, most_targets, batch, !recompute);
-        printf("; with%s --recompute %.1f", recompute ? "out" : "", (other - (double)n->params.arena.capacity) / MiB);
+        const double other = network_needs<T>(model, height, width, side, images, most_targets, batch, !recompute);
+        printf("; with%s --recompute %.1f", recompute ? "out" : "",
+               (other - fed - (double)n->params.arena.capacity) / MiB);
     }
-    printf("\n  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total",
-           (double)device_bytes(n) / MiB, (double)available / MiB, (double)n->host.capacity / MiB);
+    printf("\n  %-30s %10.1f MiB\n", "pictures that arrive", fed / MiB);
+    printf("  %-30s %10.1f MiB of %.1f that are free; pinned on the host %.1f MiB\n\n", "total", taken / MiB,
+           (double)available / MiB, (double)pinned_bytes(n) / MiB);
     fflush(stdout);
     engine.bytes = device_bytes(n);
-    engine.train = engine_train<T>, engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
+    engine.train = engine_train<T>, engine.finish = engine_finish<T>;
+    engine.encode = engine_encode<T>, engine.decode = engine_decode<T>;
     engine.fetch = engine_fetch<T>, engine.send = engine_send<T>;
     return 0;
 }
 
 static int engine_start_on_gpu(const Settings *settings, Model *model, Activations *acts, int height, int width,
-                               int training, int, int most_targets, Error *error) {
+                               int side, int training, int, int most_targets, Error *error) {
     const char *precision = flag_text(settings, "precision");
     allow_tf32 = flag_on(settings, "tf32");
+    device_begin();
     return (strcmp(precision, "bf16") == 0 ? engine_start_as<__nv_bfloat16>
             : strcmp(precision, "fp16") == 0
                 ? engine_start_as<__half>
-                : engine_start_as<float>)(settings, model, acts, height, width, training, most_targets, error);
+                : engine_start_as<float>)(settings, model, acts, height, width, side, training, most_targets, error);
 }
 
+#ifndef TRAIN_DETR_NO_MAIN
 int main(int argc, char **argv) {
     cudaDeviceProp gpu;
     if (cudaGetDeviceProperties(&gpu, 0) == cudaSuccess)  // without a GPU, some commands need none

@@ -34,6 +34,7 @@ typedef struct {
     int originals;   // 0 or 1: samples hold the picture as it was read, too
     int defer_side;  // pictures with no longer side than this, in pixels, at any stage come as they were read, and what
                      // is to be done to them is the caller's to do; 0: all come augmented and resized
+    int kept;        // batches before the last one that the caller still has
 } LoaderSettings;
 
 // What is done to a picture: mirrored left and right, top and bottom, along the diagonal, in this order; then resized,
@@ -338,7 +339,7 @@ static inline void loader_worst_size(const Dataset *set, const LoaderSettings *s
 // ---------------------------------------------------------------------------------------------------------------------
 // Worker threads. Samples are numbered through all steps: number n is place n % batch_size of step n / batch_size.
 // Workers take the next number under the lock, make the sample without it, and put it into slot n % num_slots; they
-// stop when they are `prefetch` batches ahead. The batch that the caller holds keeps its slots.
+// stop when they are `prefetch` batches ahead. The batches that the caller holds keep their slots.
 
 typedef struct {
     const Dataset *set;
@@ -348,7 +349,7 @@ typedef struct {
     int64_t next;  // number of the next sample that nobody has begun
     Sample *slots;
     unsigned char *done;  // per slot: the sample is ready
-    int num_slots;        // (prefetch + 1) * batch_size
+    int num_slots;        // (prefetch + 1 + kept) * batch_size
     int *order;           // of epoch `order_epoch`
     int64_t order_epoch;
     double wait_seconds;
@@ -403,7 +404,7 @@ static inline Loader *loader_start(const Dataset *set, const LoaderSettings *set
     if (loader->steps_per_epoch < 1) loader->steps_per_epoch = 1;
     loader->step = first_step - 1;
     loader->next = first_step * settings->batch_size;
-    loader->num_slots = (loader->settings.prefetch + 1) * settings->batch_size;
+    loader->num_slots = (loader->settings.prefetch + 1 + settings->kept) * settings->batch_size;
     loader->slots = (Sample *)allocate((size_t)loader->num_slots * sizeof(Sample));
     loader->done = (unsigned char *)allocate((size_t)loader->num_slots);
     loader->order = (int *)allocate((size_t)set->num_images * sizeof(int));
@@ -419,13 +420,14 @@ static inline Loader *loader_start(const Dataset *set, const LoaderSettings *set
     return loader;
 }
 
-// The samples of the next step, batch_size of them in order. They belong to the loader and last until the next call.
+// The samples of the next step, batch_size of them in order. They belong to the loader and last until the next call, or
+// for `kept` calls more.
 static inline Sample *loader_next_batch(Loader *loader) {
     int batch_size = loader->settings.batch_size;
     double begin = seconds_now();
     int held = (int)((loader->step + 1) * batch_size % loader->num_slots);  // first slot of the step that is asked for
-    int previous = (held + loader->num_slots - batch_size) % loader->num_slots;
-    for (int i = 0; i < batch_size; i++) sample_free(&loader->slots[previous + i]);
+    int oldest = (held + loader->num_slots - (loader->settings.kept + 1) * batch_size) % loader->num_slots;
+    for (int i = 0; i < batch_size; i++) sample_free(&loader->slots[oldest + i]);
     pthread_mutex_lock(&loader->lock);
     loader->step++;
     pthread_cond_broadcast(&loader->work);

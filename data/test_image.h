@@ -757,7 +757,7 @@ static void test_unlimited(const TestSet *test) {
     static const int sizes[][2] = {{100, 90}, {90, 700}, {900, 80}, {0, 0}, {50, 5000}};
     static const Augment augments[3] = {AUGMENT_NOTHING, AUGMENT_CROP, AUGMENT_JITTER};
     for (int a = 0; a < 3; a++) {
-        LoaderSettings settings = {5, 160, 0, augments[a], 1, 2, 0, 0, 0, 0, 0, 0, 0};
+        LoaderSettings settings = {5, 160, 0, augments[a], 1, 2, 0, 0, 0, 0, 0, 0, 0, 0};
         if (augments[a] == AUGMENT_JITTER) settings.scales = 0.25;
         DatasetImage images[5];
         Dataset set = test->set;
@@ -781,7 +781,7 @@ static void test_unlimited(const TestSet *test) {
 static void test_loader(const char *folder) {
     TestSet *test = (TestSet *)allocate(sizeof *test);
     test_set_make(test, folder);
-    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0, 0};
+    LoaderSettings settings = {5, 160, 260, AUGMENT_CROP, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0};
     test_crop_boxes();
     test_longest_side();
     test_samples(test, &settings);
@@ -819,10 +819,15 @@ static void test_loader(const char *folder) {
             int begin = workers * 2 % 5, wrong = 0;
             settings.workers = workers;
             settings.prefetch = prefetch;
+            settings.kept = prefetch / 2;
+            Sample *before = NULL;
             Loader *loader = loader_start(&test->set, &settings, begin);
             for (int step = begin; step < 11; step++) {
                 Sample *batch = loader_next_batch(loader);
                 wrong += test_sample_hash(&batch[1], test_sample_hash(&batch[0], 1)) != expected[step];
+                if (settings.kept && before)
+                    wrong += test_sample_hash(&before[1], test_sample_hash(&before[0], 1)) != expected[step - 1];
+                before = batch;
             }
             check(wrong == 0 && loader_wait_seconds(loader) > 0, "%d workers, %d batches ahead, from step %d", workers,
                   prefetch, begin);

@@ -11,7 +11,7 @@ The data side as dev/bench_data.py times it: one thread, seconds of processor ti
 static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 static int load(const char *folder, const char *split, int epochs, Error *error) {
-    LoaderSettings settings = {42, 800, 1333, AUGMENT_CROP, 1, 1, 0, 0, 0, 0, 0, 0, 0};
+    LoaderSettings settings = {42, 800, 1333, AUGMENT_CROP, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0};
     Dataset set;
     if (dataset_open(&set, folder, split, error) != 0) return -1;
     real *pixels = (real *)allocate(3 * 1333 * 1333 * sizeof(real));

@@ -61,7 +61,7 @@ NUMBERS, TRAINED, CONV_WEIGHTS = TOKENS * CHANNELS, 41.28e6, 23.45e6
 PAIRS = 8 * 850 * 850 * CHANNELS  # of queries, keys and channels
 CONV = {"0": 29, "1": 42, "2": 32}  # 3 x 3, 256 channels, by pass; with the mask on the way back
 NARROW = {"0": 109, "1": 164, "2": 111}  # 64 channels
-LEAST = {"pixels": 9 * PIXELS, "resize_kernel<unsigned": 8 * 480 * (3 * 640 + 4 * 1066),
+LEAST = {"resize_kernel<unsigned": 8 * 480 * (3 * 640 + 4 * 1066),
          "resize": 8 * 1066 * (4 * 480 + 6 * 800), "finish": 8 * NUMBERS, "add_parts": 40 * 256 * 2304,
          "maxpool": 8 * 64 * (2 * 400 * 533 + 3 * 200 * 267), "add_positions": 6 * NUMBERS,
          "add_queries": 6 * QUERIES * CHANNELS, "add_queries_backward": 4 * (QUERIES + 200) * CHANNELS,
@@ -71,7 +71,7 @@ LEAST = {"pixels": 9 * PIXELS, "resize_kernel<unsigned": 8 * 480 * (3 * 640 + 4 
          "norm_forward": 18 * NUMBERS, "norm_backward": 14 * NUMBERS, "column_sums": 2 * TOKENS * FEEDFORWARD,
          "match_costs": 4 * LAYERS * QUERIES * LOGITS, "set_loss": 8 * LAYERS * QUERIES * LOGITS,
          "loss_sums": 25 * LAYERS * QUERIES, "unfold": 8 * CONV_WEIGHTS, "fold": 6 * CONV_WEIGHTS,
-         "gradient_norm": 4 * TRAINED, "gradient_norm_finish": 8 * TRAINED / 8192,
+         "clear_gradients": 4 * TRAINED, "gradient_norm": 4 * TRAINED, "gradient_norm_finish": 8 * TRAINED / 8192,
          "adamw": 28 * TRAINED + 2 * (TRAINED - CONV_WEIGHTS), "adamw_step": 0, "add_kernel": 24 * NUMBERS,
          "scale": 4 * NUMBERS, "round": 6 * NUMBERS, "standardise": 8 * CONV_WEIGHTS,
          "attention_prior": 16 * QUERIES * (8 + 1)}

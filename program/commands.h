@@ -19,28 +19,65 @@ static int open_split(Dataset *set, const Settings *settings, const char *split,
 }
 
 // Who computes: the functions of this name, or those of train_detr.cu on a GPU, which has values of its own.
-static int engine_start(const Settings *settings, Model *model, Activations *acts, int height, int width, int training,
-                        int in_flight, int most_targets, Error *error) {
-    (void)settings, (void)most_targets, (void)error;
+static int engine_start(const Settings *settings, Model *model, Activations *acts, int height, int width, int side,
+                        int training, int in_flight, int most_targets, Error *error) {
+    (void)settings, (void)side, (void)most_targets, (void)error;
     activations_create(acts, model, height, width, training, in_flight);
     return 0;
+}
+
+static int step_is_done(Model *model, Error *error) {
+    (void)model, (void)error;
+    return 0;
+}
+
+static void encode_sample(const Model *model, Activations *acts, const Sample *sample) {
+    encode_image(model, acts, &sample->image);
 }
 
 static void values_are_here(Model *model) { (void)model; }
 
 static struct {
     int is_gpu;
-    // Plans and takes memory for pictures of at most this size, with so many boxes. 0, or -1 with the reason.
-    int (*start)(const Settings *, Model *, Activations *, int height, int width, int training, int in_flight,
+    // Plans and takes memory for pictures of at most this size, with so many boxes; side: the loader's defer_side. 0,
+    // or -1 with the reason.
+    int (*start)(const Settings *, Model *, Activations *, int height, int width, int side, int training, int in_flight,
                  int most_targets, Error *);
+    // Begins a step. `finish` waits for the oldest step that was begun, whose losses are there then: no more than two
+    // may be under way, whose samples stay meanwhile. 0, or -1 with the reason.
     int (*train)(Model *, Activations *, const LossSettings *, const OptimizerSettings *, const Sample *,
                  int batch_size, uint64_t seed, int64_t step, Losses *, Error *);
-    void (*encode)(const Model *, Activations *, const Image *);
+    int (*finish)(Model *, Error *);
+    void (*encode)(const Model *, Activations *, const Sample *);
     void (*decode)(const Model *, Activations *);
     void (*fetch)(Model *), (*send)(Model *);  // the model's values before they are used here, after they were changed
     char device[300];                          // what a GPU is called
     size_t bytes;                              // of its memory that start() has taken
-} engine = {0, engine_start, training_step, encode_image, decoder_forward, values_are_here, values_are_here, "", 0};
+} engine = {
+    0, engine_start, training_step, step_is_done, encode_sample, decoder_forward, values_are_here, values_are_here, "",
+    0};
+
+// The side, in pixels, up to which the loader leaves pictures to the GPU (LoaderSettings): the longest of those in the
+// files, but no more than MOST_DEFERRED_SIDE, and no less than what the network sees at most. Larger ones are done by
+// the loader's threads, as all are without a GPU.
+enum { MOST_DEFERRED_SIDE = 2048 };
+
+static int defer_side(int longest, int height, int width) {
+    if (!engine.is_gpu) return 0;
+    int side = longest < MOST_DEFERRED_SIDE ? longest : MOST_DEFERRED_SIDE;
+    side = height > side ? height : side;
+    return width > side ? width : side;
+}
+
+static int longest_side(const Dataset *set) {
+    int longest = 0;
+    for (int i = 0; i < set->num_images; i++) {
+        const DatasetImage *image = &set->images[i];
+        longest = image->width > longest ? image->width : longest;
+        longest = image->height > longest ? image->height : longest;
+    }
+    return longest;
+}
 
 // To compute with the averages, and to go back.
 static void engine_swap(Model *model) {
@@ -351,7 +388,7 @@ static int evaluate(Network *network, Activations *acts, const Dataset *set, Loa
             continue;
         }
         const double started = seconds_now();
-        engine.encode(&network->model, acts, &sample->image);
+        engine.encode(&network->model, acts, sample);
         const double encoded = seconds_now() - started;
         for (int d = 0; d < depths; d++) {
             const double decoding = seconds_now();
@@ -428,6 +465,10 @@ typedef struct {
     char *log;          // log.txt
     double logged;      // seconds_now() when that got its last line, or when this process began
     RunReport report;
+    // Of the steps that are under way, no more than two; step s has the place s % 2
+    int64_t begun;  // steps, `step` of them are done
+    Losses losses[2];
+    int *pictures[2];  // of the batch, their places in train.images
 } Training;
 
 static void training_free(Training *run) {
@@ -438,6 +479,7 @@ static void training_free(Training *run) {
     dataset_free(&run->val);
     free(run->train_labels);
     free(run->val_labels);
+    for (int i = 0; i < 2; i++) free(run->pictures[i]);
     free(run->log);
     run_report_free(&run->report);
     yajl_tree_free(run->state_tree);
@@ -776,7 +818,7 @@ static int training_resume(Training *run, Error *error) {
 // large, since all are held in memory layer after layer.
 static int training_calibrate(Training *run, int height, int width, Error *error) {
     LoaderSettings plain = run->loader;
-    plain.augment = AUGMENT_NOTHING;
+    plain.augment = AUGMENT_NOTHING, plain.defer_side = 0;
     int64_t most = 5000000 / ((int64_t)height * width);
     int count = most < 4 ? 4 : most > 48 ? 48 : (int)most, readable = 0;
     if (count > run->train.num_images) count = run->train.num_images;
@@ -809,13 +851,16 @@ static int pictures_in_flight(const Settings *settings, const Model *model, int 
 static int training_plan(Training *run, int height, int width, Error *error) {
     const Model *model = &run->network.model;
     const double MiB = 1048576;
-    double pictures =
-        (double)(run->loader.workers ? run->loader.prefetch + 1 : 1) * run->loader.batch_size * 3.0 * height * width;
+    const double side = run->loader.defer_side, pixels = fmax((double)height * width, side * side);
+    double pictures = (double)(run->loader.kept + (run->loader.workers ? run->loader.prefetch + 1 : 1)) *
+                      run->loader.batch_size * 3.0 * pixels;
     const double followed = model->track_norms ? calibration_bytes(model, height, width) : 0;
     const double scored = coco_score_bytes((double)run->val.num_images * model->config.num_queries);
     run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures + scored);
+    // A GPU's program will have given them back, unless the norms follow, which the host computes.
+    const double packed = engine.is_gpu && !model->track_norms ? 0 : (double)model->packed.used;
     const ReportRow rows[] = {{"weights", NULL, (double)model->weights.used, 0},
-                              {"packed weights", NULL, (double)model->packed.used, 0},
+                              {"packed weights", NULL, packed, 0},
                               {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
                               {"average of the weights", NULL, (double)model->ema.used, 0},
                               {"activations and workspace", NULL,
@@ -823,7 +868,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
                               {"pictures the norms follow", NULL, followed, 0},
                               {"pictures read ahead", NULL, pictures, 0},
                               {"boxes of an evaluation", NULL, scored, 0}};
-    double total = 0, taken = rows[0].value + rows[1].value + rows[2].value + rows[3].value,  // already
+    double total = 0, taken = rows[0].value + rows[2].value + rows[3].value + (double)model->packed.used,  // already
         available = memory_free() + taken;
     printf("\nmemory     for pictures up to %d x %d, %d in flight\n", height, width, run->in_flight);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -957,11 +1002,19 @@ static int training_end_epoch(Training *run, Error *error) {
     return 0;
 }
 
-// One optimizer step on the loader's next batch.
-static int training_one_step(Training *run, Sample *samples, char *reported, Losses *losses, Error *error) {
+// Names the pictures of the step that failed, the first that is not done.
+static int training_failed(const Training *run, Error *error) {
+    const int *pictures = run->pictures[run->step % 2];
+    for (int i = 0; i < run->loader.batch_size; i++)
+        fail_more(error, "%s%s", i ? ", " : "; images: ", run->train.images[pictures[i]].path);
+    return -1;
+}
+
+// Begins an optimizer step on the loader's next batch.
+static int training_begin_step(Training *run, Sample *samples, char *reported, Error *error) {
     const Settings *settings = run->settings;
-    int batch = run->loader.batch_size, status;
-    double factor = schedule_factor(&run->schedule, run->step);
+    const int batch = run->loader.batch_size, place = (int)(run->begun % 2);
+    double factor = schedule_factor(&run->schedule, run->begun);
     OptimizerSettings optimizer = {factor * flag_number(settings, "lr"), factor * flag_number(settings, "lr_backbone"),
                                    flag_number(settings, "weight_decay"), flag_number(settings, "clip_max_norm"),
                                    flag_number(settings, "ema")};
@@ -969,15 +1022,21 @@ static int training_one_step(Training *run, Sample *samples, char *reported, Los
         if (!samples[i].image.pixels && !reported[samples[i].index]++)
             fprintf(stderr, "%s: skipped\n", samples[i].error.text);
         for (int b = 0; b < samples[i].num_boxes; b++) samples[i].classes[b] = run->train_labels[samples[i].classes[b]];
+        run->pictures[place][i] = samples[i].index;
     }
-    status = engine.train(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
-                          run->step, losses, error);
-    if (status != 0) {
-        for (int i = 0; i < batch; i++)
-            fail_more(error, "%s%s", i ? ", " : "; images: ", run->train.images[samples[i].index].path);
-        return -1;
-    }
-    averages_add(&run->averages, losses, optimizer.lr, run->network.config.dec_layers);
+    if (engine.train(&run->network.model, run->acts, &run->loss, &optimizer, samples, batch, run->loader.seed,
+                     run->begun, &run->losses[place], error) != 0)
+        return training_failed(run, error);
+    run->begun++;
+    return 0;
+}
+
+// Waits for the oldest step that is under way.
+static int training_finish_step(Training *run, Error *error) {
+    if (engine.finish(&run->network.model, error) != 0) return training_failed(run, error);
+    averages_add(&run->averages, &run->losses[run->step % 2],
+                 schedule_factor(&run->schedule, run->step) * flag_number(run->settings, "lr"),
+                 run->network.config.dec_layers);
     run->step++;
     return 0;
 }
@@ -992,6 +1051,7 @@ static int training_loop(Training *run, Error *error) {
     double seconds = 0, waited = 0;
     const int last = run->network.config.dec_layers - 1;
     int status = 0;
+    run->begun = run->step;
     while (status == 0 && !stop_requested) {
         training_report_progress(run);
         if (run->step > run->epochs_logged * run->steps_per_epoch && run->step % run->steps_per_epoch == 0) {
@@ -1006,38 +1066,44 @@ static int training_loop(Training *run, Error *error) {
             saved_step = run->step;
             continue;
         }
-        Losses losses;
         double begin = seconds_now();
         Sample *samples = loader_next_batch(loader);
         const double waiting = seconds_now() - begin;
         waited += waiting;
-        profile.on = (run->step + 1) % run->steps_per_epoch == 0 || run->report.num_work == 0, profile.count = 0;
-        status = training_one_step(run, samples, reported, &losses, error);
+        profile.on = (run->begun + 1) % run->steps_per_epoch == 0 || run->report.num_work == 0, profile.count = 0;
+        status = training_begin_step(run, samples, reported, error);
+        // A GPU has the next step before the host waits for this one, unless something else comes behind it.
+        const int pauses = run->begun == first_step + 1 || run->begun % run->steps_per_epoch == 0 ||
+                           run->begun == run->last_step || (save_steps && run->begun % save_steps == 0);
+        const int64_t before = run->step, due = run->begun - (engine.is_gpu && !pauses);
+        while (status == 0 && run->step < due) status = training_finish_step(run, error);
         if (profile.on) run_report_profile(&run->report);
         seconds += seconds_now() - begin;
         run->report.seconds[PHASE_WAITING] += waiting;
         run->report.seconds[PHASE_STEPS] += seconds_now() - begin - waiting;
-        if (status != 0) break;
-        if (progress_due(&progress) || run->step == run->last_step || run->step == first_step + 1) {
-            char left[32];
-            format_time(left, sizeof left,
-                        seconds / (double)(run->step - first_step) * (double)(run->last_step - run->step));
-            progress_show(
-                &progress,
-                "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  class error %.0f %%  "
-                "IoU %.2f  spread %.3f  gradient %.3g  ce %.3g bbox %.3g giou %.3g  %.0f %% waiting for data",
-                (long long)((run->step - 1) / run->steps_per_epoch + 1),
-                (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)run->step,
-                (long long)run->last_step, losses.loss, run->averages.loss / run->averages.steps,
-                (double)((run->step - first_step) * run->loader.batch_size) / seconds, left, losses.class_error,
-                losses.matched_iou / fmax(losses.matched, 1), losses.query_spread, losses.grad_norm,
-                losses.loss_ce[last], losses.loss_bbox[last], losses.loss_giou[last], 100 * waited / seconds);
+        for (int64_t step = before + 1; status == 0 && step <= run->step; step++) {
+            const Losses *losses = &run->losses[(step - 1) % 2];
+            if (progress_due(&progress) || step == run->last_step || step == first_step + 1) {
+                char left[32];
+                format_time(left, sizeof left, seconds / (double)(step - first_step) * (double)(run->last_step - step));
+                progress_show(
+                    &progress,
+                    "epoch %lld/%lld  step %lld/%lld  loss %.4f (epoch %.4f)  %.2f images/s  %s left  class error %.0f "
+                    "%%  IoU %.2f  spread %.3f  gradient %.3g  ce %.3g bbox %.3g giou %.3g  %.0f %% waiting for data",
+                    (long long)((step - 1) / run->steps_per_epoch + 1),
+                    (long long)((run->last_step - 1) / run->steps_per_epoch + 1), (long long)step,
+                    (long long)run->last_step, losses->loss, run->averages.loss / run->averages.steps,
+                    (double)((step - first_step) * run->loader.batch_size) / seconds, left, losses->class_error,
+                    losses->matched_iou / fmax(losses->matched, 1), losses->query_spread, losses->grad_norm,
+                    losses->loss_ce[last], losses->loss_bbox[last], losses->loss_giou[last], 100 * waited / seconds);
+            }
+            const double rate = schedule_factor(&run->schedule, step - 1);
+            const int signs = watch_step(&watch, step, rate, losses, waited / seconds);
+            if (signs) progress_end(&progress);
+            watch_say(stderr, &watch, signs, step, losses, waited / seconds, run->loader.workers);
         }
-        const double rate = schedule_factor(&run->schedule, run->step - 1);
-        const int signs = watch_step(&watch, run->step, rate, &losses, waited / seconds);
-        if (signs) progress_end(&progress);
-        watch_say(stderr, &watch, signs, run->step, &losses, waited / seconds, run->loader.workers);
     }
+    while (status == 0 && run->step < run->begun) status = training_finish_step(run, error);
     progress_end(&progress);
     loader_stop(loader);
     int skipped = 0;
@@ -1186,6 +1252,7 @@ static int training_open_data(Training *run, Error *error) {
     run->loader.batch_size = flag_int(settings, "batch_size");
     run->loader.workers = flag_int(settings, "num_workers");
     run->loader.prefetch = flag_int(settings, "prefetch");
+    for (int i = 0; i < 2; i++) run->pictures[i] = (int *)allocate((size_t)run->loader.batch_size * sizeof(int));
     run->steps_per_epoch = run->train.num_images / run->loader.batch_size;
     if (run->steps_per_epoch < 1)
         return fail(error, "%s: %d images do not fill one batch: --batch_size %d at most", run->train.source,
@@ -1245,6 +1312,11 @@ static int training_size(Training *run, int *height, int *width, Error *error) {
     widen_plan(height, width, h, w);
     if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
     widen_plan(height, width, h, w);
+    const int train = longest_side(&run->train), val = longest_side(&run->val);
+    // Norms that follow ask for finished pictures.
+    run->loader.defer_side =
+        run->network.model.track_norms ? 0 : defer_side(train > val ? train : val, *height, *width);
+    run->loader.kept = engine.is_gpu;
     warn_of_data(stderr, &run->train, &run->network.config, run->from_scratch);
     return training_plan(run, *height, *width, error);
 }
@@ -1260,8 +1332,8 @@ static int training_run(Training *run, Error *error) {
         training_calibrate(run, height, width, error) != 0)
         return -1;
     model_pack(&run->network.model);
-    if (engine.start(run->settings, &run->network.model, run->acts, height, width, 1, run->in_flight,
-                     most_targets(&run->train), error) != 0)
+    if (engine.start(run->settings, &run->network.model, run->acts, height, width, run->loader.defer_side, 1,
+                     run->in_flight, most_targets(&run->train), error) != 0)
         return -1;
     if (run->state_tree)
         printf("resume     %s at step %lld of %lld\n", run->folder, (long long)run->step, (long long)run->last_step);
@@ -1407,7 +1479,8 @@ static int eval_on(const Settings *settings, Network *network, Activations *acts
             fprintf(stderr, "warning: class \"%s\" is not in id2label: its boxes cannot be found\n",
                     set->categories[c].name);
     loader_worst_size(set, &loader, &height, &width);
-    if (engine.start(settings, &network->model, acts, height, width, 0, 1, 0, error) != 0) return -1;
+    loader.defer_side = defer_side(longest_side(set), height, width);
+    if (engine.start(settings, &network->model, acts, height, width, loader.defer_side, 0, 1, 0, error) != 0) return -1;
     EvalDetection *detections[MAX_DEC_LAYERS];
     evaluate(network, acts, set, loader, labels, NULL, NULL, NULL, depths, detections, num_detections, seconds);
     printf("%s, one picture at a time, short side %d, at most %d\n", set->source, loader.short_side, loader.max_size);
@@ -1492,6 +1565,7 @@ typedef struct {
     Network network;
     Activations acts;
     PictureFiles pictures, drawn;
+    int defer_side;  // as LoaderSettings have it
     Dump dump;
     FILE *json;
     int done, unreadable, boxes;
@@ -1511,7 +1585,7 @@ static int predict_picture(Prediction *run, Sample *sample, Detection *found, Er
         run->unreadable++;
         return 0;
     }
-    engine.encode(&run->network.model, &run->acts, &sample->image);
+    engine.encode(&run->network.model, &run->acts, sample);
     engine.decode(&run->network.model, &run->acts);
     detect(&run->network, &run->acts, width, height, found);
     for (int q = 0; q < num_queries; q++) {
@@ -1524,6 +1598,7 @@ static int predict_picture(Prediction *run, Sample *sample, Detection *found, Er
     if (run->json) predict_json(run->json, &run->network, path, run->done == 0, width, height, found, count);
     if (dump) {
         size_t last = (size_t)(shape->dec_layers - 1) * (size_t)num_queries;
+        if (engine.is_gpu) normalise_pixels(run->acts.pixels, &sample->image, shape->half);
         dump_add(&run->dump, run->done, "pixel_values", run->acts.pixels, shape->half, sample->image.height,
                  sample->image.width, 3);
         dump_add(&run->dump, run->done, "logits", run->acts.logits + last * (size_t)classes, 0, num_queries, classes,
@@ -1554,6 +1629,7 @@ static int predict_pictures(Prediction *run, Error *error) {
     for (int i = 0; i < total; i++) set.images[i].path = run->pictures.paths[i];
     loader_settings.short_side = run->network.short_side, loader_settings.max_size = run->network.max_size;
     loader_settings.batch_size = 1, loader_settings.originals = flag_on(settings, "draw");
+    loader_settings.defer_side = run->defer_side;
     loader_settings.workers = flag_int(settings, "num_workers");
     loader_settings.prefetch = flag_int(settings, "prefetch");
     Detection *found = (Detection *)allocate((size_t)run->network.config.num_queries * sizeof(Detection));
@@ -1579,7 +1655,7 @@ static int predict_all(Prediction *run, Error *error) {
     const Settings *settings = run->settings;
     const char *json = flag_text(settings, "json"), *draw = flag_text(settings, "draw"),
                *dump = flag_text(settings, "dump");
-    int height = 1, width = 1, status = 0;
+    int height = 1, width = 1, longest = 0, status = 0;
     if (network_open(&run->network, settings, error) != 0) return -1;
     if (draw && make_directories(draw, error) != 0) return -1;
     if (json && !(run->json = fopen(json, "w"))) return fail(error, "%s: cannot be written: %s", json, strerror(errno));
@@ -1589,10 +1665,13 @@ static int predict_all(Prediction *run, Error *error) {
         Error unused;
         int w, h, out_width, out_height;
         if (image_read_size(run->pictures.paths[i], &w, &h, &unused) != 0) continue;
+        longest = w > longest ? w : longest, longest = h > longest ? h : longest;
         resized_size(w, h, run->network.short_side, run->network.max_size, &out_width, &out_height);
         widen_plan(&height, &width, out_height, out_width);
     }
-    if (engine.start(settings, &run->network.model, &run->acts, height, width, 0, 1, 0, error) != 0) return -1;
+    const int side = defer_side(longest, height, width);
+    run->defer_side = dump ? 0 : side;  // what is dumped is made here
+    if (engine.start(settings, &run->network.model, &run->acts, height, width, side, 0, 1, 0, error) != 0) return -1;
     if (json) fputc('[', run->json);
     if (run->pictures.count) status = predict_pictures(run, error);
     if (json) fputs("]\n", run->json);
@@ -1651,7 +1730,7 @@ static void bench_sample(Sample *sample, int height, int width, int num_classes,
     enum { BOXES = 7 };
     memset(sample, 0, sizeof *sample);
     sample->image = image_new(width, height);
-    sample->original_width = width, sample->original_height = height;
+    sample->width = sample->original_width = width, sample->height = sample->original_height = height;
     sample->num_boxes = BOXES;
     sample->boxes = (double *)allocate(4 * BOXES * sizeof(double));
     sample->classes = (int *)allocate(BOXES * sizeof(int));
@@ -1714,9 +1793,10 @@ static double bench_seconds(Model *model, Activations *acts, const LossSettings 
         double begin = seconds_now();
         if (run == 0) profile.count = 0;
         if (!train) {
-            engine.encode(model, acts, &samples[0].image);
+            engine.encode(model, acts, &samples[0]);
             engine.decode(model, acts);
-        } else if (engine.train(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0) {
+        } else if (engine.train(model, acts, loss, &optimizer, samples, batch, 0, run + 1, &losses, error) != 0 ||
+                   engine.finish(model, error) != 0) {
             return -1;
         }
         if (run < 0) continue;
@@ -1744,7 +1824,8 @@ static int command_bench(Settings *settings, Error *error) {
     profile.on = flag_on(settings, "profile");
     const int in_flight = profile.on ? 1 : pictures_in_flight(settings, &model, height, width, 0);
     Activations *acts = (Activations *)allocate((size_t)in_flight * sizeof(Activations));
-    if (engine.start(settings, &model, acts, height, width, 1, in_flight, 7, error) != 0) return -1;
+    const int side = defer_side(0, height, width);
+    if (engine.start(settings, &model, acts, height, width, side, 1, in_flight, 7, error) != 0) return -1;
     Sample *samples = (Sample *)allocate((size_t)batch * sizeof(Sample));
     for (int i = 0; i < batch; i++) bench_sample(&samples[i], height, width, config.num_labels, i);
     const size_t device_bytes = engine.bytes;
@@ -1754,7 +1835,7 @@ static int command_bench(Settings *settings, Error *error) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     activations_free(acts);
-    if (engine.start(settings, &model, acts, height, width, 0, 1, 0, error) != 0) return -1;
+    if (engine.start(settings, &model, acts, height, width, side, 0, 1, 0, error) != 0) return -1;
     if (train_seconds > 0) infer_seconds = bench_seconds(&model, acts, &loss, samples, batch, 0, peak, error);
     double train_flops = batch * (3 * flops - 2 * untrained);
     int status = train_seconds > 0 ? 0 : -1;

@@ -132,7 +132,7 @@ static const Flag FLAGS[] = {
      "mirror along the diagonal too, half of the time: with --vflip a picture lies in all eight ways that it can"},
     {"no_shuffle", SWITCH, NULL, NULL, 0, 0, TRAIN, "pictures in the order of the annotation file"},
     {"num_workers", INTEGER, "N", "2", 0, 256, TRAIN | EVAL | PREDICT | MAY_CHANGE,
-     "threads that read and resize pictures; 0: between the steps"},
+     "threads that read pictures and, without a GPU, resize them; 0: between the steps"},
     {"prefetch", INTEGER, "BATCHES", "4", 1, 1024, TRAIN | EVAL | PREDICT | MAY_CHANGE, "batches that are read ahead"},
 };
 

@@ -1029,6 +1029,7 @@ int main(int argc, char **argv) {
     }
     cudaDeviceProp gpu;
     CUDA(cudaGetDeviceProperties(&gpu, 0));
+    device_begin();
     printf("kernels run on: %s\n", gpu.name);
 #ifdef CUDA_EMU
     failed += count_known();

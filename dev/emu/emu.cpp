@@ -836,7 +836,11 @@ static bool run_one() {
     return true;
 }
 
+static uint64_t num_waits;
+uint64_t waits() { return num_waits; }
+
 static void host_waits(const Clock &clock) {
+    num_waits += !done.covers(clock);
     while (!done.covers(clock)) {
         if (!run_one()) fail("deadlock: streams wait for each other");
     }
