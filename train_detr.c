@@ -218,22 +218,23 @@ enum {
     LANES = VECTOR_BYTES / sizeof(real),
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
     TILE_COLUMNS = TILE_VECTORS * LANES,
-    BLOCK_TILES = 17,       // tiles that use a panel of weights one after another: 100 queries are so many
-    WEIGHTS_AHEAD = 8,      // lines of TILE_COLUMNS weights: the one that far ahead is asked for
-    MAX_KERNEL = 7,         // taps of a kernel: 7 x 7
-    MAX_PATCH = 160,        // a kernel with no more inputs than this reads all its columns as one run
-    BLOCK_PIXELS = 224,     // backward weight: pixels, or pairs of them, summed in registers
-    COPIED_ROWS = 8,        // backward weight: TILE_ROWS numbers of dy as they are copied, by one vector
-    WEIGHT_ROWS = 258,      // backward weight: a piece of dw, out channels
-    WEIGHT_COLUMNS = 256,   // and taps and in channels: it stays in the L2 cache while the pixels go by
-    WEIGHT_PIECES = 16,     // backward weight: pieces there should be for threads to share
-    SLICE_PIXELS = 256,     // backward weight: where dw itself is too small to split, so are the pixels, not below this
-    AMX_DEPTH = 16,         // units of 4 bytes in a row of an AMX register, which has as many rows
-    AMX_TILE = 32,          // rows, and columns, that AMX makes at a time, in four of its eight registers
-    AMX_GROUPS = 8,         // AMX: tiles of rows that are copied at a time,
-    AMX_COPY = 128 << 10,   // and their units: with the panel in use they stay in the L2 cache
-    AMX_WEIGHT_ROWS = 256,  // backward weight by AMX: a piece of dw, out channels
-    AMX_PIXELS = 512,       // and the pairs of pixels that are summed in registers: slices are no shorter
+    BLOCK_TILES = 17,      // tiles that use a panel of weights one after another: 100 queries are so many
+    WEIGHTS_AHEAD = 8,     // lines of TILE_COLUMNS weights: the one that far ahead is asked for
+    MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
+    MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
+    BLOCK_PIXELS = 224,    // backward weight: pixels, or pairs of them, summed in registers
+    COPIED_ROWS = 8,       // backward weight: TILE_ROWS numbers of dy as they are copied, by one vector
+    WEIGHT_ROWS = 258,     // backward weight: a piece of dw, out channels
+    WEIGHT_COLUMNS = 256,  // and taps and in channels: it stays in the L2 cache while the pixels go by
+    WEIGHT_PIECES = 16,    // backward weight: pieces there should be for threads to share
+    SLICE_PIXELS = 256,    // backward weight: where dw itself is too small to split, so are the pixels, not below this
+    AMX_DEPTH = 16,        // units of 4 bytes in a row of an AMX register, which has as many rows
+    AMX_TILE = 32,         // rows, and columns, that AMX makes at a time, in four of its eight registers
+    AMX_GROUPS = 8,        // AMX: tiles of rows that are copied at a time,
+    AMX_COPY = 128 << 10,  // and their units: with the panel in use they stay in the L2 cache
+    AMX_WEIGHTS = 320 << 10,   // units of weights that stay there
+    AMX_WEIGHT_ROWS = 256,     // backward weight by AMX: a piece of dw, out channels
+    AMX_PIXELS = 512,          // and the pairs of pixels that are summed in registers: slices are no shorter
     AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
 };
 
@@ -666,19 +667,18 @@ INLINE void finish_lanes(void *out, size_t at, vec value, const Epilogue *e, int
 }
 
 // Writes the sums (rows, width) in memory as finish_lanes() does, columns first_column on, to rows out_rows.
-INLINE void finish_rows(const Product *p, const real *sums, int width, const size_t *out_rows, int rows,
-                        int first_column, int half) {
-    const int channels = p->out_channels, left = channels - first_column;
-    const Epilogue epilogue = p->epilogue;  // stores could change it where it is
-    void *out = p->out;
+INLINE void finish_rows(void *out, int channels, const real *sums, int width, const size_t *out_rows, int rows,
+                        int first_column, Epilogue epilogue) {
+    const int left = channels - first_column, half = epilogue.half;
     for (int i = 0; i < rows; i++, sums += width) {
         const size_t at = out_rows[i] * channels + first_column;
-        for (int j = 0; j < width && j < left; j += LANES) {
-            const int column = first_column + j;
-            if (left - j >= LANES)
-                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, column, LANES, half);
-            else
-                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, column, left - j, half);
+        if (left >= width) {
+#pragma GCC unroll 8
+            for (int j = 0; j < width; j += LANES)
+                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, first_column + j, LANES, half);
+        } else {
+            for (int j = 0; j < left; j += LANES)
+                finish_lanes(out, at + j, vec_load(sums + j), &epilogue, first_column + j, left - j, half);
         }
     }
 }
@@ -698,13 +698,14 @@ INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], con
     }
     real edge[TILE_ROWS * TILE_COLUMNS];
     spill_tile(edge, tile);
-    finish_rows(p, edge, TILE_COLUMNS, out_rows, rows, first_column, half);
+    finish_rows(p->out, p->out_channels, edge, TILE_COLUMNS, out_rows, rows, first_column, p->epilogue);
 }
 
 // Asks for what the epilogue of a tile will read, so that it comes in while the tile is multiplied; and for where the
 // `result` will be written, which does not pay next to AMX: it keeps the lines that are to be read from coming.
 INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, int first_column, int columns,
                           int result) {
+    if (!p->epilogue.add && !p->epilogue.mask && !result) return;
     const size_t bytes = number_bytes(p->epilogue.half), line = VECTOR_BYTES / bytes;
     for (int i = 0; i < rows; i++) {
         const size_t at = out_rows[i] * p->out_channels + first_column;
@@ -849,8 +850,28 @@ static int amx_fits(const Product *p) {
     return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && amx_stride(inner) * AMX_TILE <= AMX_COPY && amx_usable();
 }
 
-// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles and multiplies them by all columns, or
-// by a share of them where there are few rows.
+// finish_rows() of an AMX tile: a loop of its own for each epilogue that a forward pass has, which knows it and asks
+// nothing between the rows.
+static void amx_finish(const Product *p, const real *sums, const size_t *out_rows, int rows, int first_column) {
+    const Epilogue e = p->epilogue, half = {e.bias, e.add, e.relu, e.mask, 1},
+                   forward = {e.bias, e.add, e.relu, NULL, 1};
+    const int channels = p->out_channels;
+    if (!e.half)
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, e);
+    else if (!e.bias || e.mask || channels - first_column < AMX_TILE)
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+    else if (e.add && e.relu)
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+    else if (e.add)
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+    else if (e.relu)
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+    else
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+}
+
+// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles and multiplies them by a part of the
+// columns, whose weights stay in the L2 cache from task to task; by a smaller one where there are few rows.
 static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
     const int num_taps = p->num_taps, run = p->run;  // stores could change them where they are
@@ -859,10 +880,11 @@ static void amx_product(const Product *p) {
     const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (stride * AMX_TILE);
     const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : (int)AMX_GROUPS);
     const int columns = (int)divide_up(p->out_channels, AMX_TILE), wanted = 4 * omp_get_max_threads();
-    const int shares = (int)divide_up(wanted, blocks), parts = shares < columns ? shares : columns;
+    const int by_tasks = (int)divide_up(wanted, blocks), by_size = (int)divide_up(inner * p->out_channels, AMX_WEIGHTS);
+    const int shares = by_tasks > by_size ? by_tasks : by_size, parts = shares < columns ? shares : columns;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (long block = 0; block < blocks; block++) {
-        for (int part = 0; part < parts; part++) {
+    for (int part = 0; part < parts; part++) {
+        for (long block = 0; block < blocks; block++) {
             const long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
             const long first = first_tile * AMX_TILE, end = last_tile * AMX_TILE;
             size_t out_rows[AMX_GROUPS * AMX_TILE + TILE_ROWS];
@@ -901,10 +923,7 @@ static void amx_product(const Product *p) {
                 if (turn == 0) continue;
                 const real *from = sums[(turn - 1) % 2];
                 const int finished = left < AMX_TILE ? (int)left : AMX_TILE;
-                if (p->epilogue.half)
-                    finish_rows(p, from, AMX_TILE, out_rows + last_at, finished, (int)last_column, 1);
-                else
-                    finish_rows(p, from, AMX_TILE, out_rows + last_at, finished, (int)last_column, 0);
+                amx_finish(p, from, out_rows + last_at, finished, (int)last_column);
             }
             amx_end();
         }
