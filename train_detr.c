@@ -40,6 +40,9 @@ of threads, and a resumed run, sees the same ones.
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "data/common.h"         // Error, memory, files, random numbers
 #include "data/safetensors.h"    // weights on disk
@@ -5359,6 +5362,9 @@ static void wait_passively(char **argv) {
 #ifndef TRAIN_DETR_NO_MAIN
 int MAIN(int argc, char **argv) {
     wait_passively(argv);
+#ifdef __GLIBC__
+    mallopt(M_ARENA_MAX, 1);  // or each reading thread of an evaluation leaves a heap of its own behind
+#endif
     char *command_line = shell_command(argc, argv);  // before getopt moves the words
     Error error;
     int command = -1, help = 0;
