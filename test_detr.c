@@ -749,6 +749,37 @@ static void test_nonfinite(void) {
     test_nonfinite_image();
 }
 
+// Networks that cannot be computed are refused by a line that says which number is wrong.
+static void test_refused(void) {
+    Model model;
+    Error error;
+    for (int i = 0; i < 9; i++) {
+        ModelConfig config = small_config(BOTTLENECK);
+        config.half = i >= 4 && !IS_DOUBLE;
+        const struct {
+            int *number, value;
+            const char *says;
+        } wrong[] = {{&config.num_stages, 0, "0 stages"},
+                     {&config.dec_layers, MAX_DEC_LAYERS + 1, "dec_layers is"},
+                     {&config.nheads, 5, "multiple of nheads 5"},
+                     {&config.depths[2], 0, "stage 3 of the backbone has depth 0"},
+                     {&config.stem_width, 13, "the stem has 13"},
+                     {&config.dim_feedforward, 41, "dim_feedforward is 41"},
+                     {&config.widths[1], 36, "stage 2 of the backbone has width 36"},
+                     {&config.hidden_dim, 33, "33 is odd"},
+                     {&config.widths[0], 0, "stage 1 of the backbone has"}};
+        if (IS_DOUBLE && i >= 4 && i <= 6) continue;  // of bf16
+        *wrong[i].number = wrong[i].value;
+        if (config.hidden_dim == 33) config.nheads = 3;
+        error.text[0] = 0;
+        check(model_create(&model, &config, 1, 1, 1, &error) != 0 && strstr(error.text, wrong[i].says),
+              "refused: %s: \"%s\"", wrong[i].says, error.text);
+    }
+    ModelConfig config = small_config(BOTTLENECK);
+    config.widths[0] = 3;
+    check(model_create(&model, &config, 1, 1, 1, &error) != 0 && strstr(error.text, "at least 4"), "refused: narrow");
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks of the Matmul room: each shape, forward and backward, against plain loops in double.
 
@@ -2739,6 +2770,7 @@ static const Test TESTS[] = {
     {"calibrate", test_calibrate},
     {"track", test_track},
     {"nonfinite", test_nonfinite},
+    {"refused", test_refused},
     {"heart", test_learns_by_heart},
     {"image", test_image},
     {"dataset", test_dataset},

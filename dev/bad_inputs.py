@@ -19,6 +19,7 @@ core. Ends with "N passed, N failed".
 """
 import argparse
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -468,7 +469,7 @@ def picture_cases():
                   *([f"orientation {orientation}"] if orientation > 1 else []))
     odd = {"EXIF 0": with_exif(jpeg, exif(0)), "EXIF 99": with_exif(jpeg, exif(99)), "EXIF of another type": with_exif(jpeg, exif(6, kind=2)), "EXIF cut off": with_exif(jpeg, exif(6)[:20]),
            "EXIF that points out": with_exif(jpeg, b"Exif\0\0MM\0*\xff\xff\xff\xf0" + bytes(20)), "EXIF with 65535 entries": with_exif(jpeg, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(20)),
-           "text behind a JPEG": jpeg + b"x" * 1000, "a JPEG of 15 passes": progressive(640, 640, 15), "a JPEG without its end": jpeg[:-2], "a JPEG of 1300 x 900": jpeg_size(jpeg, 1300, 900), "a PNG named .jpg": small, "1 x 1": png(1, 1), "1 x 3000": png(1, 3000), "3000 x 1": png(3000, 1),
+           "a JPEG with 320 kB of preview": functools.reduce(with_exif, [bytes(65000)] * 5, jpeg), "text behind a JPEG": jpeg + b"x" * 1000, "a JPEG of 15 passes": progressive(640, 640, 15), "a JPEG without its end": jpeg[:-2], "a JPEG of 1300 x 900": jpeg_size(jpeg, 1300, 900), "a PNG named .jpg": small, "1 x 1": png(1, 1), "1 x 3000": png(1, 3000), "3000 x 1": png(3000, 1),
            "gray": png(40, 30, kind=0), "1 bit": png(40, 30, kind=0, depth=1), "16 bits": png(40, 30, depth=16), "a palette": png(40, 30, kind=3, depth=4), "gray and alpha": png(40, 30, kind=4),
            "alpha": png(40, 30, kind=6), "a PNG with EXIF": png(40, 30, more=struct.pack(">I", len(exif(6)) - 6) + b"eXIf" + exif(6)[6:] + struct.pack(">I", zlib.crc32(b"eXIf" + exif(6)[6:])))}
     for title, content in odd.items():
@@ -538,6 +539,19 @@ def safe_edit(change):
     return edit
 
 
+def filled(name, value):
+    """A change of a safetensors file: the tensor's first number, or all of them, is value."""
+    def change(content):
+        size = struct.unpack("<Q", content[:8])[0]
+        first, last = (8 + size + offset for offset in json.loads(content[8:8 + size])[name]["data_offsets"])
+        return content[:first] + struct.pack("<f", value) * ((last - first) // 4) + content[last:]
+    return change
+
+
+def backbone_edit(**members):
+    return lambda content: json_edit(backbone_config={**json.loads(content)["backbone_config"], **members})(content)
+
+
 def checkpoint_cases():
     first = lambda header: header[sorted(key for key in header if key != "__metadata__")[0]]
     weights, moments = "model.safetensors", "optimizer.safetensors"
@@ -547,11 +561,16 @@ def checkpoint_cases():
               "a shape of 2^62": safe_edit(lambda h: first(h).update(shape=[2**62, 4])), "a negative shape": safe_edit(lambda h: first(h).update(shape=[-1])),
               "another type": safe_edit(lambda h: first(h).update(dtype="I32")), "an unknown type": safe_edit(lambda h: first(h).update(dtype="F3")),
               "offsets past the end": safe_edit(lambda h: first(h).update(data_offsets=[0, 2**60])), "offsets backwards": safe_edit(lambda h: first(h).update(data_offsets=[8, 0])),
-              "no tensors": safe_edit(lambda h: {"__metadata__": {}}), "a header that is a list": safe_edit(lambda h: [1])}
+              "no type": safe_edit(lambda h: first(h).pop("dtype") and None), "no tensors": safe_edit(lambda h: {"__metadata__": {}}), "a header that is a list": safe_edit(lambda h: [1])}
     for file, command in ((weights, "predict"), (moments, "train")):
         for title, change in broken.items():
             checkpoint_case(f"checkpoint: {file} is {title}", {file: change}, command, 1, file)
         checkpoint_case(f"checkpoint: {file} holds NaN", {file: lambda c: c[:-40] + struct.pack("<f", float("nan")) * 10}, command, 1, file, "not finite")
+    variance = "model.backbone.conv_encoder.model.embedder.embedder.normalization.running_var"
+    checkpoint_case("checkpoint: a negative variance", {weights: filled(variance, -1)}, "predict", 1, variance, "is negative")
+    checkpoint_case("checkpoint: a tensor of no network", {weights: safe_edit(lambda h: h.update(other={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}))},
+                    "predict", 0, "not part of the network: other")
+    checkpoint_case("checkpoint: a loss that is not finite", {weights: filled("bbox_predictor.layers.0.weight", 3e38)}, "train", 1, "not finite", "images: ", "1.jpg")
     for seed in range(8):
         checkpoint_case(f"checkpoint: header flipped, seed {seed}", {weights: lambda c: flipped(c[:2000], seed, 2) + c[2000:]}, "predict", (0, 1))
         checkpoint_case(f"checkpoint: weights flipped, seed {seed}", {weights: lambda c: c[:-5000] + flipped(c[-5000:], seed, 3)}, "eval", (0, 1))
@@ -571,6 +590,14 @@ def checkpoint_cases():
                         "id2label": ({"1": "x"}, {"0": 7}, {"x": "y"}, {"0": "a", "1": "b", "2": "c"}, {str(i): "x" for i in range(5000)}), "backbone_config": (7, [])}.items():
         for value in values:
             checkpoint_case(f"checkpoint: {key} is {str(value)[:40]}", {"config.json": json_edit(**{key: value})}, "predict", 1,)
+    for members in ({"depths": [1, 1]}, {"depths": [1, 1, 1, 0]}, {"hidden_sizes": []}, {"out_indices": [1, 2]}, {"layer_type": "other"}, {"num_channels": 4}):
+        checkpoint_case(f"checkpoint: backbone with {members}", {"config.json": backbone_edit(**members)}, "predict", 1, "config.json", f'"{[*members][0]}"')
+    timm = {"use_timm_backbone": True, "backbone_config": None, "backbone": "resnet50"}
+    for title, members in {"vgg": {"backbone": "vgg16"}, "three layers": {"backbone_kwargs": {"layers": [3, 4, 6]}}, "a dilation that is text": {"dilation": "yes"}}.items():
+        checkpoint_case(f"checkpoint: timm's backbone, {title}", {"config.json": json_edit(**{**timm, **members})}, "predict", 1, "config.json")
+    checkpoint_case("checkpoint: an unknown decoder", {"config.json": json_edit(model_type="train_detr", decoder="x")}, "predict", 1, "plain or anchor")
+    checkpoint_case("checkpoint: another mean of the pixels", {"preprocessor_config.json": json_edit(image_mean=[0.0, 0.0, 0.0])}, "predict", 1, "image_mean")
+    checkpoint_case("checkpoint: a class without a number", {"trainer_state.json": json_edit(classes=[{"id": "x", "label": 0, "name": "cell"}])}, "predict", 1, "trainer_state.json")
     for value in (0, -5, 10**6, "x", None, {"shortest_edge": 0, "longest_edge": 96}, {"shortest_edge": 10**9, "longest_edge": 10**9}, {"shortest_edge": 64, "longest_edge": -1}):
         checkpoint_case(f"checkpoint: size is {value}", {"preprocessor_config.json": json_edit(size=value)}, "predict", 0 if value is None else 1)
     for key, values in {"step": (-1, "x", None, 1.5, 2**62), "epochs_logged": (-1, "x", 2**62), "steps_per_epoch": (), "num_images": (0, 99, "x"), "classes": ([], {}, [{"id": 1, "label": 99, "name": "cell"}] * 2, "x"),
@@ -622,6 +649,7 @@ def command_cases():
     command_case("predict: drawn over", [*predict, "--draw", OUT / "pictures", OUT / "pictures" / "good.jpg"], 1, "would overwrite it")
     command_case("predict: two of one name", [*predict, "--draw", OUT / "drawn", OUT / "pictures" / "good.jpg", OUT / "pictures" / "good.jpg"], 0)
     command_case("eval: by decoder layers", ["eval", "--data", OUT / "data", "--resume", OUT / "good", "--sweep_dec_layers"], 0, "layers")
+    command_case("predict: all that it writes", [*predict, "--threshold", 0, "--draw", OUT / "drawn", "--json", OUT / "boxes.json", "--dump", OUT / "dump.safetensors", OUT / "pictures" / "good.jpg"], 0)
     command_case("predict: missing", [*predict, OUT / "absent.jpg"], 1, "absent.jpg")
     command_case("predict: an empty folder", [*predict, OUT / "empty"], 0, "0 pictures")
     command_case("predict: a pipe", [*predict, OUT / "pipe.jpg"], 1, "pipe.jpg")
@@ -634,11 +662,44 @@ def command_cases():
     command_case("predict: no folder", ["predict", "--resume", OUT / "absent", OUT / "pictures"], 1, "absent")
     command_case("predict: more layers", [*predict, "--use_dec_layers", 2, OUT / "pictures"], 2, "--use_dec_layers")
 
+    evaluate = ["eval", "--resume", OUT / "good", "--data"]
+    command_case("eval: results", [*evaluate, OUT / "data", "--results", OUT / "found.json"], 0)
+    others = coco_file(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "b"}])
+    for title, build in {"one class": coco(coco_file(), val=coco_file(categories=[CLASSES[0], {"id": 2, "name": "other"}])), "no class": coco(others, val=others),
+                         "half a picture": coco(coco_file(), {"0.jpg": JPEGS[0][:5000]}, coco_file())}.items():
+        build(OUT / title)
+    command_case("eval: a class that the network has not", [*evaluate, OUT / "one class"], 0, '"other"', "not in id2label")
+    command_case("eval: no class that the network has", [*evaluate, OUT / "no class"], 1, "none of its 2 classes")
+    command_case("eval: half a picture", [*evaluate, OUT / "half a picture"], 0, "0.jpg", "skipped")
+
+    run = lambda name, *flags: ["train", "--data", OUT / "data", "--output_dir", OUT / name, *NETWORK, "--eval_every", 1, *flags]
+    resumed = lambda name, *flags: ["train", "--resume", OUT / name, *flags]
+    command_case("train: the own decoder, in bf16", run("anchor", "--steps", 1, "--decoder", "anchor", "--class_loss", "focal", "--precision", "bf16", "--norm_init", "calibrate"), 0, "done: 1 steps")
+    command_case("train: a cosine", run("cosine", "--steps", 1, "--lr_schedule", "cosine", "--warmup_steps", 0, "--ema", 0.9), 0, "done: 1 steps")
+    command_case("train: a longer cosine", resumed("cosine", "--steps", 2), 0, "the cosine now runs over 2 steps")
+    command_case("predict: averaged weights", ["predict", "--resume", OUT / "cosine", OUT / "pictures" / "good.jpg"], 0, "averaged by --ema")
+    command_case("train: patience", run("patient", "--epochs", 99, "--lr", 0.01, "--patience", 1), 0, "a larger --patience goes on")
+    command_case("train: patience that is over", resumed("patient"), 0, "nothing to do: no better AP")
+    coco(coco_file())(OUT / "no val")
+    command_case("train: patience without a split", ["train", "--data", OUT / "no val", "--output_dir", OUT / "other", *NETWORK, "--patience", 1], 1, "whose AP --patience would wait for")
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        write(OUT / "lacking" / name, (OUT / "good" / name).read_bytes())
+    write(OUT / "lacking" / name, safe_edit(lambda h: h.update(other=h.pop("model.encoder.layers.0.fc1.weight")))((OUT / "lacking" / name).read_bytes()))
+    start = ["train", "--data", OUT / "no class", "--output_dir", OUT / "afresh", "--steps", 1, "--pretrained"]
+    command_case("train: other classes, the head frozen", [*start, OUT / "good", "--freeze", "class_labels_classifier"], 2, "so it must be trained")
+    command_case("train: pretrained without a config.json", [*start, OUT / "data"], 1, "config.json")
+    command_case("train: a frozen tensor is missing", [*start, OUT / "lacking", "--freeze", "encoder"], 1, "which --freeze would leave at random numbers")
+    command_case("train: other classes", [*start, OUT / "good"], 0, "class head starts afresh")
+    for precision in ("fp32", "bf16"):
+        command_case(f"bench: {precision}", ["bench", *NETWORK[:12], "--size", "64x96", "--profile", "--precision", precision, "--json", OUT / "bench.json"], 0, "of peak")
+
     check = ["check", "--data", OUT / "data"]
     command_case("check: JSON into nowhere", [*check, *NETWORK, "--json", "/absent/x"], 1, "/absent/x")
     command_case("check: JSON", [*check, *NETWORK, "--json", OUT / "check.json"], 0)
     command_case("check: no memory", [*check, *NETWORK, "--short_side", 16384, "--max_size", 32768], 1, "out of memory: the plan needs")
     command_case("check: a batch of 3", [*check, *NETWORK, "--batch_size", 3], 1, "--batch_size 2 at most")
+    command_case("check: JSON of what cannot start", [*check, *NETWORK, "--split", "test", "--json", OUT / "check.json"], 1, 'without split "test"')
+    command_case("check: a folder without a name", ["check", "--data", ""], 2, "must not be empty")
     command_case("check: no such split", [*check, *NETWORK, "--split", "test"], 1, 'without split "test"')
     command_case("check: no such training split", [*check, *NETWORK, "--train_split", "x"], 1, 'without split "x"')
     command_case("check: a folder without data", ["check", "--data", OUT / "empty"], 1, "no data set found")
