@@ -214,7 +214,7 @@ def make_folder(name, changed):
     (folder / "dev").symlink_to(ROOT / "dev")
     (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
     (folder / "Makefile").symlink_to(ROOT / "Makefile")
-    if (ROOT / "build" / "emu").exists():
+    if (ROOT / "build" / "emu" / "rewrite").exists():  # for errors in kernels
         shutil.copytree(ROOT / "build" / "emu", folder / "build" / "emu",
                         ignore=lambda _, names: set(names) - set(EMULATOR))
         (folder / "build" / "cuda-headers").symlink_to(ROOT / "build" / "cuda-headers")
