@@ -6,7 +6,8 @@
 The table is dev/mutants.txt: for each error the file, the exact piece of a line as it stands (found exactly once in
 that file) and what replaces it. Every error is built in double, or in float where the table says so, with quick compile
 flags in a folder of its own under build/mutants/. With --cuda it is those that the table marks so: errors in kernels,
-tried on the emulator (needs CUDA's headers; a minute each), first with the tests that the table names, then with all.
+tried on the emulator (needs CUDA's headers), first with the tests that the table names, then with all. Most of them are
+in one program, which chooses by the environment's PLANTED when it runs; the others are built each on its own.
 An error is caught when a test fails for the first time, crashes or does not come to an end; one that survives shows
 that something is not tested. Exit status 0 when every error of the table was planted and
 caught. With --minutes, errors that have not begun when the time is up are only compiled, and counted; which come first
@@ -88,9 +89,12 @@ def check_table(table):
     return complaints
 
 
-def run_test(command, folder, limit):
-    """The output of a test's program up to its first failure, and what is found (see build_and_test)."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+def run_test(command, folder, limit, planted=0):
+    """
+    The output of a test's program up to its first failure, and what is found (see build_and_test). planted: see
+    plant_together.
+    """
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PLANTED=str(planted))
     output, started = "", time.monotonic()
     with subprocess.Popen(["stdbuf", "-oL", *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=environment, text=True, errors="replace") as run:
@@ -115,30 +119,150 @@ def run_test(command, folder, limit):
     return "survives", output
 
 
-def build_and_test(name, file, original, replacement, real, first_tests, limit):
+TOKEN = re.compile(r"\s+|\w+|<<=|>>=|[-+*/%&|^!=<>]=|&&|\|\||->|\+\+|--|::|.", re.DOTALL)
+ENDS = {"=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<=", ">>=", ",", ";", "return"}  # of an expression
+DECLARATION = re.compile(r"\s*(?!else)[A-Za-z_][\w:<>, ]*[ *&]+\w+(\[.*?\])? *(=|;|,|\()", re.DOTALL)
+
+
+def extent(tokens, ends, opens="([{", closes=")]}"):
+    """The number of characters before one of `ends`, or before a bracket of `closes` that these tokens do not open."""
+    depth = length = 0
+    for token in tokens:
+        depth += (token in opens) - (token in closes)
+        if depth < 0 or depth == 0 and token in ends:
+            return length
+        length += len(token)
+    return length
+
+
+def is_whole(text, ends):
+    tokens = TOKEN.findall(text)
+    balance = sum(text.count(bracket) for bracket in "([{") - sum(text.count(bracket) for bracket in ")]}")
+    return extent(tokens, ends) == len(text) and balance == 0
+
+
+def choice(text, start, end, error):
     """
-    Plants one error and returns (verdict, seconds, last lines of output). File None: the program as it is; limit 0: only
-    asks the compiler whether it is C.
+    (start, end, error, form) of the expression, or else the statement, that an error in text[start:end] is in: what form
+    makes of the error and the original is C++ that chooses when it runs. None if it is in neither. A text without
+    comments.
     """
-    start = time.monotonic()
+    old, new = TOKEN.findall(text[start:end]), TOKEN.findall(error)
+    same = [0, 0]  # tokens at the beginning and at the end
+    for side, step in ((0, 1), (1, -1)):
+        while same[side] + same[1 - side] < min(len(old), len(new)) and old[::step][same[side]] == new[::step][same[side]]:
+            same[side] += 1
+    for ends, form in ((ENDS, "({} ? ({}) : ({}))"), ({";"}, "if ({}) {{ {}; }} else {{ {}; }}")):
+        for left, right in ((i, j) for i in range(same[0], -1, -1) for j in range(same[1], -1, -1)):
+            first, last = start + len("".join(old[:left])), end - len("".join(old[len(old) - right:]))
+            wrong = "".join(new[left:len(new) - right])
+            if not is_whole(text[first:last], ends) or not is_whole(wrong, ends):
+                continue
+            before, after = TOKEN.findall(text[max(0, first - 4000):first])[::-1], TOKEN.findall(text[last:last + 4000])
+            begin, stop = first - extent(before, ends | {"}"}, ")]", "([{"), last + extent(after, ends)
+            begin += len(re.match(r"\s*(else\b\s*)?", text[begin:])[0])
+            whole, wrong = text[begin:stop], text[begin:first] + wrong + text[last:stop]
+            if DECLARATION.match(whole):
+                continue
+            if ends is ENDS and wrong.strip() and not re.match(r"(if|for|while)\b", whole):
+                return begin, stop, wrong, form
+            if ends is not ENDS and "{" not in whole and re.match(r";(?!\s*else\b)", text[stop:]):
+                return begin, stop + 1, wrong, form
+    return None
+
+
+def plain(text):
+    """A text of the same length, comments, strings and the preprocessor's lines blanked; such a line ends a statement."""
+    pieces = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^#[^\n]*'
+    blank = lambda found: re.sub(r"[^\n]", " ", found[0][:-1]) + (";" if found[0][0] == "#" else " ")
+    return re.sub(pieces, blank, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def plant_together(text, table):
+    """
+    Plants as many of these errors in a source as can be without one lying in another, each to be chosen by its number in
+    the environment's PLANTED. Returns the source, its entries, and the lines that each changes: {number: (first, last)}.
+    """
+    masked, pieces, planted = plain(text), [], []
+    for entry in table:
+        start = text.index(entry[2])
+        piece = choice(masked, start, start + len(entry[2]), plain(entry[3]))
+        if piece and all(piece[1] <= other[0] or other[1] <= piece[0] for other in pieces):
+            pieces.append((*piece, entry[0]))
+            planted.append(entry)
+    lines = {}
+    for first, last, error, form, number in sorted(pieces, reverse=True):
+        lines[number] = text.count("\n", 0, first) + 1, text.count("\n", 0, last) + 1
+        original = text[first:last].rstrip(";") if form.startswith("if") else text[first:last]
+        text = text[:first] + form.format(f"planted == {number}", re.sub(r"\s+", " ", error), original) + text[last:]
+    include = '#include "train_detr.c"'  # in front of which nothing is planted
+    variable = 'static const int planted = getenv("PLANTED") ? atoi(getenv("PLANTED")) : 0;'
+    line = text.count("\n", 0, text.index(include)) + 2
+    return text.replace(f"{include}\n", f"{include}\n{variable}\n#line {line}\n"), planted, lines
+
+
+def make_folder(name, changed):
+    """A folder under build/mutants with the sources, of which those in changed, {file: text}, are others."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     (folder / "program").mkdir()
     for source in SOURCES:
         shutil.copy2(ROOT / source, folder / source)
-    if file:
-        (folder / file).write_text((ROOT / file).read_text().replace(original, replacement))
+    for file, text in changed.items():
+        (folder / file).write_text(text)
     (folder / "dev").symlink_to(ROOT / "dev")
     (folder / "data" / "bccd").symlink_to(ROOT / "data" / "bccd")
+    (folder / "Makefile").symlink_to(ROOT / "Makefile")
+    if (ROOT / "build" / "emu" / "rewrite").exists():  # for errors in kernels
+        shutil.copytree(ROOT / "build" / "emu", folder / "build" / "emu",
+                        ignore=lambda _, names: set(names) - set(EMULATOR))
+        (folder / "build" / "cuda-headers").symlink_to(ROOT / "build" / "cuda-headers")
+    return folder
+
+
+def build_together(table):
+    """
+    Builds one program with as many of these errors as go into one: its folder, and the entries that are in it. A minute.
+    """
+    name, failed = "train_detr.cu", []
+    command = ["make", "build/emu/test_detr-kernels.o", "EMU_OPTIMIZE=-fsyntax-only -fmax-errors=0"]
+    while True:
+        table = [entry for entry in table if entry[1] == name and entry not in failed]
+        text, planted, lines = plant_together((ROOT / name).read_text(), table)
+        folder = make_folder("together", {name: text})
+        built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        wrong = {int(line) for line in re.findall(name + r":(\d+):\d+: error:", built.stderr)}
+        bad = [entry for entry in planted if any(lines[entry[0]][0] <= line <= lines[entry[0]][1] for line in wrong)]
+        if built.returncode != 0 and not bad:
+            sys.exit(f"errors planted together do not compile:\n{built.stderr[-3000:]}")
+        failed += bad
+        if built.returncode == 0:
+            subprocess.run(["make", "-s", "EMU_OPTIMIZE=-O1", "build/emu/test_detr"], cwd=folder, check=True)
+            return folder, planted
+
+
+def run_tests(program, tests, folder, limit, planted=0):
+    """What run_test says of the first of these tests that fails, or of the last."""
+    for test in tests:
+        verdict, output = run_test([program, test], folder, limit, planted)
+        if verdict != "survives":
+            break
+    return verdict, output
+
+
+def build_and_test(name, file, original, replacement, real, first_tests, limit):
+    """
+    Plants one error and returns (verdict, seconds, last lines of output). File None: the program as it is; limit 0: only
+    asks the compiler whether it is C.
+    """
+    start = time.monotonic()
+    folder = make_folder(name, {file: (ROOT / file).read_text().replace(original, replacement)} if file else {})
     command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(os.environ.get("CPPFLAGS", "")) + FLAGS
     command += [f"-DREAL={real}", "test_detr.c"] + (["-o", "test_detr"] if limit else ["-fsyntax-only"])
     command += shlex.split(os.environ.get("LDFLAGS", "")) + LIBRARIES
     program, tests = "./test_detr", BF16 if real == "float" else TESTS.get(file, OTHER)
     if real == "cuda":
-        (folder / "Makefile").symlink_to(ROOT / "Makefile")
-        shutil.copytree(ROOT / "build" / "emu", folder / "build" / "emu", ignore=lambda _, names: set(names) - set(EMULATOR))
-        (folder / "build" / "cuda-headers").symlink_to(ROOT / "build" / "cuda-headers")
         command = ["make", "EMU_OPTIMIZE=-O0", "build/emu/test_detr"]
         program, tests = "build/emu/test_detr", first_tests.split() + [""]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -146,10 +270,7 @@ def build_and_test(name, file, original, replacement, real, first_tests, limit):
         return "does not compile", time.monotonic() - start, built.stderr[-2000:]
     if not limit:
         return "not planted", time.monotonic() - start, ""
-    for test in tests:
-        verdict, output = run_test([program, test], folder, limit)
-        if verdict != "survives":
-            break
+    verdict, output = run_tests(program, tests, folder, limit)
     shutil.rmtree(folder, ignore_errors=True)
     return verdict, time.monotonic() - start, output
 
@@ -184,8 +305,14 @@ def main():
         subprocess.run(["make", "-s", "-C", str(ROOT), "EMU_OPTIMIZE=-O0"] + [f"build/emu/{name}" for name in EMULATOR], check=True)
     end = time.monotonic() + 60 * arguments.minutes
     longest = 0
+    together, in_it = build_together(table) if arguments.cuda else (None, [])
     for real in sorted({entry[4] for entry in table}):
-        verdict, seconds, output = build_and_test("original", None, "", "", real, "", 3600)
+        start = time.monotonic()
+        if real == "cuda":
+            verdict, output = run_test(["build/emu/test_detr", ""], together, 3600)
+            seconds = time.monotonic() - start
+        else:
+            verdict, seconds, output = build_and_test("original", None, "", "", real, "", 3600)
         longest = max(longest, seconds)
         if verdict != "survives":
             print(output[-2000:])
@@ -198,6 +325,10 @@ def main():
         random.Random("".join((ROOT / source).read_text() for source in SOURCES)).shuffle(table)
 
     def try_error(entry):
+        if entry in in_it and time.monotonic() < end:
+            start = time.monotonic()
+            verdict, output = run_tests("build/emu/test_detr", entry[5].split() + [""], together, limit, entry[0])
+            return verdict, time.monotonic() - start, output
         return build_and_test(f"line{entry[0]}", *entry[1:], limit if time.monotonic() < end else 0)
 
     caught = left = 0
