@@ -1879,7 +1879,7 @@ static void test_model() {
 
 static uint64_t host_waits() {
 #ifdef CUDA_EMU
-    return emu::waits();
+    return emu::host_waits();
 #else
     return 0;  // a GPU does not tell
 #endif

@@ -837,7 +837,7 @@ static bool run_one() {
 }
 
 static uint64_t num_waits;
-uint64_t waits() { return num_waits; }
+uint64_t host_waits() { return num_waits; }
 
 static void host_waits(const Clock &clock) {
     num_waits += !done.covers(clock);

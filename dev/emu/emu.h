@@ -43,7 +43,7 @@
 
 namespace emu {
 void reseed(uint64_t seed);  // another order of everything, as EMU_SEED chooses it
-uint64_t waits();            // how often the host has waited for something that was not done yet
+uint64_t host_waits();       // how often the host has waited for something that was not done yet
 
 // Where a thread is. Declared const because nothing of it changes while a thread lives: the compiler asks once.
 const uint3 &thread_index() __attribute__((const));
