@@ -749,6 +749,20 @@ static void test_nonfinite(void) {
     test_nonfinite_image();
 }
 
+// What the memory plan is held against.
+static void test_memory_free(void) {
+    char path[] = "/tmp/detr-numbers-XXXXXX";
+    FILE *file = fdopen(mkstemp(path), "w");
+    fputs("12 x\nfree 7\nfree: 2.5 kB\nfreed: 3\n", file);
+    fclose(file);
+    check(file_number(path, "") == 12 && file_number(path, "free:") == 2.5 && file_number(path, "none") == -1 &&
+              file_number("/absent", "") == -1,
+          "numbers of a file");
+    unlink(path);
+    const double all = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE), available = memory_free();
+    check(available > 0 && available < all, "%g bytes of %g are free", available, all);
+}
+
 // Networks that cannot be computed are refused by a line that says which number is wrong.
 static void test_refused(void) {
     Model model;
@@ -2771,6 +2785,7 @@ static const Test TESTS[] = {
     {"track", test_track},
     {"nonfinite", test_nonfinite},
     {"refused", test_refused},
+    {"memory_free", test_memory_free},
     {"heart", test_learns_by_heart},
     {"image", test_image},
     {"dataset", test_dataset},

@@ -106,9 +106,12 @@ static real *arena_take(Arena *arena, size_t count) { return (real *)arena_bytes
 static void arena_allocate(Arena *arena) {
     arena->capacity = arena->used;
     arena->used = 0;
-    arena->base = (char *)aligned_alloc(HUGE_PAGE, divide_up(larger(arena->capacity, 1), HUGE_PAGE) * HUGE_PAGE);
-    if (!arena->base) {
-        fprintf(stderr, "error: out of memory: the plan needs %.1f MiB\n", (double)arena->capacity / 1048576.0);
+    const double needed = (double)arena->capacity, room = memory_free();
+    if (needed <= room)
+        arena->base = (char *)aligned_alloc(HUGE_PAGE, divide_up(larger(arena->capacity, 1), HUGE_PAGE) * HUGE_PAGE);
+    if (!arena->base) {  // Linux would give more than there is, and kill the process that touches it
+        fprintf(stderr, "error: out of memory: %.1f MiB are needed at once and %.1f are free: take a smaller network\n",
+                needed / 1048576, room / 1048576);
         exit(1);
     }
 #ifdef MADV_HUGEPAGE

@@ -75,30 +75,32 @@ static inline void watch_signals(void) {
     if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL);
 }
 
-// The number in a file that holds one; -1 if there is none.
-static inline double file_number(const char *path) {
+// The number that follows `name` at the beginning of one of a file's lines, "" for the first line; -1 where there is
+// none.
+static inline double file_number(const char *path, const char *name) {
     double value = -1;
+    char line[256];
     FILE *file = fopen(path, "r");
-    if (file && fscanf(file, "%lf", &value) != 1) value = -1;
+    while (file && value < 0 && fgets(line, sizeof line, file))
+        if (strncmp(line, name, strlen(name)) != 0 || sscanf(line + strlen(name), "%lf", &value) != 1) value = -1;
     if (file) fclose(file);
     return value;
 }
 
 // Bytes of memory that can still be had: what Linux calls available, or less if the control group (a container) is
-// allowed less. Infinite where the system does not say.
+// allowed less, of which files that were read and can be read again are no part. Infinite where the system does not
+// say.
 static inline double memory_free(void) {
-    double available = INFINITY, kilobytes;
-    char line[256];
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file && fgets(line, sizeof line, file))
-        if (sscanf(line, "MemAvailable: %lf", &kilobytes) == 1) available = 1024 * kilobytes;
-    if (file) fclose(file);
-    const char *groups[2][2] = {
-        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"}};
+    const double kilobytes = file_number("/proc/meminfo", "MemAvailable:");
+    double available = kilobytes < 0 ? INFINITY : 1024 * kilobytes;
+    const char *groups[2][4] = {
+        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file "},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+         "/sys/fs/cgroup/memory/memory.stat", "total_inactive_file "}};
     for (int g = 0; g < 2; g++) {
-        double limit = file_number(groups[g][0]), used = file_number(groups[g][1]);
-        if (limit > 0 && used >= 0 && limit - used < available) available = limit > used ? limit - used : 0;
+        const double limit = file_number(groups[g][0], ""), used = file_number(groups[g][1], ""),
+                     cached = file_number(groups[g][2], groups[g][3]), left = limit - used + (cached > 0 ? cached : 0);
+        if (limit > 0 && used >= 0 && left < available) available = left > 0 ? left : 0;
     }
     return available;
 }

@@ -697,6 +697,8 @@ def command_cases():
     command_case("check: JSON into nowhere", [*check, *NETWORK, "--json", "/absent/x"], 1, "/absent/x")
     command_case("check: JSON", [*check, *NETWORK, "--json", OUT / "check.json"], 0)
     command_case("check: no memory", [*check, *NETWORK, "--short_side", 16384, "--max_size", 32768], 1, "out of memory: the plan needs")
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 300 << 30:
+        command_case("check: a network of 320 GiB", [*check, "--hidden_dim", 8192, "--dim_feedforward", 65536, "--enc_layers", 64], 1, "out of memory", "take a smaller network")
     command_case("check: a batch of 3", [*check, *NETWORK, "--batch_size", 3], 1, "--batch_size 2 at most")
     command_case("check: JSON of what cannot start", [*check, *NETWORK, "--split", "test", "--json", OUT / "check.json"], 1, 'without split "test"')
     command_case("check: a folder without a name", ["check", "--data", ""], 2, "must not be empty")
@@ -723,7 +725,7 @@ def command_cases():
     for title, arguments, says in (("dropout of pretrained", [*start, "--dropout", "0.3"], "--dropout"), ("decoder of pretrained", [*start, "--decoder", "anchor"], "--decoder"),
                                    ("dilation of pretrained", [*start, "--dilation"], "--dilation"), ("backbone of pretrained", [*start, "--backbone", "resnet18"], "--backbone"),
                                    ("norm_init of pretrained", [*start, "--norm_init", "calibrate"], "--norm_init"), ("a plain decoder with dilation", [*train, "--dilation"], "--dilation"),
-                                   ("lr_drop of a cosine", [*train, "--lr_schedule", "cosine", "--lr_drop", "9"], "--lr_drop"), ("a GPU's tf32", [*train, "--tf32"], "--tf32"),
+                                   ("lr_drop of a cosine", [*train, "--lr_schedule", "cosine", "--lr_drop", "9"], "--lr_drop"), ("a GPU's tf32", [*train, "--tf32"], "--tf32"), ("a GPU's recompute", [*train, "--recompute"], "--recompute"),
                                    ("another lr", [*resume, "--lr", "1"], "--lr"), ("another switch", [*resume, "--vflip"], "--vflip"), ("another folder", [*resume, "--output_dir", OUT / "empty"], "--output_dir")):
         command_case(f"flags: {title}", arguments, 2, says)
     command_case("flags: a run that is over", [*resume, "--data", OUT / "data"], 0, "nothing to do")
