@@ -1877,9 +1877,9 @@ static void test_model() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Steps, of which two are under way
 
-static uint64_t host_waits() {
+static unsigned long host_waits() {
 #ifdef CUDA_EMU
-    return emu::host_waits();
+    return emu::host_waited;
 #else
     return 0;  // a GPU does not tell
 #endif
@@ -1901,7 +1901,7 @@ static void test_steps() {
     device_network_free(&n);
     create_model_network(&n, c, MODEL_IMAGES, false);
     for (int step = 0; step <= STEPS; step++) {
-        const uint64_t before = host_waits();
+        const unsigned long before = host_waits();
         if (step < STEPS) device_step_begin(&n, &LOSS, &OPTIMIZER, c.samples, MODEL_BATCH, 11, step, &ahead[step]);
         check(host_waits() == before, "the host waits when step %d begins", step);
         if (step > 0 && device_step_finish(&n, &scale, &error) != 0) check(0, "%s", error.text);

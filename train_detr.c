@@ -703,8 +703,10 @@ INLINE void finish_tile(const Product *p, vec tile[TILE_ROWS][TILE_VECTORS], con
         return;
     }
     real edge[TILE_ROWS * TILE_COLUMNS];
+    Epilogue epilogue = p->epilogue;
+    epilogue.half = half;  // as the compiler knows it
     spill_tile(edge, tile);
-    finish_rows(p->out, p->out_channels, edge, TILE_COLUMNS, out_rows, rows, first_column, p->epilogue);
+    finish_rows(p->out, p->out_channels, edge, TILE_COLUMNS, out_rows, rows, first_column, epilogue);
 }
 
 // Asks for what the epilogue of a tile will read, so that it comes in while the tile is multiplied; and for where the
@@ -859,21 +861,20 @@ static int amx_fits(const Product *p) {
 // finish_rows() of an AMX tile: a loop of its own for each epilogue that a forward pass has, which knows it and asks
 // nothing between the rows.
 static void amx_finish(const Product *p, const real *sums, const size_t *out_rows, int rows, int first_column) {
-    const Epilogue e = p->epilogue, half = {e.bias, e.add, e.relu, e.mask, 1},
-                   forward = {e.bias, e.add, e.relu, NULL, 1};
+    const Epilogue e = p->epilogue, half = {e.bias, e.add, e.relu, e.mask, 1};
     const int channels = p->out_channels;
     if (!e.half)
         finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, e);
     else if (!e.bias || e.mask || channels - first_column < AMX_TILE)
         finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
     else if (e.add && e.relu)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
     else if (e.add)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
     else if (e.relu)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
     else
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, forward);
+        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
 }
 
 // product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles and multiplies them by a part of the
@@ -5164,6 +5165,18 @@ static const char *first_nonfinite(const Model *model, const Activations *acts) 
     return NULL;
 }
 
+// Says why a step failed: its loss, or else its gradient, is not finite. image: of the batch, the first with such a
+// loss; name: of the first such tensor, NULL if there is none. -1.
+static int fail_nonfinite(Error *error, int64_t step, int image, double loss, const char *name) {
+    if (!name) name = "none: the sum overflowed";
+    if (isfinite(loss))
+        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
+                    (long long)step + 1, name);
+    return fail(error,
+                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
+                (long long)step + 1, image, loss, name);
+}
+
 // Lays out the activations for an image and writes its normalised pixels.
 static void load_image(const Model *model, Activations *acts, const Image *image) {
     activations_plan(acts, model, image->height, image->width);
@@ -5269,19 +5282,10 @@ static int training_step(Model *model, Activations *acts, const LossSettings *lo
             train_images(model, acts, &batch, omp_get_thread_num(), omp_get_num_threads());
         }
     }
-    if (batch.acts) {
-        const char *name = first_nonfinite(model, batch.acts);
-        return fail(error,
-                    "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"",
-                    (long long)step + 1, batch.image, batch.loss, name ? name : "none: the sum overflowed");
-    }
+    if (batch.acts) return fail_nonfinite(error, step, batch.image, batch.loss, first_nonfinite(model, batch.acts));
     unfold_norms(model);
     losses->grad_norm = gradient_norm(model);
-    if (!isfinite(losses->grad_norm)) {
-        const char *name = first_nonfinite(model, NULL);
-        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"",
-                    (long long)step + 1, name ? name : "none: the sum overflowed");
-    }
+    if (!isfinite(losses->grad_norm)) return fail_nonfinite(error, step, 0, losses->loss, first_nonfinite(model, NULL));
     optimizer_step(model, optimizer_settings, step, losses->grad_norm);
     return 0;
 }

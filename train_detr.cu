@@ -154,6 +154,9 @@ typedef struct {
     cudaEvent_t copied[2], read[2];  // the copy has ended; so have the kernels
 } Feed;
 
+// Its bytes, on the device and in pinned memory alike, when it is made or counted.
+static size_t feed_bytes(const Feed *feed) { return 2 * feed->host[0].capacity; }
+
 // bytes: of a batch, what is taken being rounded up to 64 each time.
 static void feed_create(Feed *feed, size_t bytes) {
     memset((void *)feed, 0, sizeof *feed);
@@ -4042,13 +4045,13 @@ static void results_walk(DeviceNetwork<T> *n, int batch) {
 // The bytes of the device's memory that a network takes, when it is made or counted.
 template <class T>
 static size_t device_bytes(const DeviceNetwork<T> *n) {
-    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity + 2 * n->feed.host[0].capacity;
+    return n->params.arena.capacity + n->fixed.capacity + n->arena.capacity + feed_bytes(&n->feed);
 }
 
 // And of the host's pinned memory.
 template <class T>
 static size_t pinned_bytes(const DeviceNetwork<T> *n) {
-    return n->host.capacity + 2 * n->feed.host[0].capacity;
+    return n->host.capacity + feed_bytes(&n->feed);
 }
 
 // Everything on the device that `model` needs for micro-batches of max_images pictures, none larger than (max_height,
@@ -4337,13 +4340,9 @@ static int device_search(DeviceNetwork<T> *n, Search *search, const StepResult *
 template <class T>
 static int device_step_failed(DeviceNetwork<T> *n, const StepResult *r, Error *error) {
     const double loss = r->losses->loss;
-    const long long step = (long long)r->step + 1;
     device_params_copy(&n->params, n->model, n->params.value, &Param::value, cudaMemcpyDeviceToHost);
     device_params_copy(&n->params, n->model, n->params.grad, &Param::grad, cudaMemcpyDeviceToHost);
-    const char *name = first_nonfinite(n->model, NULL);
-    if (isfinite(loss))
-        return fail(error, "step %lld: the gradient is not finite; the first such tensor is \"%s\"", step,
-                    name ? name : "none: the sum overflowed");
+    if (isfinite(loss)) return fail_nonfinite(error, r->step, 0, loss, first_nonfinite(n->model, NULL));
     Search search = {""};
     const int image = device_search(n, &search, r);
     for (int i = n->model->num_params - 1; i >= 0; i--) {
@@ -4351,9 +4350,7 @@ static int device_step_failed(DeviceNetwork<T> *n, const StepResult *r, Error *e
         if (!is_finite_tensor(param->value, param->count, 0))
             snprintf(search.name, sizeof search.name, "%s", param->name);
     }
-    return fail(error,
-                "step %lld, image %d of the batch: the loss is %g; the first tensor that is not finite is \"%s\"", step,
-                image, loss, search.name[0] ? search.name : "none: the sum overflowed");
+    return fail_nonfinite(error, r->step, image, loss, search.name[0] ? search.name : NULL);
 }
 
 // --norm_init track: the frozen norms follow the batch's first pictures, as in training_step(). The host computes it, a
@@ -4583,7 +4580,7 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
                             : "all of a step");
     printf("  %-30s %10.1f MiB\n", training ? "weights, gradients, moments" : "weights",
            (double)n->params.arena.capacity / MiB);
-    const double taken = (double)device_bytes(n), fed = 2 * (double)n->feed.host[0].capacity;
+    const double taken = (double)device_bytes(n), fed = (double)feed_bytes(&n->feed);
     printf("  %-30s %10.1f MiB", "activations and workspace", (double)(n->arena.capacity + n->fixed.capacity) / MiB);
     if (training) {
         const double other = network_needs<T>(model, height, width, side, images, most_targets, batch, !recompute);

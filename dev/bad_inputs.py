@@ -525,31 +525,33 @@ def json_edit(**members):
     return change
 
 
-def flag_edit(**members):
-    return lambda content: json_edit(flags={**json.loads(content)["flags"], **members})(content)
+def nested_edit(name, **members):
+    """The same of the object that is the member `name`."""
+    return lambda content: json_edit(**{name: {**json.loads(content)[name], **members}})(content)
+
+
+def safe_header(content):
+    """A safetensors file's header, as an object, and the bytes before its data."""
+    size = 8 + struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8:size]), size
 
 
 def safe_edit(change):
     """A change of a safetensors file's header, as an object."""
     def edit(content):
-        size = struct.unpack("<Q", content[:8])[0]
-        header = json.loads(content[8:8 + size])
+        header, size = safe_header(content)
         text = json.dumps(change(header) or header).encode()
-        return struct.pack("<Q", len(text)) + text + content[8 + size:]
+        return struct.pack("<Q", len(text)) + text + content[size:]
     return edit
 
 
 def filled(name, value):
-    """A change of a safetensors file: the tensor's first number, or all of them, is value."""
+    """A change of a safetensors file: all numbers of the tensor are value."""
     def change(content):
-        size = struct.unpack("<Q", content[:8])[0]
-        first, last = (8 + size + offset for offset in json.loads(content[8:8 + size])[name]["data_offsets"])
+        header, size = safe_header(content)
+        first, last = (size + offset for offset in header[name]["data_offsets"])
         return content[:first] + struct.pack("<f", value) * ((last - first) // 4) + content[last:]
     return change
-
-
-def backbone_edit(**members):
-    return lambda content: json_edit(backbone_config={**json.loads(content)["backbone_config"], **members})(content)
 
 
 def checkpoint_cases():
@@ -591,7 +593,7 @@ def checkpoint_cases():
         for value in values:
             checkpoint_case(f"checkpoint: {key} is {str(value)[:40]}", {"config.json": json_edit(**{key: value})}, "predict", 1,)
     for members in ({"depths": [1, 1]}, {"depths": [1, 1, 1, 0]}, {"hidden_sizes": []}, {"out_indices": [1, 2]}, {"layer_type": "other"}, {"num_channels": 4}):
-        checkpoint_case(f"checkpoint: backbone with {members}", {"config.json": backbone_edit(**members)}, "predict", 1, "config.json", f'"{[*members][0]}"')
+        checkpoint_case(f"checkpoint: backbone with {members}", {"config.json": nested_edit("backbone_config", **members)}, "predict", 1, "config.json", f'"{[*members][0]}"')
     timm = {"use_timm_backbone": True, "backbone_config": None, "backbone": "resnet50"}
     for title, members in {"vgg": {"backbone": "vgg16"}, "three layers": {"backbone_kwargs": {"layers": [3, 4, 6]}}, "a dilation that is text": {"dilation": "yes"}}.items():
         checkpoint_case(f"checkpoint: timm's backbone, {title}", {"config.json": json_edit(**{**timm, **members})}, "predict", 1, "config.json")
@@ -605,9 +607,9 @@ def checkpoint_cases():
         for value in values:
             checkpoint_case(f"checkpoint: {key} is {value}", {"trainer_state.json": json_edit(**{key: value})}, "train", 1, "trainer_state.json")
     for key, value in {"batch_size": 0, "lr": "x", "lr ": 1, "short_side": 10**9, "num_queries": -1, "dropout": 2, "data": None, "precision": "fp99", "seed": -1, "epochs": 1e300}.items():
-        checkpoint_case(f"checkpoint: flag {key} is {value}", {"trainer_state.json": flag_edit(**{key: value})}, "train", 0 if key == "lr " else (1, 2))
+        checkpoint_case(f"checkpoint: flag {key} is {value}", {"trainer_state.json": nested_edit("flags", **{key: value})}, "train", 0 if key == "lr " else (1, 2))
     checkpoint_case("checkpoint: no flags", {"trainer_state.json": json_edit(flags={})}, "train", 2, "--data")
-    checkpoint_case("checkpoint: the data are gone", {"trainer_state.json": flag_edit(data="/absent")}, "train", 1, "/absent")
+    checkpoint_case("checkpoint: the data are gone", {"trainer_state.json": nested_edit("flags", data="/absent")}, "train", 1, "/absent")
     checkpoint_case("checkpoint: no log", {"log.txt": None}, "train", 1, "log.txt")
     checkpoint_case("checkpoint: a binary log", {"log.txt": JPEGS[0]}, "train", 0)
     checkpoint_case("checkpoint: half a commit", {".commit/config.json": b"{"}, "predict", 1, ".commit/config.json")

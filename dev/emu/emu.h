@@ -43,7 +43,6 @@
 
 namespace emu {
 void reseed(uint64_t seed);  // another order of everything, as EMU_SEED chooses it
-uint64_t host_waits();       // how often the host has waited for something that was not done yet
 
 // Where a thread is. Declared const because nothing of it changes while a thread lives: the compiler asks once.
 const uint3 &thread_index() __attribute__((const));
@@ -448,7 +447,8 @@ struct Counts {
     uint64_t steps;                  // accesses and waits of the thread that has most of them
 };
 Counts take_counts() EMU_WEAK;
-extern unsigned long launches;  // of kernels, and products of cuBLASLt, that the program has asked for
+extern unsigned long launches;     // of kernels, and products of cuBLASLt, that the program has asked for
+extern unsigned long host_waited;  // times, for something that was not done yet
 void count_wait(Kind kind) EMU_WEAK;
 
 inline void touch(const void *address, size_t bytes, Access access, uintptr_t pc) {
