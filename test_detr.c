@@ -744,9 +744,37 @@ static void test_nonfinite_image(void) {
     omp_set_num_threads(threads_before);
 }
 
+// So does a gradient that overflows behind losses that are finite: the box head is a product of numbers that are large,
+// tiny and large, and on the way back the large ones meet.
+static void test_nonfinite_gradient(void) {
+    const real huge = sizeof(real) == 4 ? (real)1e38 : (real)1e306, large = (real)1e6, tiny = 1 / huge / large;
+    SmallRun small;
+    Losses losses;
+    Error error;
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
+    small_run_begin(&small, BASIC, 0, 0, 1);
+    Param *norm = small.model.decoder_norm.weight, *first = small.model.box_head[0].weight,
+          *bias = small.model.box_head[0].bias, *second = small.model.box_head[1].weight;
+    for (size_t k = 0; k < norm->count; k++) norm->value[k] = large;
+    for (size_t k = 0; k < first->count; k++) first->value[k] = first->value[k] < 0 ? -tiny : tiny;
+    for (size_t k = 0; k < bias->count; k++) bias->value[k] = 0;
+    for (size_t k = 0; k < second->count; k++) second->value[k] = second->value[k] < 0 ? -huge : huge;
+    model_pack(&small.model);
+    uint64_t before = fingerprint(&small.model, 0);
+    int status = training_step(&small.model, &small.acts, &SMALL_LOSS, &optimizer, small.samples, SMALL_BATCH, 42, 0,
+                               &losses, &error);
+    check(isfinite(losses.loss) && status == -1 &&
+              strstr(error.text,
+                     "step 1: the gradient is not finite; the first such tensor is \"bbox_predictor.layers.0"),
+          "a gradient that overflows, with a loss of %g: %s", losses.loss, status ? error.text : "no error");
+    check(fingerprint(&small.model, 0) == before, "a step whose gradient fails leaves the weights alone");
+    small_run_end(&small);
+}
+
 static void test_nonfinite(void) {
     test_nonfinite_weight();
     test_nonfinite_image();
+    test_nonfinite_gradient();
 }
 
 // What the memory plan is held against.
@@ -2282,6 +2310,34 @@ static void test_watch_boxes(TruthDump *dump) {
     compare(dump, "query_spread", &losses.query_spread, 1, 0, 1e-10);
 }
 
+// A plan that no size of pictures makes small enough says so: here are more boxes of an evaluation than any memory
+// holds.
+static void test_plan_without_size(void) {
+    Settings settings = settings_for("test_detr", "train", TRAIN);
+    Training run;
+    Error error;
+    memset(&run, 0, sizeof run);
+    small_model(&run.network.model, BASIC, 0, 0);
+    run.settings = &settings, run.loader.batch_size = 1, run.loader.short_side = 64, run.loader.max_size = 96;
+    run.val.num_images = INT32_MAX;
+    check(training_plan(&run, 64, 96, &error) == -1 && strstr(error.text, "no picture size fits"),
+          "a plan without a size: %s", error.text);
+    model_free(&run.network.model);
+}
+
+// A step of `bench` that fails ends it.
+static void test_bench_fails(void) {
+    SmallRun small;
+    Error error;
+    small_run_begin(&small, BASIC, 0, 0, 1);
+    small.model.input_projection.weight->value[0] = (real)NAN;
+    model_pack(&small.model);
+    check(bench_seconds(&small.model, &small.acts, &SMALL_LOSS, small.samples, SMALL_BATCH, 1, 0, &error) == -1 &&
+              strstr(error.text, "model.input_projection.weight"),
+          "bench: %s", error.text);
+    small_run_end(&small);
+}
+
 // The best evaluation is the one with the highest AP, of equal ones that with the lowest loss; patience counts from it.
 static void test_best(void) {
     static const double evaluations[][3] = {
@@ -2351,6 +2407,8 @@ static void test_options(void) {
     for (int i = 0; i < 4; i++) test_schedule(&dump, schedules[i]);
     test_watch_boxes(&dump);
     test_best();
+    test_plan_without_size();
+    test_bench_fails();
     test_loss_scale_state();
     safetensors_close(&dump.truth);
 }
@@ -2553,9 +2611,20 @@ static void test_warn_of_data(void) {
 }
 
 static void test_log_seconds(void) {
-    check(log_seconds("") == 0 && log_seconds("{\"epoch\": 0}\n") == 0, "a log that does not say how long it took");
-    check(log_seconds("{\"epoch\": 0, \"seconds\": 1.5}\n{\"epoch\": 1, \"seconds\": 3.2}\n") == 3.2,
-          "the last line says how long all epochs took");
+    static const struct {
+        const char *text;
+        double seconds;
+    } logs[] = {{"\n", 0},
+                {"{\"epoch\": 0}\n", 0},
+                {"{\"epoch\": 0, \"seconds\": 1.5}\n{\"epoch\": 1, \"seconds\": 3.2}\n", 3.2},
+                {"{\"epoch\": 0, \"seconds\": 1.5}\n{\"epoch\": 1}", 1.5}};
+    for (size_t i = 0; i < sizeof logs / sizeof logs[0]; i++) {
+        FILE *log = fmemopen((char *)logs[i].text, strlen(logs[i].text), "r");
+        const double seconds = log_seconds(log);
+        check(seconds == logs[i].seconds, "a log says how long its epochs took: %g seconds, not %g", seconds,
+              logs[i].seconds);
+        fclose(log);
+    }
 }
 
 // A preset comes before the defaults and after the user, who can switch off what it switches on.

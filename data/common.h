@@ -131,6 +131,18 @@ static inline int read_file(const char *path, char **bytes, size_t *size, Error 
     return 0;
 }
 
+// Writes the bytes of a file, a piece at a time, to `file`, whose errors are found when that is closed. 0, or -1 if
+// they cannot be read.
+static inline int copy_file(FILE *file, const char *path, Error *error) {
+    char piece[4096];
+    FILE *from = open_file(path, error);
+    if (!from) return -1;
+    for (size_t got; (got = fread(piece, 1, sizeof piece, from)) > 0;) fwrite(piece, 1, got, file);
+    const int bad = ferror(from), why = errno;
+    fclose(from);
+    return bad ? fail(error, "%s: cannot be read: %s", path, strerror(why)) : 0;
+}
+
 static inline int is_directory(const char *path) {
     struct stat status;
     return stat(path, &status) == 0 && S_ISDIR(status.st_mode);

@@ -267,14 +267,15 @@ static inline int utf8_length(const unsigned char *text) {
     return length;
 }
 
-// Writes text as a JSON string with its quotes; a byte that is not UTF-8 becomes U+FFFD.
+// Writes text as a JSON string with its quotes; a byte that is not UTF-8 becomes U+FFFD. "<" is escaped too: without it
+// no text can end the script element of an HTML page.
 static inline void json_print_string(FILE *file, const char *text) {
     fputc('"', file);
     for (const unsigned char *at = (const unsigned char *)text; *at;) {
         int length = utf8_length(at);
         if (*at == '"' || *at == '\\') {
             fprintf(file, "\\%c", *at);
-        } else if (*at < 0x20 || *at == 0x7F) {
+        } else if (*at < 0x20 || *at == 0x7F || *at == '<') {
             fprintf(file, "\\u%04x", *at);
         } else if (length == 0) {
             fputs("\xEF\xBF\xBD", file);

@@ -4,8 +4,9 @@ in them, where the decoder looked, where time and memory went, the command. This
 nothing: it writes what it is given as one JSON object into data/report.html, whose script draws it. That file is part
 of the program (see report_page).
 
-Nothing from outside becomes markup: every text is a JSON string, no JSON has a "<" in it, and the page's script makes
-text nodes of texts. A browser that opens the page asks the network for nothing; the page forbids it.
+Nothing from outside becomes markup: every text is a JSON string, which has no "<" in it (json_print_string), and the
+page's script makes text nodes of texts. A browser that opens the page asks the network for nothing; the page forbids
+it.
 
 Read in order: the log > what a page shows > writing it.
 
@@ -64,40 +65,22 @@ static const char *const report_keys[REPORT_AP + 1] = {"epoch",
                                                        "seconds",
                                                        "test_coco_eval_bbox"};
 
-typedef struct {
-    double (*rows)[REPORT_COLUMNS];  // (count), one an epoch; NAN where the line has no such number
-    int count;
-    int bad_lines;  // that are no JSON objects
-} ReportLog;
-
-// Reads the text of a log; log->rows is the caller's to free.
-static inline void report_read_log(ReportLog *log, const char *text) {
-    memset(log, 0, sizeof *log);
-    for (const char *line = text, *end; *line; line = *end ? end + 1 : end) {
-        end = line + strcspn(line, "\n");
-        if (line + strspn(line, " \t\r") == end) continue;
-        Error why;
-        char *copy = format_string("%.*s", (int)(end - line), line);
-        yajl_val object = json_parse(copy, strlen(copy), "log", &why);
-        free(copy);
-        if (!YAJL_IS_OBJECT(object)) {
-            log->bad_lines++;
-            yajl_tree_free(object);
-            continue;
-        }
-        log->rows = (double(*)[REPORT_COLUMNS])grow(log->rows, (size_t)log->count, sizeof *log->rows);
-        double *row = log->rows[log->count];
-        for (int column = 0; column < REPORT_COLUMNS; column++) {
-            yajl_val value = json_member(object, report_keys[column < REPORT_AP ? column : REPORT_AP]);
-            size_t element = column < REPORT_AP ? 0 : (size_t)(column - REPORT_AP);
-            if (YAJL_IS_ARRAY(value)) value = element < value->u.array.len ? value->u.array.values[element] : NULL;
-            row[column] = YAJL_IS_DOUBLE(value) ? value->u.number.d : NAN;
-            if (column >= REPORT_AP && row[column] < 0) row[column] = NAN;  // -1: no truth of that size
-        }
-        if (isnan(row[REPORT_EPOCH])) row[REPORT_EPOCH] = log->count;
-        log->count++;
-        yajl_tree_free(object);
+// What a page shows of a line: row: (REPORT_COLUMNS), NAN where the line has no such number; number: the row's. 0, or
+// -1 if the line is no JSON object.
+static inline int report_read_line(double *row, const char *line, size_t size, int number) {
+    Error why;
+    yajl_val object = json_parse(line, size, "log", &why);
+    const int status = YAJL_IS_OBJECT(object) ? 0 : -1;
+    for (int column = 0; column < REPORT_COLUMNS && status == 0; column++) {
+        yajl_val value = json_member(object, report_keys[column < REPORT_AP ? column : REPORT_AP]);
+        size_t element = column < REPORT_AP ? 0 : (size_t)(column - REPORT_AP);
+        if (YAJL_IS_ARRAY(value)) value = element < value->u.array.len ? value->u.array.values[element] : NULL;
+        row[column] = YAJL_IS_DOUBLE(value) ? value->u.number.d : NAN;
+        if (column >= REPORT_AP && row[column] < 0) row[column] = NAN;  // -1: no truth of that size
     }
+    if (status == 0 && isnan(row[REPORT_EPOCH])) row[REPORT_EPOCH] = number;
+    yajl_tree_free(object);
+    return status;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +122,7 @@ typedef struct {
     const char *title, *command;
     const char *flags;        // all of them, as a JSON object; or NULL
     const char *facts;        // data set, model, machine: lines of text; or NULL
-    const char *log;          // the text of log.txt
+    FILE *log;                // log.txt, opened to be read; or NULL
     int64_t steps, of_steps;  // taken, planned
     int64_t steps_per_epoch;
     double loss;           // mean over the epoch under way; NAN if it has not begun
@@ -239,19 +222,27 @@ static inline void report_print_rows(FILE *file, const char *key, const ReportRo
     fputc(']', file);
 }
 
-static inline void report_print_log(FILE *file, const char *text) {
-    ReportLog log;
-    report_read_log(&log, text);
-    fprintf(file, ",\n\"log\": {\"bad_lines\": %d, \"keys\": [", log.bad_lines);
+// Line by line: the log of a long run is not held in memory.
+static inline void report_print_log(FILE *file, FILE *log) {
+    double row[REPORT_COLUMNS];
+    char *line = NULL;
+    size_t room = 0;
+    int rows = 0, bad_lines = 0;
+    fputs(",\n\"log\": {\"keys\": [", file);
     for (int column = 0; column <= REPORT_AP; column++)
         fprintf(file, "%s\"%s\"", column ? ", " : "", report_keys[column]);
     fputs("], \"rows\": [", file);  // the last key's numbers to the end of the row
-    for (int i = 0; i < log.count; i++) {
-        fputs(i ? ",\n" : "\n", file);
-        report_print_numbers(file, log.rows[i], REPORT_COLUMNS);
+    for (ssize_t size; log && (size = getline(&line, &room, log)) > 0;) {
+        if (line[strspn(line, " \t\r\n")] == 0) continue;
+        if (report_read_line(row, line, (size_t)size, rows) != 0) {
+            bad_lines++;
+            continue;
+        }
+        fputs(rows++ ? ",\n" : "\n", file);
+        report_print_numbers(file, row, REPORT_COLUMNS);
     }
-    fputs("]}", file);
-    free(log.rows);
+    fprintf(file, "], \"bad_lines\": %d}", bad_lines);
+    free(line);
 }
 
 static inline void report_print_scores(FILE *file, const Report *report) {
@@ -360,30 +351,19 @@ extern const char report_page[] __asm__("report_page");
 static inline int report_write(const char *path, const Report *report, Error *error) {
     static const char place[] = "DATA OF THE RUN";
     const char *rest = strstr(report_page, place);
-    char *temporary = format_string("%s.tmp", path), *data = NULL;
-    size_t size = 0;
-    FILE *memory = open_memstream(&data, &size), *file = fopen(temporary, "w");
-    int bad = !memory || !file;
-    if (!bad) {
-        report_print(memory, report);
-        bad = fclose(memory) != 0;
-        memory = NULL;
+    char *temporary = format_string("%s.tmp", path);
+    FILE *file = fopen(temporary, "w");
+    int bad = !file;
+    if (file) {
         fwrite(report_page, 1, (size_t)(rest - report_page), file);
-        for (size_t i = 0; i < size && !bad; i++) {  // without "<" no text can end the script element
-            if (data[i] == '<')
-                fputs("\\u003c", file);
-            else
-                fputc(data[i], file);
-        }
+        report_print(file, report);
         fputs(rest + strlen(place), file);
-        bad |= ferror(file);
+        bad = ferror(file);
+        bad |= fclose(file) != 0;
     }
-    if (memory) fclose(memory);
-    if (file && fclose(file) != 0) bad = 1;
     if (bad || rename(temporary, path) != 0) bad = fail(error, "%s: cannot be written: %s", path, strerror(errno));
     if (bad) remove(temporary);
     free(temporary);
-    free(data);
     return bad ? -1 : 0;
 }
 

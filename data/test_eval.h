@@ -545,20 +545,16 @@ static void check_report_number(yajl_val tree, const char *path, double wanted) 
 }
 
 static void test_report_log(void) {
-    ReportLog read;
-    report_read_log(&read,
-                    "{\"train_loss\": 4, \"test_loss\": 6, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"epoch\": 0}\n"
-                    "no JSON\n\n[1]\n"
-                    "{\"train_loss\": 2, \"test_loss\": null}");
-    check(read.count == 2 && read.bad_lines == 2, "report: the log has %d epochs, %d bad lines", read.count,
-          read.bad_lines);
-    if (read.count == 2) {
-        check(read.rows[0][REPORT_LOSS] == 4 && read.rows[1][REPORT_LOSS] == 2, "report: the loss");
-        check(read.rows[0][REPORT_AP + 1] == 0.5 && isnan(read.rows[0][REPORT_AP + 2]), "report: AP50, and no AP75");
-        check(isnan(read.rows[1][REPORT_TEST_LOSS]), "report: a loss that was not measured");
-        check(read.rows[1][REPORT_EPOCH] == 1, "report: an epoch without its number has its place");
-    }
-    free(read.rows);
+    static const char *const lines[] = {
+        "{\"train_loss\": 4, \"test_loss\": 6, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"epoch\": 0}\n",
+        "{\"train_loss\": 2, \"test_loss\": null}", "no JSON\n", "[1]\n"};
+    double rows[4][REPORT_COLUMNS];
+    for (int i = 0; i < 4; i++)
+        check(report_read_line(rows[i], lines[i], strlen(lines[i]), i) == (i < 2 ? 0 : -1), "report: line %d", i);
+    check(rows[0][REPORT_LOSS] == 4 && rows[1][REPORT_LOSS] == 2, "report: the loss");
+    check(rows[0][REPORT_AP + 1] == 0.5 && isnan(rows[0][REPORT_AP + 2]), "report: AP50, and no AP75");
+    check(isnan(rows[1][REPORT_TEST_LOSS]), "report: a loss that was not measured");
+    check(rows[1][REPORT_EPOCH] == 1, "report: an epoch without its number has its place");
 }
 
 // A page about two classes, and names that would end the script element, open a comment or a string.
@@ -608,23 +604,30 @@ static void test_report(const char *folder) {
     const ReportRow rows[2] = {{"steps", NULL, 1.5, 0}, {"<rest>", "forward", 0.5, 20}};
     Report report;
     memset(&report, 0, sizeof report);
-    report.title = hostile, report.command = hostile, report.facts = "x < y", report.flags = "{\"data\": \"<\"}";
-    report.log = "{\"train_loss\": 4, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"seconds\": 8.5}\n[</script>]\n";
+    report.title = hostile, report.command = hostile, report.facts = "x < y", report.flags = "{\"data\": 1}";
+    char log[] =
+        "{\"train_loss\": 4, \"test_coco_eval_bbox\": [0.25, 0.5, -1], \"seconds\": 8.5}\n\n[</script>]\n"
+        " \t\n{\"train_loss\": 3}";
+    report.log = fmemopen(log, strlen(log), "r");
     report.steps = 3, report.of_steps = 10, report.steps_per_epoch = 2, report.loss = NAN;
     report.epoch = 0, report.set = &set, report.scores = &scores, report.shown = shown, report.num_shown = 2;
     report.times = rows, report.num_times = 1, report.memory = rows, report.num_memory = 1;
     report.work = rows, report.num_work = 2;
     check(report_write(page, &report, &error) == 0 && !is_file(temporary), "report: written, nothing left beside it");
+    fclose(report.log);
     yajl_val tree = report_tree(page);
     check_report_text(tree, "title", kept);
     check_report_text(tree, "command", kept);
     check_report_text(tree, "facts", "x < y");
-    check_report_text(tree, "flags.data", "<");
+    check_report_number(tree, "flags.data", 1);
     check(YAJL_IS_NULL(report_value(tree, "loss")), "report: no number that is none");
     check_report_number(tree, "steps", 3);
     check_report_number(tree, "log.rows.0.3", 4);
     check_report_number(tree, "log.rows.0.18", 8.5);
     check_report_number(tree, "log.rows.0.20", 0.5);
+    check_report_number(tree, "log.rows.1.0", 1);
+    check_report_number(tree, "log.rows.1.3", 3);
+    check(report_value(tree, "log.rows.2") == NULL, "report: empty lines of the log");
     check_report_number(tree, "log.bad_lines", 1);
     check_report_text(tree, "evaluation.classes.0.name", kept);
     check_report_number(tree, "evaluation.classes.0.ap50", 0.5);
@@ -651,7 +654,7 @@ static void test_report(const char *folder) {
     yajl_tree_free(tree);
 
     memset(&report, 0, sizeof report);
-    report.title = "t", report.log = "", report.epoch = -1;
+    report.title = "t", report.epoch = -1;
     check(report_write(page, &report, &error) == 0, "report: of a run that begins");
     tree = report_tree(page);
     check(report_value(tree, "pictures") == NULL && report_value(tree, "log.rows.0") == NULL, "report: nothing yet");

@@ -14,7 +14,8 @@ as a run that nothing happened to.
     lock          a second run on the same folder; a lock whose process was killed
     damage        each file of a checkpoint cut short and with flipped bits, at any place
     readers       eval and predict beside a training that saves after each step
-    memory        resident memory after 20 steps and after 1000 of pictures of mixed sizes; a network that does not fit
+    memory        resident memory at the checkpoints after 20 steps and after 1000 of pictures of mixed sizes; a network
+                  that does not fit
 
     dev/survive.py [--quick] [--kills 100] [--only NAME,...] [--program ./train_detr] [--seed N]
 
@@ -517,7 +518,7 @@ def resident_kib(pid):
 
 
 def memory():
-    steps = 300 if options.quick else 1000
+    steps = 100 if options.quick else 1000
     with Row(f"resident memory over {steps} steps") as row:
         folder = place("memory")
         # Every 20 steps a checkpoint, whose trainer_state.json says how far the run is.
@@ -525,9 +526,10 @@ def memory():
         process = start(folder, train(*begin, "--short_side", 128, "--max_size", 192, "--patience", 0))
         seen = {}
         while process.poll() is None:
-            try:
+            try:  # the memory before the file: while that was being put in place, not in the step behind it
+                resident = resident_kib(process.pid)
                 step = json.loads((folder / "out" / "trainer_state.json").read_text())["step"]
-                seen.setdefault(step, resident_kib(process.pid))
+                seen.setdefault(step, resident)
             except (OSError, ValueError, TypeError):
                 pass
             time.sleep(0.002)

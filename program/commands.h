@@ -312,12 +312,18 @@ static void averages_add(Averages *sums, const Losses *losses, double lr, int la
         for (int l = 0; l < layers; l++) sums->by_layer[l][k] += from[k][l];
 }
 
-// How long the epochs of a log took, by its last line.
-static double log_seconds(const char *log) {
+// How long the epochs of a log took, by its last line that says so.
+static double log_seconds(FILE *log) {
     static const char key[] = "\"seconds\": ";
-    const char *last = NULL;
-    for (const char *at = log; (at = strstr(at, key)) != NULL; at++) last = at;
-    return last ? strtod(last + strlen(key), NULL) : 0;
+    char *line = NULL;
+    size_t room = 0;
+    double seconds = 0;
+    while (getline(&line, &room, log) > 0) {
+        const char *at = strstr(line, key);
+        if (at) seconds = strtod(at + strlen(key), NULL);
+    }
+    free(line);
+    return seconds;
 }
 
 // The keys of DETR's log.txt for one split ("train" or "test"): weighted, then as they are ("_unscaled"). After them
@@ -462,8 +468,8 @@ typedef struct {
     Best best;
     int from_scratch;
     Averages averages;  // of the epoch under way
-    char *log;          // log.txt
-    double logged;      // seconds_now() when that got its last line, or when this process began
+    char *log_line;     // of log.txt, which the one in OUT has not yet; or NULL
+    double log_begin;   // seconds_now() when the run would have begun, had it been one process
     RunReport report;
     // Of the steps that are under way, no more than two; step s has the place s % 2
     int64_t begun;  // steps, `step` of them are done
@@ -480,7 +486,7 @@ static void training_free(Training *run) {
     free(run->train_labels);
     free(run->val_labels);
     for (int i = 0; i < 2; i++) free(run->pictures[i]);
-    free(run->log);
+    free(run->log_line);
     run_report_free(&run->report);
     yajl_tree_free(run->state_tree);
     if (run->lock > 0) close(run->lock);
@@ -599,7 +605,8 @@ static void training_report(Training *run) {
     RunReport *gathered = &run->report;
     const Settings *settings = run->settings;
     const double begin = seconds_now();
-    char *path = format_string("%s/report.html", run->folder), *facts = NULL, *flags = NULL;
+    char *path = format_string("%s/report.html", run->folder), *log = format_string("%s/log.txt", run->folder),
+         *facts = NULL, *flags = NULL;
     size_t size;
     ReportRow times[NUM_PHASES + 1];
     double rest = begin - gathered->begin;
@@ -625,7 +632,7 @@ static void training_report(Training *run) {
     memset(&report, 0, sizeof report);
     report.title = flag_text(settings, "data");
     report.command = settings->command_line;
-    report.flags = flags, report.facts = facts, report.log = run->log;
+    report.flags = flags, report.facts = facts, report.log = fopen(log, "r");
     report.steps = run->step, report.of_steps = run->last_step, report.steps_per_epoch = run->steps_per_epoch;
     report.loss = run->averages.steps ? run->averages.loss / run->averages.steps : NAN;
     report.epoch = gathered->epoch, report.set = &run->val, report.scores = &gathered->scores;
@@ -636,7 +643,9 @@ static void training_report(Training *run) {
     report.peak_bytes = (double)usage.ru_maxrss * 1024;
     Error error;
     if (report_write(path, &report, &error) != 0) fprintf(stderr, "warning: %s\n", error.text);
+    if (report.log) fclose(report.log);
     free(path);
+    free(log);
     free(facts);
     free(flags);
     gathered->written = seconds_now();
@@ -665,16 +674,30 @@ static void training_cannot_save(const Training *run, const char *folder, Error 
     free(state);
 }
 
+// Writes the set's log.txt: what OUT's has, and the line that it has not. A log that somebody has removed begins anew.
+// 0, or -1.
+static int log_write(const Training *run, const char *folder, Error *error) {
+    Error unused;
+    char *path = fileset_path(run->folder, "log.txt");
+    FILE *file = fileset_create(folder, "log.txt");
+    const int status = file && is_file(path) ? copy_file(file, path, error) : 0;
+    if (file && run->log_line) fputs(run->log_line, file);
+    const int closed = fileset_close(file, folder, "log.txt", status == 0 ? error : &unused);
+    free(path);
+    return status == 0 ? closed : -1;
+}
+
 // Writes the whole set into OUT, where the one before becomes OUT/previous, or into OUT/best.
 static int training_save(Training *run, const char *folder, Error *error) {
     const Model *model = &run->network.model;
     const double begin = seconds_now();
+#ifdef __GLIBC__
+    malloc_trim(0);  // gives back what pictures and an evaluation have left free between what is in use
+#endif
     int status = fileset_begin(folder, error);
     if (status == 0) {
         engine.fetch(&run->network.model);
-        FILE *log = fileset_create(folder, "log.txt");
-        if (log) fputs(run->log, log);
-        status = fileset_close(log, folder, "log.txt", error);
+        status = log_write(run, folder, error);
     }
     if (status == 0) status = config_write(&run->network, folder, error);
     if (status == 0) status = preprocessor_write(&run->network, folder, error);
@@ -684,6 +707,10 @@ static int training_save(Training *run, const char *folder, Error *error) {
     if (status == 0) status = state_write(run, folder, error);
     if (status == 0) status = fileset_commit(folder, folder == run->folder, error);
     if (status != 0) training_cannot_save(run, folder, error);
+    if (status == 0 && folder == run->folder) {
+        free(run->log_line);
+        run->log_line = NULL;
+    }
     run->report.seconds[PHASE_CHECKPOINTS] += seconds_now() - begin;
     return status;
 }
@@ -722,7 +749,6 @@ static int training_begin(Training *run, Error *error) {
     const char *pretrained = flag_text(settings, "pretrained");
     int from_folder = pretrained && is_directory(pretrained), keep_head = 0, status;
     Network *network = &run->network;
-    run->log = format_string("%s", "");
     run->from_scratch = pretrained == NULL;
     const char *name = from_folder ? weights_choose(pretrained, 0) : NULL;
     if (from_folder) {
@@ -784,14 +810,16 @@ static int training_resume(Training *run, Error *error) {
     char *moments = fileset_path(run->folder, "optimizer.safetensors"), *log = fileset_path(run->folder, "log.txt"),
          *ema = fileset_path(run->folder, "ema.safetensors");
     Model *model = &run->network.model;
-    size_t size;
     int status = config_read(&run->network, run->folder, error);
     run->network.config.half = computes_in_bf16(run->settings);
     run->network.config.freeze = flag_text(run->settings, "freeze");
     run->network.short_side = run->loader.short_side;
     run->network.max_size = run->loader.max_size;
     if (status == 0) status = state_read(run, state, error);
-    if (status == 0) status = read_file(log, &run->log, &size, error);
+    FILE *lines = status == 0 ? open_file(log, error) : NULL;
+    if (!lines) status = -1;
+    if (lines) run->log_begin -= log_seconds(lines);
+    if (lines) fclose(lines);
     if (status == 0)
         status = model_create(model, &run->network.config, 1, flag_number(run->settings, "lr_backbone") > 0,
                               run->from_scratch, error);
@@ -947,7 +975,6 @@ static int training_end_epoch(Training *run, Error *error) {
     int64_t epoch = run->epochs_logged;
     int layers = run->network.config.dec_layers,
         evaluated = run->has_val && (epoch + 1) % flag_int64(run->settings, "eval_every") == 0;
-    char *line = NULL;
     size_t size = 0;
     Averages test;
     const double *stats = run->report.scores.stats;
@@ -969,22 +996,18 @@ static int training_end_epoch(Training *run, Error *error) {
         run->report.seconds[PHASE_EVALUATION] += seconds_now() - begin;
         if (stopped) return 1;
     }
-    FILE *file = open_memstream(&line, &size);
+    FILE *file = open_memstream(&run->log_line, &size);
     if (!file) return fail(error, "out of memory for the log");
-    fprintf(file, "%s{", run->log);
+    fputc('{', file);
     averages_log(file, &run->averages, "train", layers, &run->loss);
     if (evaluated) {
         averages_log(file, &test, "test", layers, &run->loss);
         for (int i = 0; i < 12; i++)
             fprintf(file, "%s%.17g%s", i ? ", " : "\"test_coco_eval_bbox\": [", stats[i], i < 11 ? "" : "], ");
     }
-    const double now = seconds_now();
     fprintf(file, "\"epoch\": %lld, \"n_parameters\": %zu, \"seconds\": %.1f}\n", (long long)epoch,
-            run->network.model.num_trained, log_seconds(run->log) + now - run->logged);
-    run->logged = now;
+            run->network.model.num_trained, seconds_now() - run->log_begin);
     fclose(file);
-    free(run->log);
-    run->log = line;
     printf("epoch %lld done: train loss %.4f, class error %.1f %%", (long long)epoch + 1,
            run->averages.loss / run->averages.steps, run->averages.class_error / run->averages.steps);
     if (evaluated)
@@ -1355,7 +1378,7 @@ static void training_init(Training *run, Settings *settings) {
     run->acts = (Activations *)allocate((size_t)omp_get_max_threads() * sizeof(Activations));
     run->settings = settings;
     run->best.epoch = run->report.epoch = -1;
-    run->logged = run->report.begin = seconds_now();
+    run->log_begin = run->report.begin = seconds_now();
 }
 
 static int command_train(Settings *settings, Error *error) {
