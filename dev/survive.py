@@ -575,6 +575,8 @@ if __name__ == "__main__":
     if done.returncode != 0:
         sys.exit(f"the undisturbed run failed: {done.stdout}\n0 passed, 1 failed")
     REFERENCE = content(folder)
+    epochs = [json.loads(line)["epoch"] for line in REFERENCE["out/log.txt"].splitlines()]
+    check(epochs == [*range(STEPS // STEPS_PER_EPOCH)], f"the undisturbed run's log.txt has epochs {epochs}")
     MIDDLE = place("middle")  # stopped in the third epoch, with a best checkpoint and a previous one
     process = start(MIDDLE, train(*BEGIN))
     while process.poll() is None and not re.search("epoch 2 done", process.stdout.readline()):
