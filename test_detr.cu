@@ -1780,6 +1780,17 @@ static void test_model_memory(int bottleneck, int from_scratch) {
             check(fit == images + 1 && fewer == images, "where %d have room %d fit, in a byte less %d", images + 1, fit,
                   fewer);
         }
+        Settings settings = settings_for("test_detr", "train", TRAIN);
+        flag_set(&settings, "short_side", "64", FROM_USER), flag_set(&settings, "max_size", "128", FROM_USER);
+        const NetworkPlan plan = {&c.model, 72, 7, MODEL_BATCH, recompute == 1};
+        const double room = picture_needs<T>(&plan, 30, 54);
+        engine_refuse<T>(&settings, &c.model, 40, 72, 72, 7, MODEL_BATCH, plan.recompute, room, &error);
+        int side = 0, longer = 0;
+        const char *proposal = strstr(error.text, "--short_side");
+        if (proposal) sscanf(proposal, "--short_side %d --max_size %d would fit", &side, &longer);
+        check(longer == 2 * side && picture_needs<T>(&plan, 40 * side / 64 + 1, 72 * side / 64 + 1) <= room &&
+                  picture_needs<T>(&plan, 40 * (side + 1) / 64 + 1, 72 * (side + 1) / 64 + 1) > room,
+              "proposed where %g bytes are free: %s", room, error.text);
         gradients[recompute] = new Array<float>(n.params.trained);
         device_network_free(&n);
         model_gradients<T>(c, MODEL_IMAGES, recompute, gradients[recompute]);

@@ -1909,6 +1909,11 @@ __device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t el
     return keeps >> shift & 0xFFFF;
 }
 
+// Row `number` of a segment, or its first where there is no such: what comes of that is not used.
+__device__ static inline int row_or_first(Segment segment, int number) {
+    return segment.first + (number < segment.height * segment.width ? number : 0);
+}
+
 // Rows of two tensors that come to shared memory together: keys and values, or queries and gradients.
 template <class T, int D, int ROWS>
 struct Tile {
@@ -1996,11 +2001,9 @@ struct WarpRows {
     const T *rows[2];
     uint32_t fragment[D / 16][4];  // if T has 16 bits
 
-    // The segment's rows `from` and from + 8, or its first where there are no such: what comes of those is not used.
+    // The segment's rows `from` and from + 8.
     __device__ WarpRows(const T *x, Segment segment, int from, int C) {
-        const int count = segment.height * segment.width;
-        for (int i = 0; i < 2; i++)
-            rows[i] = x + (size_t)(segment.first + (from + 8 * i < count ? from + 8 * i : 0)) * C;
+        for (int i = 0; i < 2; i++) rows[i] = x + (size_t)row_or_first(segment, from + 8 * i) * C;
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int i = 0; i < D / 16; i++)
@@ -2115,8 +2118,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
     const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
     int at[2];
-    for (int r = 0; r < 2; r++)
-        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+    for (int r = 0; r < 2; r++) at[r] = head * p.queries.rows + row_or_first(of_queries, first + 8 * r);
     float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
@@ -2254,7 +2256,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS, sizeof(T) == 4 && D 
     float dq[D / 8][4] = {}, lse[2], dots[2];
     int at[2];
     for (int r = 0; r < 2; r++) {
-        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+        at[r] = head * p.queries.rows + row_or_first(of_queries, first + 8 * r);
         lse[r] = p.lse[at[r]] * LOG2E, dots[r] = p.dots[at[r]];
     }
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
@@ -2699,11 +2701,8 @@ __global__ static void __launch_bounds__(32) match_kernel(SetLoss p) {
             if (row < 0) sink = nearest;
         }
         __syncwarp();
-        for (int j = lane; j < columns; j += 32) {
-            if (!done[j] || j == sink) continue;
-            u[row_of_column[j]] += length - shortest[j];
-            v[j] -= length - shortest[j];
-        }
+        for (int j = lane; j < columns; j += 32)
+            if (done[j] && j != sink) assign_price(&u[row_of_column[j]], &v[j], length - shortest[j]);
         __syncwarp();
         if (lane == 0) {
             u[start] += length;
@@ -4530,25 +4529,35 @@ static void engine_send(Model *model) {
     gpu_fold<T>(d);
 }
 
+// What network_needs() asks besides the pictures' size and number.
+typedef struct {
+    const Model *model;
+    int side, most_targets, batch;
+    bool recompute;
+} NetworkPlan;
+
+// Of one picture; of: a NetworkPlan.
+template <class T>
+static double picture_needs(const void *of, int height, int width) {
+    const NetworkPlan *p = (const NetworkPlan *)of;
+    return network_needs<T>(p->model, height, width, p->side, 1, p->most_targets, p->batch, p->recompute);
+}
+
 // Not even one picture has room: says so, and what would have. -1.
 template <class T>
 static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int side,
                          int most_targets, int batch, bool recompute, double room, Error *error) {
-    const double MiB = 1048576, needs = network_needs<T>(model, height, width, side, 1, most_targets, batch, recompute);
-    const int short_side = settings->command & TRAIN ? flag_int(settings, "short_side") : 0;
+    const double MiB = 1048576;
+    const NetworkPlan plan = {model, side, most_targets, batch, recompute},
+                      recomputed = {model, side, most_targets, batch, true};
     fail(error, "out of memory on the GPU: a picture of %d x %d needs %.1f MiB and %.1f are free: ", height, width,
-         needs / MiB, room / MiB);
-    if (network_needs<T>(model, height, width, side, 1, most_targets, batch, true) <= room)
-        return fail_more(error, "--recompute would fit"), -1;
-    for (int shorter = short_side - 1; shorter >= 32; shorter--) {
-        const double scale = (double)shorter / short_side;
-        const int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (network_needs<T>(model, h, w, side, 1, most_targets, batch, recompute) > room) continue;
-        fail_more(error, "--short_side %d --max_size %d would fit", shorter,
-                  (int)(flag_int(settings, "max_size") * scale));
-        return -1;
-    }
-    return fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim"), -1;
+         picture_needs<T>(&plan, height, width) / MiB, room / MiB);
+    if (picture_needs<T>(&recomputed, height, width) <= room)
+        fail_more(error, "--recompute would fit");
+    else if (!(settings->command & TRAIN) ||
+             !suggest_side(error, settings, height, width, room, picture_needs<T>, &plan))
+        fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim");
+    return -1;
 }
 
 // Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
