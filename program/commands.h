@@ -873,7 +873,7 @@ static double read_ahead_bytes(const Training *run, int height, int width) {
 
 static double followed_bytes(const Training *run, int height, int width) {
     const Model *model = &run->network.model;
-    return model->track_norms ? calibration_bytes(model, height, width) : 0;
+    return model->track_norms && !engine.is_gpu ? calibration_bytes(model, height, width) : 0;
 }
 
 // All that depends on the pictures' size, of a Training.
@@ -891,8 +891,7 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     const double scored = coco_score_bytes((double)run->val.num_images * model->config.num_queries);
     run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures + scored);
     const double needs = training_needs(run, height, width);
-    // A GPU's program will have given them back, unless the norms follow, which the host computes.
-    const double packed = engine.is_gpu && !model->track_norms ? 0 : (double)model->packed.used;
+    const double packed = engine.is_gpu ? 0 : (double)model->packed.used;  // a GPU's program will have given them back
     const ReportRow rows[] = {{"weights", NULL, (double)model->weights.used, 0},
                               {"packed weights", NULL, packed, 0},
                               {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
@@ -1335,9 +1334,7 @@ static int training_size(Training *run, int *height, int *width, Error *error) {
     if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
     widen_plan(height, width, h, w);
     const int train = longest_side(&run->train), val = longest_side(&run->val);
-    // Norms that follow ask for finished pictures.
-    run->loader.defer_side =
-        run->network.model.track_norms ? 0 : defer_side(train > val ? train : val, *height, *width);
+    run->loader.defer_side = defer_side(train > val ? train : val, *height, *width);
     run->loader.kept = engine.is_gpu;
     warn_of_data(stderr, &run->train, &run->network.config, run->from_scratch);
     return training_plan(run, *height, *width, error);
