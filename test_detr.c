@@ -791,6 +791,34 @@ static void test_memory_free(void) {
     check(available > 0 && available < all, "%g bytes of %g are free", available, all);
 }
 
+// What a plan that has no room proposes is the largest picture that has; what a GPU resizes is as large as its file.
+static void test_plan(void) {
+    Settings settings = settings_for("test_detr", "train", TRAIN);
+    flag_set(&settings, "short_side", "400", FROM_USER), flag_set(&settings, "max_size", "800", FROM_USER);
+    Training run;
+    memset(&run, 0, sizeof run);
+    small_model(&run.network.model, BOTTLENECK, 0, 0);
+    run.in_flight = 1, run.loader.batch_size = 50, run.loader.workers = run.loader.prefetch = 1;
+    for (int i = 0; i < 4; i++) {
+        run.loader.defer_side = i / 2 * 600, run.network.model.track_norms = i % 2;
+        Error error = {""};
+        const double room = 0.3 * training_needs(&run, 400, 600) + (i / 2 ? 0.7 * 100 * 3 * 600 * 600 : 0);
+        int side = 0, longer = 0, read = 0;
+        const int fits = suggest_side(&error, &settings, 400, 600, room, training_needs, &run);
+        sscanf(error.text, "--short_side %d --max_size %d would fit%n", &side, &longer, &read);
+        const double at = training_needs(&run, side + 1, 3 * side / 2 + 1),
+                     next = training_needs(&run, side + 2, 3 * (side + 1) / 2 + 1);
+        check(fits && read > 0 && longer == 2 * side && at <= room && next > room,
+              "proposed for %g bytes: \"%s\", which takes %g, and the next size %g", room, error.text, at, next);
+        check(!suggest_side(&error, &settings, 400, 600, 0, training_needs, &run), "nothing fits into nothing");
+        const double read_ahead = 2 * 50 * 3.0 * (run.loader.defer_side ? 600 * 600 : 100 * 150);
+        check(training_needs(&run, 100, 150) == read_ahead + (i % 2) * calibration_bytes(&run.network.model, 100, 150) +
+                                                    (double)activations_bytes(&run.network.model, 100, 150, 1, 1),
+              "100 x 150: %g bytes", training_needs(&run, 100, 150));
+    }
+    model_free(&run.network.model);
+}
+
 // Networks that cannot be computed are refused by a line that says which number is wrong.
 static void test_refused(void) {
     Model model;
@@ -2855,6 +2883,7 @@ static const Test TESTS[] = {
     {"nonfinite", test_nonfinite},
     {"refused", test_refused},
     {"memory_free", test_memory_free},
+    {"plan", test_plan},
     {"heart", test_learns_by_heart},
     {"image", test_image},
     {"dataset", test_dataset},

@@ -4556,6 +4556,10 @@ HOST_DEVICE static double generalized_iou(const double a[4], const double b[4], 
 // A cost as assign() counts it: one that is not finite is a very high one, so that it ends on any input.
 HOST_DEVICE static inline double assign_cost(double c) { return isfinite(c) && fabs(c) < 1e12 ? c : 1e12; }
 
+// The prices of a column that the search has reached and of the row that had it; rest: of the path, from there to its
+// end.
+HOST_DEVICE static inline void assign_price(double *row, double *column, double rest) { *row += rest, *column -= rest; }
+
 // Every row on the path from row `start` to the free column `sink` moves to the column that it reached.
 HOST_DEVICE static inline void assign_along(int *column_of_row, int *row_of_column, const int *before, int start,
                                             int sink) {
@@ -4599,11 +4603,8 @@ HOST_DEVICE static void assign(int *column_of_row, const double *cost, int rows,
                 row = row_of_column[nearest];
         }
         u[start] += length;
-        for (int j = 0; j < columns; j++) {
-            if (!done[j] || j == sink) continue;
-            u[row_of_column[j]] += length - shortest[j];
-            v[j] -= length - shortest[j];
-        }
+        for (int j = 0; j < columns; j++)
+            if (done[j] && j != sink) assign_price(&u[row_of_column[j]], &v[j], length - shortest[j]);
         assign_along(column_of_row, row_of_column, before, start, sink);
     }
 }

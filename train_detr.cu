@@ -422,11 +422,12 @@ enum {
 
 // A convolution with the frozen norm behind it, all in device memory. Gradients are NULL where nothing is trained.
 typedef struct {
-    float *weight;                                                     // (filters, length)
-    const float *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // (filters)
-    void *operand;                                                     // (filters, length): weight * scale
-    float *scale, *bias;                                               // (filters), as in Layer
-    void *bias_operand;                                                // (filters): bias, rounded to T
+    float *weight;                         // (filters, length)
+    const float *norm_weight, *norm_bias;  // (filters)
+    float *norm_mean, *norm_variance;      // (filters)
+    void *operand;                         // (filters, length): weight * scale
+    float *scale, *bias;                   // (filters), as in Layer
+    void *bias_operand;                    // (filters): bias, rounded to T
     float *dweight, *dnorm_weight;
     const float *dnorm_bias;
     int first, length;  // how many filters come before its own; numbers of a filter
@@ -534,17 +535,24 @@ __device__ static int find_convolution(const Folded *layers, int count) {
     return i;
 }
 
+__device__ static inline float norm_scale(const Folded &layer, int n) {
+    return layer.norm_weight[n] / (float)sqrt((double)layer.norm_variance[n] + 1e-5);
+}
+
+__device__ static inline void set_norm(const Folded &layer, int n, float scale) {
+    layer.scale[n] = scale;
+    layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+}
+
 template <class T>
 __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *layers, int count) {
     const Folded layer = layers[find_convolution(layers, count)];
     const int n = (int)blockIdx.x - layer.first;
-    const float scale = layer.norm_weight[n] / (float)sqrt((double)layer.norm_variance[n] + 1e-5);
-    const float *weight = layer.weight + (size_t)n * layer.length;
+    const float scale = norm_scale(layer, n), *weight = layer.weight + (size_t)n * layer.length;
     T *operand = (T *)layer.operand + (size_t)n * layer.length;
     for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) operand[k] = to_type<T>(weight[k] * scale);
     if (threadIdx.x > 0) return;
-    layer.scale[n] = scale;
-    layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+    set_norm(layer, n, scale);
     ((T *)layer.bias_operand)[n] = to_type<T>(layer.bias[n]);
 }
 
@@ -1909,6 +1917,11 @@ __device__ static inline uint32_t thread_keeps(Mask mask, int image, uint64_t el
     return keeps >> shift & 0xFFFF;
 }
 
+// Row `number` of a segment, or its first where there is no such: what comes of that is not used.
+__device__ static inline int row_or_first(Segment segment, int number) {
+    return segment.first + (number < segment.height * segment.width ? number : 0);
+}
+
 // Rows of two tensors that come to shared memory together: keys and values, or queries and gradients.
 template <class T, int D, int ROWS>
 struct Tile {
@@ -1996,11 +2009,9 @@ struct WarpRows {
     const T *rows[2];
     uint32_t fragment[D / 16][4];  // if T has 16 bits
 
-    // The segment's rows `from` and from + 8, or its first where there are no such: what comes of those is not used.
+    // The segment's rows `from` and from + 8.
     __device__ WarpRows(const T *x, Segment segment, int from, int C) {
-        const int count = segment.height * segment.width;
-        for (int i = 0; i < 2; i++)
-            rows[i] = x + (size_t)(segment.first + (from + 8 * i < count ? from + 8 * i : 0)) * C;
+        for (int i = 0; i < 2; i++) rows[i] = x + (size_t)row_or_first(segment, from + 8 * i) * C;
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int i = 0; i < D / 16; i++)
@@ -2115,8 +2126,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS) attention_forward_ke
     const WarpRows<T, D> q(p.q + head * D, of_queries, first, p.C);
     const float factor = LOG2E / sqrtf((float)D);  // scores are logarithms of base 2
     int at[2];
-    for (int r = 0; r < 2; r++)
-        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+    for (int r = 0; r < 2; r++) at[r] = head * p.queries.rows + row_or_first(of_queries, first + 8 * r);
     float out[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
     cp_async_commit();
@@ -2254,7 +2264,7 @@ __global__ static void __launch_bounds__(ATTENTION_THREADS, sizeof(T) == 4 && D 
     float dq[D / 8][4] = {}, lse[2], dots[2];
     int at[2];
     for (int r = 0; r < 2; r++) {
-        at[r] = head * p.queries.rows + of_queries.first + (first + 8 * r < Tq ? first + 8 * r : 0);
+        at[r] = head * p.queries.rows + row_or_first(of_queries, first + 8 * r);
         lse[r] = p.lse[at[r]] * LOG2E, dots[r] = p.dots[at[r]];
     }
     fetch_tile(&stages[0], p.k + head * D, p.v + head * D, of_keys, 0, p.C);
@@ -2699,11 +2709,8 @@ __global__ static void __launch_bounds__(32) match_kernel(SetLoss p) {
             if (row < 0) sink = nearest;
         }
         __syncwarp();
-        for (int j = lane; j < columns; j += 32) {
-            if (!done[j] || j == sink) continue;
-            u[row_of_column[j]] += length - shortest[j];
-            v[j] -= length - shortest[j];
-        }
+        for (int j = lane; j < columns; j += 32)
+            if (done[j] && j != sink) assign_price(&u[row_of_column[j]], &v[j], length - shortest[j]);
         __syncwarp();
         if (lane == 0) {
             u[start] += length;
@@ -3139,6 +3146,15 @@ typedef struct {
     Losses *losses;
 } StepResult;
 
+// --norm_init track: maps of the pictures that the norms follow, floats whatever T is, each as large as the largest;
+// raw: what a convolution makes, before its norm.
+typedef struct {
+    float *maps[2], *inner, *raw;
+    double *partials;  // (FOLLOW_PARTS, 2, channels)
+} FollowedMaps;
+
+enum { FOLLOW_PARTS = 128 };
+
 template <class T>
 struct DeviceNetwork {
     const Model *model;
@@ -3147,6 +3163,7 @@ struct DeviceNetwork {
     int training;
     bool recompute;          // see below: what a block or an encoder layer keeps
     int batch, max_images;   // of a step, of a micro-batch
+    int slots;               // of pictures that are loaded at once: max_images, or more that the norms follow
     int max_places;          // height or width of the largest map of tokens
     size_t workspace_bytes;  // of cuBLASLt
     Arena fixed;             // device: tables, sums, cuBLASLt's workspace
@@ -3162,7 +3179,7 @@ struct DeviceNetwork {
     int tokens, queries, answers;  // levels
     // The micro-batch
     int images, num_targets, most_targets;
-    Segment *segments;            // host: (MAX_LEVELS, max_images)
+    Segment *segments;            // host: (MAX_LEVELS, slots)
     const Segment *fed_segments;  // the same on the device
     Ragged maps[MAX_LEVELS];
     Dropout dropout;
@@ -3182,6 +3199,7 @@ struct DeviceNetwork {
     // (L, images, Q) are rows, of what the layers' feed forwards leave too
     float *states, *state_mean, *state_rstd, *logits, *box_hidden[2], *box_logits, *boxes;
     SetLoss loss;
+    FollowedMaps followed;
     // The way back
     T *dshortcut, *dprojected, *dattended, *dq, *dk, *dv;
     float *dstates, *dx, *dsum, *dquery, *dmemory, *dmemory_query, *dpositions, *dots, *conv_partials;
@@ -3222,19 +3240,20 @@ static bool network_levels(DeviceNetwork<T> *n) {
     }
     n->tokens = level, n->queries = level + 1, n->answers = level + 2;
     for (int i = 0; i <= n->tokens; i++) {
-        Segment *to = n->segments + i * n->max_images;
-        n->maps[i].rows = ragged_segments(to, i ? to - n->max_images : to, n->images, shapes[i]);
+        Segment *to = n->segments + i * n->slots;
+        n->maps[i].rows = ragged_segments(to, i ? to - n->slots : to, n->images, shapes[i]);
         n->maps[i].count = n->images;
         if (n->maps[i].rows < 0) return false;
     }
     for (int i = 0; i < n->images; i++) {
         const Segment segment = {i * Q, Q, 1, n->segments[i].image};
-        n->segments[n->queries * n->max_images + i] = segment;
+        n->segments[n->queries * n->slots + i] = segment;
     }
     const Segment all = {0, L * n->images, Q, 0};
-    n->segments[n->answers * n->max_images] = all;
+    n->segments[n->answers * n->slots] = all;
     n->maps[n->queries] = {NULL, n->images, n->images * Q};
     n->maps[n->answers] = {NULL, 1, L * n->images * Q};
+    for (int i = 0; i <= n->answers; i++) n->maps[i].segments = n->fed_segments + i * n->slots;
     return true;
 }
 
@@ -3307,8 +3326,8 @@ static void plan_device_attention(DeviceNetwork<T> *n, DeviceAttention<T> *a, in
     const size_t C = (size_t)n->model->config.hidden_dim, rows = (size_t)n->maps[queries].rows,
                  of_keys = (size_t)n->maps[keys].rows;
     a->queries = n->maps[queries], a->keys = n->maps[keys];
-    a->query_parts = attention_parts(n->segments + queries * n->max_images, n->images);
-    a->key_parts = attention_parts(n->segments + keys * n->max_images, n->images);
+    a->query_parts = attention_parts(n->segments + queries * n->slots, n->images);
+    a->key_parts = attention_parts(n->segments + keys * n->slots, n->images);
     a->query = take<T>(arena, rows * C), a->key = take<T>(arena, of_keys * C), a->value = take<T>(arena, of_keys * C);
     a->attended = take<T>(arena, rows * C);
     a->lse = take<float>(arena, rows * (size_t)n->model->config.nheads);
@@ -3445,13 +3464,42 @@ static void plan_device_backward(DeviceNetwork<T> *n) {
 template <class T>
 static bool plan_device_network(DeviceNetwork<T> *n) {
     if (!network_levels(n)) return false;
-    for (int i = 0; i <= n->answers; i++) n->maps[i].segments = n->fed_segments + i * n->max_images;
     n->arena.used = 0;
     plan_device_backbone(n);
     plan_device_transformer(n);
     plan_device_heads(n);
     if (n->training) plan_device_backward(n);
     return true;
+}
+
+// For `images` pictures that the norms follow, in the memory of a micro-batch, as none is under way then. Behind
+// plan_device_network(). With arena.base NULL n->arena.used becomes what either needs.
+template <class T>
+static bool plan_device_followed(DeviceNetwork<T> *n, int images) {
+    const Model *model = n->model;
+    const size_t other = n->arena.used;
+    const int before = n->images;
+    if (images == 0) return true;
+    n->images = images;
+    if (!network_levels(n)) return false;
+    size_t channels = (size_t)model->config.stem_width, most = channels * (size_t)n->maps[LEVEL_STEM].rows;
+    for (int i = 0; i < model->num_blocks; i++) {
+        int level = n->blocks[i].in_level;
+        for (int j = 0; j < model->blocks[i].num_convs; j++) {
+            const ConvShape shape = model->blocks[i].conv[j].shape;
+            if (shape.stride > 1) level = n->blocks[i].out_level;
+            channels = larger(channels, (size_t)shape.out_channels);
+            most = larger(most, (size_t)n->maps[level].rows * (size_t)shape.out_channels);
+        }
+    }
+    most = larger(most, 3 * (size_t)n->maps[LEVEL_PICTURE].rows);
+    n->arena.used = 0;
+    FollowedMaps *f = &n->followed;
+    for (float **to : {&f->maps[0], &f->maps[1], &f->inner, &f->raw}) *to = take<float>(&n->arena, most);
+    f->partials = take<double>(&n->arena, FOLLOW_PARTS * 2 * channels);
+    if (n->arena.base) return true;
+    n->images = before, n->arena.used = larger(n->arena.used, other);
+    return network_levels(n);
 }
 
 // What stays: from an arena without memory, only counts.
@@ -4070,8 +4118,10 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
     n->recompute = recompute && n->training;
     n->max_images = n->images = max_images, n->batch = batch;
+    const int followed = !model->track_norms ? 0 : batch < TRACK_IMAGES ? batch : TRACK_IMAGES;
+    n->slots = max_images > followed ? max_images : followed;
     n->num_targets = n->training ? max_images * max_targets : 0;
-    n->segments = (Segment *)allocate((size_t)(MAX_LEVELS * max_images) * sizeof(Segment));
+    n->segments = (Segment *)allocate((size_t)(MAX_LEVELS * n->slots) * sizeof(Segment));
     n->blocks = (DeviceBlock<T> *)allocate((size_t)model->num_blocks * sizeof(DeviceBlock<T>));
     n->encoder_query = (T **)allocate(enc * sizeof(T *));
     n->encoder_attention = (DeviceAttention<T> *)allocate(enc * sizeof(DeviceAttention<T>));
@@ -4080,17 +4130,17 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     n->decoder_self = (DeviceAttention<T> *)allocate(dec * sizeof(DeviceAttention<T>));
     n->decoder_cross = (DeviceAttention<T> *)allocate(dec * sizeof(DeviceAttention<T>));
     n->decoder_ffn = (DeviceFeedForward<T> *)allocate(dec * sizeof(DeviceFeedForward<T>));
-    for (int i = 0; i < max_images; i++) n->segments[i] = {0, max_height, max_width, i};
-    if (!plan_device_network(n))
-        return fail(error, "%d pictures of %d x %d at once are too many: a smaller --micro_batch", max_images,
-                    max_height, max_width);
-    const Segment *last = &n->segments[n->tokens * max_images];
+    for (int i = 0; i < n->slots; i++) n->segments[i] = {0, max_height, max_width, i};
+    if (!plan_device_network(n) || !plan_device_followed(n, followed))
+        return fail(error, "%d pictures of %d x %d at once are too many: a smaller --micro_batch", n->slots, max_height,
+                    max_width);
+    const Segment *last = &n->segments[n->tokens * n->slots];
     // A picture of one line may be twice as long as the plan's (loader_worst_size).
     n->max_places = 2 * (last->height > last->width ? last->height : last->width);
     plan_device_fixed(n);
-    pictures_walk(&n->pictures, &n->fixed, max_images, side, worst_pixels);
+    pictures_walk(&n->pictures, &n->fixed, n->slots, side, worst_pixels);
     results_walk(n, batch);
-    n->feed.host[0].capacity = micro_batch_bytes(max_images, n->num_targets, side, worst_pixels);
+    n->feed.host[0].capacity = micro_batch_bytes(n->slots, n->num_targets, side, worst_pixels);
     if (counting) {
         n->params.place = (size_t *)allocate((size_t)model->num_params * sizeof(size_t));
         device_params_walk(&n->params, model, sizeof(T));
@@ -4105,7 +4155,7 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     device_arena_allocate(&n->arena);
     device_arena_allocate(&n->fixed);
     plan_device_fixed(n);
-    pictures_walk(&n->pictures, &n->fixed, max_images, side, worst_pixels);
+    pictures_walk(&n->pictures, &n->fixed, n->slots, side, worst_pixels);
     n->host.capacity = n->host.used, n->host.used = 0;
     CUDA(cudaMallocHost((void **)&n->host.base, n->host.capacity));
     results_walk(n, batch);
@@ -4180,10 +4230,11 @@ static int images_that_fit(const Model *model, int height, int width, int side, 
     return images;
 }
 
-// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes where this is a training step, and
-// sends it on its way. feed_end() comes behind the last launch that reads it.
+// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes where this is a training step, or the
+// pictures that the norms follow, and sends it on its way. feed_end() comes behind the last launch that reads it.
 template <class T>
-static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *places, int count, bool step) {
+static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *places, int count, bool step,
+                        bool followed = false) {
     Feed *feed = &n->feed;
     n->images = count, n->num_targets = n->most_targets = 0;
     for (int i = 0; i < count; i++) {
@@ -4193,9 +4244,9 @@ static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *p
         n->num_targets += targets, n->most_targets = targets > n->most_targets ? targets : n->most_targets;
     }
     feed_begin(feed);
-    const size_t segments = (size_t)(MAX_LEVELS * n->max_images);
+    const size_t segments = (size_t)(MAX_LEVELS * n->slots);
     Segment *fed = feed_take(feed, segments, &n->fed_segments);
-    plan_device_network(n);
+    followed ? plan_device_followed(n, count) : plan_device_network(n);
     memcpy(fed, n->segments, segments * sizeof(Segment));
     int targets = 0, *first_target = feed_take(feed, (size_t)count + 1, &n->loss.first_target);
     int *classes = feed_take(feed, (size_t)n->num_targets, &n->loss.target_classes);
@@ -4353,17 +4404,108 @@ static int device_step_failed(DeviceNetwork<T> *n, const StepResult *r, Error *e
     return fail_nonfinite(error, r->step, image, loss, search.name[0] ? search.name : NULL);
 }
 
-// --norm_init track: the frozen norms follow the batch's first pictures, as in training_step(). The host computes it, a
-// forward pass of the backbone every TRACK_STEPS steps, behind all steps that were begun. The pictures must be
-// finished.
+// ---------------------------------------------------------------------------------------------------------------------
+// Network: --norm_init track, the norms that follow the pictures. As in training_step(), every TRACK_STEPS steps, with
+// floats: a convolution, mean and variance of what it made, and with those its norm.
+
+// partials (gridDim.y, 2, C): each channel's sum and sum of squares over a part of the rows.
+__global__ static void __launch_bounds__(THREADS) statistics_kernel(double *partials, const float *x, int rows, int C) {
+    const int c = (int)(blockIdx.x * THREADS + threadIdx.x), each = (rows + (int)gridDim.y - 1) / (int)gridDim.y;
+    const int first = (int)blockIdx.y * each, end = min(first + each, rows);
+    if (c >= C) return;
+    double sum = 0, squares = 0;
+    for (int row = first; row < end; row++) {
+        const double value = (double)x[(size_t)row * C + c];
+        sum += value, squares += value * value;
+    }
+    double *to = partials + (size_t)blockIdx.y * 2 * C;
+    to[c] = sum, to[C + c] = squares;
+}
+
+// Unless a step has failed, behind which nothing changes.
+__global__ static void __launch_bounds__(THREADS)
+    follow_kernel(const Folded *layer, const double *partials, int parts, int rows, int C, const AdamwStep *step) {
+    const int c = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (c >= C || step->failed) return;
+    double sum = 0, squares = 0;
+    for (int i = 0; i < parts; i++) sum += partials[2 * i * C + c], squares += partials[(2 * i + 1) * C + c];
+    const double mean = sum / rows, variance = squares / rows - mean * mean;
+    float *of_mean = &layer->norm_mean[c], *of_variance = &layer->norm_variance[c];
+    *of_mean = (float)((1 - TRACK_SHARE) * (double)*of_mean + TRACK_SHARE * mean);
+    *of_variance = (float)((1 - TRACK_SHARE) * (double)*of_variance + TRACK_SHARE * variance);
+    set_norm(*layer, c, norm_scale(*layer, c));
+}
+
+__global__ static void __launch_bounds__(THREADS)
+    normalise_kernel(float *y, const float *x, const float *scale, Epilogue epilogue, size_t count, int C) {
+    const int64_t at = place8(count);
+    if (at < 0) return;
+    Eight value = load8(x + at);
+    const Eight factor = load8(scale + at % C);
+#pragma unroll
+    for (int j = 0; j < 8; j++) value.x[j] *= factor.x[j];
+    store8(y + at, finish8<float>(value, epilogue, (size_t)at, (int)(at % C)));
+}
+
+// calibrate_layer(): y = relu?(norm(convolution of x) + add), with the norm's new statistics; y may be x or add.
+template <class T>
+static void follow_layer(const DeviceNetwork<T> *n, const Layer *layer, float *y, const float *x, const float *add,
+                         bool relu, int in_level, int out_level) {
+    const DeviceParams *d = &n->params;
+    const DeviceLayer *of = layer_of(n, layer);
+    const ConvShape s = layer->shape;
+    const int C = s.out_channels, rows = n->maps[out_level].rows;
+    const size_t count = (size_t)rows * (size_t)C;
+    float *raw = n->followed.raw;
+    const Folded *folded = d->folded;
+    for (int i = 0; n->model->layers[i] != layer; i++) folded += n->model->layers[i]->norm_weight != NULL;
+    if (is_linear(s))
+        gpu_linear_forward<float, float>(raw, x, of->weight, NULL, NULL, false, rows, s.in_channels, C);
+    else
+        gpu_conv_forward<float>(raw, x, of->weight, Epilogue(), n->maps[out_level], n->maps[in_level], s);
+    const Timed timed_kernels("norms that follow", "", 4.0 * (3 + (add != NULL)) * (double)count);
+    const dim3 grid(blocks((size_t)C, THREADS), FOLLOW_PARTS);
+    statistics_kernel<<<grid, THREADS, 0, stream>>>(n->followed.partials, raw, rows, C);
+    CUDA(cudaGetLastError());
+    follow_kernel<<<grid.x, THREADS, 0, stream>>>(folded, n->followed.partials, FOLLOW_PARTS, rows, C, d->step);
+    CUDA(cudaGetLastError());
+    const Epilogue epilogue = {of->bias, add, relu, NULL, 0};
+    const float *scale = d->scale + (of->bias - d->bias);
+    normalise_kernel<<<blocks(count, 8 * THREADS), THREADS, 0, stream>>>(y, raw, scale, epilogue, count, C);
+    CUDA(cudaGetLastError());
+}
+
+// calibrate_norms() with the batch's first TRACK_IMAGES pictures and TRACK_SHARE.
 template <class T>
 static void device_follow(DeviceNetwork<T> *n, const Sample *samples, int batch_size) {
-    const DeviceParams *d = &n->params;
-    Model model = *n->model;  // the host's values
-    device_params_copy(d, &model, d->value, &Param::value, cudaMemcpyDeviceToHost);
-    calibrate_norms(&model, samples, batch_size < TRACK_IMAGES ? batch_size : TRACK_IMAGES, TRACK_SHARE);
-    device_params_copy(d, &model, d->value, &Param::value, cudaMemcpyHostToDevice);
-    gpu_fold<T>(d);
+    const Model *model = n->model;
+    float *const *maps = n->followed.maps;
+    int places[TRACK_IMAGES], count = 0, at = 0;
+    for (int i = 0; i < batch_size && i < TRACK_IMAGES; i++)
+        if (samples[i].image.pixels) places[count++] = i;
+    if (count == 0) return;
+    device_load(n, samples, places, count, false, true);
+    gpu_pictures(maps[0], &n->pictures, n->pixel_table);
+    follow_layer(n, &model->stem, maps[1], maps[0], NULL, true, LEVEL_PICTURE, LEVEL_STEM);
+    gpu_maxpool_forward(maps[0], (unsigned char *)n->followed.inner, maps[1], n->maps[LEVEL_POOLED],
+                        n->maps[LEVEL_STEM], model->config.stem_width);
+    for (int i = 0; i < model->num_blocks; i++) {
+        const Block *block = &model->blocks[i];
+        const DeviceBlock<T> *b = &n->blocks[i];
+        const float *x = maps[at];
+        int level = b->in_level;
+        at ^= block->has_shortcut;
+        if (block->has_shortcut) follow_layer(n, &block->shortcut, maps[at], x, NULL, false, level, b->out_level);
+        for (int j = 0; j < block->num_convs; j++) {
+            const bool last = j == block->num_convs - 1;
+            const int to = block->conv[j].shape.stride > 1 ? b->out_level : level;
+            follow_layer(n, &block->conv[j], last ? maps[at] : n->followed.inner, x, last ? maps[at] : NULL, true,
+                         level, to);
+            x = n->followed.inner, level = to;
+        }
+    }
+    feed_end(&n->feed);
+    gpu_fold<T>(&n->params);
 }
 
 // training_step() on the device, in micro-batches of n->max_images pictures. Only launched: device_step_finish() says
@@ -4530,25 +4672,35 @@ static void engine_send(Model *model) {
     gpu_fold<T>(d);
 }
 
+// What network_needs() asks besides the pictures' size and number.
+typedef struct {
+    const Model *model;
+    int side, most_targets, batch;
+    bool recompute;
+} NetworkPlan;
+
+// Of one picture; of: a NetworkPlan.
+template <class T>
+static double picture_needs(const void *of, int height, int width) {
+    const NetworkPlan *p = (const NetworkPlan *)of;
+    return network_needs<T>(p->model, height, width, p->side, 1, p->most_targets, p->batch, p->recompute);
+}
+
 // Not even one picture has room: says so, and what would have. -1.
 template <class T>
 static int engine_refuse(const Settings *settings, const Model *model, int height, int width, int side,
                          int most_targets, int batch, bool recompute, double room, Error *error) {
-    const double MiB = 1048576, needs = network_needs<T>(model, height, width, side, 1, most_targets, batch, recompute);
-    const int short_side = settings->command & TRAIN ? flag_int(settings, "short_side") : 0;
+    const double MiB = 1048576;
+    const NetworkPlan plan = {model, side, most_targets, batch, recompute},
+                      recomputed = {model, side, most_targets, batch, true};
     fail(error, "out of memory on the GPU: a picture of %d x %d needs %.1f MiB and %.1f are free: ", height, width,
-         needs / MiB, room / MiB);
-    if (network_needs<T>(model, height, width, side, 1, most_targets, batch, true) <= room)
-        return fail_more(error, "--recompute would fit"), -1;
-    for (int shorter = short_side - 1; shorter >= 32; shorter--) {
-        const double scale = (double)shorter / short_side;
-        const int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (network_needs<T>(model, h, w, side, 1, most_targets, batch, recompute) > room) continue;
-        fail_more(error, "--short_side %d --max_size %d would fit", shorter,
-                  (int)(flag_int(settings, "max_size") * scale));
-        return -1;
-    }
-    return fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim"), -1;
+         picture_needs<T>(&plan, height, width) / MiB, room / MiB);
+    if (picture_needs<T>(&recomputed, height, width) <= room)
+        fail_more(error, "--recompute would fit");
+    else if (!(settings->command & TRAIN) ||
+             !suggest_side(error, settings, height, width, room, picture_needs<T>, &plan))
+        fail_more(error, "take smaller pictures, a smaller --backbone or --hidden_dim");
+    return -1;
 }
 
 // Takes the device's memory: for all pictures of a step at once, or as many as --micro_batch allows and memory has room
@@ -4560,7 +4712,7 @@ static int engine_start_as(const Settings *settings, Model *model, Activations *
     const double MiB = 1048576;
     size_t available, all;
     device_network_free(n);
-    if (!model->track_norms) arena_free(&model->packed);  // only the norms' calibration has used them
+    arena_free(&model->packed);  // only the norms' calibration has used them
     activations_create(acts, model, height, width, 0, 1);
     CUDA(cudaMemGetInfo(&available, &all));
     if (device_refuses(&model->config)) return fail(error, "%s", device_refuses(&model->config));

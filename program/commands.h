@@ -875,24 +875,56 @@ static int pictures_in_flight(const Settings *settings, const Model *model, int 
     return needed <= available || available == 0 ? threads : 1;
 }
 
+// Bytes that something takes for pictures up to height x width.
+typedef double PictureNeeds(const void *of, int height, int width);
+
+// Adds to a complaint that pictures of height x width do not fit which flags would make them fit: the largest shorter
+// side, the longer one in proportion, whose needs have room. Returns whether there is one.
+static int suggest_side(Error *error, const Settings *settings, int height, int width, double room, PictureNeeds *needs,
+                        const void *of) {
+    const int short_side = flag_int(settings, "short_side"), max_size = flag_int(settings, "max_size");
+    for (int side = short_side - 1; side >= 32; side--) {
+        const double scale = (double)side / short_side;
+        if (needs(of, (int)(height * scale) + 1, (int)(width * scale) + 1) > room) continue;
+        fail_more(error, "--short_side %d --max_size %d would fit", side, (int)(max_size * scale));
+        return 1;
+    }
+    return 0;
+}
+
+// Pictures that the loader has read; those that a GPU will resize are as large as in their files.
+static double read_ahead_bytes(const Training *run, int height, int width) {
+    const LoaderSettings *loader = &run->loader;
+    const double side = loader->defer_side, pixels = fmax((double)height * width, side * side);
+    return (double)(loader->kept + (loader->workers ? loader->prefetch + 1 : 1)) * loader->batch_size * 3.0 * pixels;
+}
+
+static double followed_bytes(const Training *run, int height, int width) {
+    const Model *model = &run->network.model;
+    return model->track_norms && !engine.is_gpu ? calibration_bytes(model, height, width) : 0;
+}
+
+// All that depends on the pictures' size, of a Training.
+static double training_needs(const void *of, int height, int width) {
+    const Training *run = (const Training *)of;
+    return read_ahead_bytes(run, height, width) + followed_bytes(run, height, width) +
+           (double)activations_bytes(&run->network.model, height, width, !engine.is_gpu, run->in_flight);
+}
+
 // Prints what will be taken, and refuses a plan that the machine has no memory for.
 static int training_plan(Training *run, int height, int width, Error *error) {
     const Model *model = &run->network.model;
     const double MiB = 1048576;
-    const double side = run->loader.defer_side, pixels = fmax((double)height * width, side * side);
-    double pictures = (double)(run->loader.kept + (run->loader.workers ? run->loader.prefetch + 1 : 1)) *
-                      run->loader.batch_size * 3.0 * pixels;
-    const double followed = model->track_norms ? calibration_bytes(model, height, width) : 0;
+    const double pictures = read_ahead_bytes(run, height, width), followed = followed_bytes(run, height, width);
     const double scored = coco_score_bytes((double)run->val.num_images * model->config.num_queries);
     run->in_flight = pictures_in_flight(run->settings, model, height, width, followed + pictures + scored);
-    // A GPU's program will have given them back, unless the norms follow, which the host computes.
-    const double packed = engine.is_gpu && !model->track_norms ? 0 : (double)model->packed.used;
+    const double needs = training_needs(run, height, width);
+    const double packed = engine.is_gpu ? 0 : (double)model->packed.used;  // a GPU's program will have given them back
     const ReportRow rows[] = {{"weights", NULL, (double)model->weights.used, 0},
                               {"packed weights", NULL, packed, 0},
                               {"gradients and Adam's moments", NULL, (double)model->optimizer.used, 0},
                               {"average of the weights", NULL, (double)model->ema.used, 0},
-                              {"activations and workspace", NULL,
-                               (double)activations_bytes(model, height, width, !engine.is_gpu, run->in_flight), 0},
+                              {"activations and workspace", NULL, needs - pictures - followed, 0},
                               {"pictures the norms follow", NULL, followed, 0},
                               {"pictures read ahead", NULL, pictures, 0},
                               {"boxes of an evaluation", NULL, scored, 0}};
@@ -909,22 +941,11 @@ static int training_plan(Training *run, int height, int width, Error *error) {
     printf("\n\n");
     fflush(stdout);
     if (total <= available || memory_free() == 0) return 0;
-    double fixed = total - rows[4].value - followed - pictures;
-    for (int side = run->loader.short_side - 1; side >= 32; side--) {
-        double scale = (double)side / run->loader.short_side;
-        int h = (int)(height * scale) + 1, w = (int)(width * scale) + 1;
-        if (fixed + pictures * scale * scale + (double)activations_bytes(model, h, w, !engine.is_gpu, 1) +
-                (followed > 0 ? calibration_bytes(model, h, w) : 0) >
-            0.95 * available)
-            continue;
-        return fail(error,
-                    "out of memory: the plan needs %.1f MiB and %.1f are free: --short_side %d --max_size %d would fit",
-                    total / MiB, available / MiB, side, (int)(run->loader.max_size * scale));
-    }
-    return fail(error,
-                "out of memory: the plan needs %.1f MiB and %.1f are free: no picture size fits; take a smaller "
-                "--backbone or --hidden_dim",
-                total / MiB, available / MiB);
+    fail(error, "out of memory: the plan needs %.1f MiB and %.1f are free: ", total / MiB, available / MiB);
+    const double room = 0.95 * available - (total - needs);
+    if (!suggest_side(error, run->settings, height, width, room, training_needs, run))
+        fail_more(error, "no picture size fits; take a smaller --backbone or --hidden_dim");
+    return -1;
 }
 
 // Refuses a folder on whose disk not even one checkpoint has room. 0, or -1.
@@ -1336,9 +1357,7 @@ static int training_size(Training *run, int *height, int *width, Error *error) {
     if (run->has_val) loader_worst_size(&run->val, &plain, &h, &w);
     widen_plan(height, width, h, w);
     const int train = longest_side(&run->train), val = longest_side(&run->val);
-    // Norms that follow ask for finished pictures.
-    run->loader.defer_side =
-        run->network.model.track_norms ? 0 : defer_side(train > val ? train : val, *height, *width);
+    run->loader.defer_side = defer_side(train > val ? train : val, *height, *width);
     run->loader.kept = engine.is_gpu;
     warn_of_data(stderr, &run->train, &run->network.config, run->from_scratch);
     return training_plan(run, *height, *width, error);
