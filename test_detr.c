@@ -795,6 +795,7 @@ static void test_memory_free(void) {
 static void test_plan(void) {
     Settings settings = settings_for("test_detr", "train", TRAIN);
     flag_set(&settings, "short_side", "400", FROM_USER), flag_set(&settings, "max_size", "800", FROM_USER);
+    check(scaled(800, 207, 400) == 414, "a length that a float would round down: %d", scaled(800, 207, 400));
     Training run;
     memset(&run, 0, sizeof run);
     small_model(&run.network.model, BOTTLENECK, 0, 0);

@@ -875,6 +875,8 @@ static int pictures_in_flight(const Settings *settings, const Model *model, int 
     return needed <= available || available == 0 ? threads : 1;
 }
 
+static int scaled(int length, int to, int from) { return (int)((int64_t)length * to / from); }
+
 // Bytes that something takes for pictures up to height x width.
 typedef double PictureNeeds(const void *of, int height, int width);
 
@@ -884,9 +886,8 @@ static int suggest_side(Error *error, const Settings *settings, int height, int 
                         const void *of) {
     const int short_side = flag_int(settings, "short_side"), max_size = flag_int(settings, "max_size");
     for (int side = short_side - 1; side >= 32; side--) {
-        const double scale = (double)side / short_side;
-        if (needs(of, (int)(height * scale) + 1, (int)(width * scale) + 1) > room) continue;
-        fail_more(error, "--short_side %d --max_size %d would fit", side, (int)(max_size * scale));
+        if (needs(of, scaled(height, side, short_side) + 1, scaled(width, side, short_side) + 1) > room) continue;
+        fail_more(error, "--short_side %d --max_size %d would fit", side, scaled(max_size, side, short_side));
         return 1;
     }
     return 0;
