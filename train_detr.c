@@ -226,6 +226,8 @@ enum {
     TILE_COLUMNS = TILE_VECTORS * LANES,
     BLOCK_TILES = 17,      // tiles that use a panel of weights one after another: 100 queries are so many
     WEIGHTS_AHEAD = 8,     // lines of TILE_COLUMNS weights: the one that far ahead is asked for
+    L2_PANEL = 256 << 10,  // bytes: a panel up to this comes into the L2 cache while the one before is in use
+    L2_WEIGHTS = 3 << 18,  // bytes: weights up to this stay there from block to block
     MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
     MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
     BLOCK_PIXELS = 224,    // backward weight: pixels, or pairs of them, summed in registers
@@ -411,10 +413,28 @@ typedef struct {
     size_t offset;  // of its weights from the panel's start
 } Run;
 
+// What comes next, asked for while a tile is multiplied: the byte at `from`, and one `step` further with each k;
+// nothing where step is 0.
+typedef struct {
+    const char *from;
+    size_t step;
+} Ahead;
+
+static const Ahead NOTHING_AHEAD = {NULL, 0};
+
+// Tile number `tile` of `tiles` that use a panel of weights one after another asks for its share of the next panel, of
+// `inner` rows, which is not in the L2 cache. Else the first tile to use a panel would wait for all of it, as long as
+// it takes to multiply several.
+INLINE Ahead ahead_of_tile(const real *next, size_t inner, long tile, long tiles) {
+    const size_t row = TILE_COLUMNS * sizeof(real), step = inner * row <= L2_PANEL ? row / tiles : 0;
+    const Ahead ahead = {(const char *)next + tile * inner * step, step};
+    return ahead;
+}
+
 // tile += the sum of all runs; half: of pairs of bf16. Inlined, so that the tile is in registers; each loop over the
 // tile must be unrolled for that, or it falls back to memory at half the speed.
 INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int length, size_t step,
-                          const real *panel, size_t panel_step, int half) {
+                          const real *panel, size_t panel_step, Ahead ahead, int half) {
     for (int run = 0; run < num_runs; run++) {
         const real *rows[TILE_ROWS];
 #pragma GCC unroll 8
@@ -429,6 +449,10 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
             for (int j = 0; j < TILE_COLUMNS; j += 64 / (int)sizeof(real))
                 __builtin_prefetch(weights + WEIGHTS_AHEAD * panel_step + j);
             if (step == 1) __builtin_prefetch((const char *)next_rows + 64 * k);
+            if (ahead.step) {
+                __builtin_prefetch(ahead.from, 0, 2);
+                ahead.from += ahead.step;
+            }
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
                 if (half) {
@@ -726,12 +750,13 @@ INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, in
 }
 
 // Multiplies one tile and writes it: out rows out_rows[0 .. rows), all columns of the panel.
-INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, int half) {
+INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, Ahead ahead,
+                         int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     const int first_column = panel * TILE_COLUMNS;
     prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS, 1);
     clear_tile(tile);
-    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, half);
+    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, ahead, half);
     if (p->epilogue.half)
         finish_tile(p, tile, out_rows, rows, first_column, 1);
     else
@@ -978,6 +1003,7 @@ static void product(Product *p) {
     const long least = (long)divide_up(tiles, BLOCK_TILES);
     const long blocks = least > threads ? (long)divide_up(least, threads) * threads : least;
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
+    const int cold = blocks <= threads || panels * p->panel_size * sizeof(real) > L2_WEIGHTS;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
@@ -989,14 +1015,19 @@ static void product(Product *p) {
                 long at = tile - first_tile;
                 gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
             }
-            for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+            const int first_panel = part * panels / parts, last_panel = (part + 1) * panels / parts;
+            for (int panel = first_panel; panel < last_panel; panel++) {
+                const real *next = p->packed + (panel + 1 < last_panel ? panel + 1 : first_panel) * p->panel_size;
                 for (long tile = first_tile; tile < last_tile; tile++) {
                     long left = rows - tile * TILE_ROWS, at = tile - first_tile;
                     const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
+                    const Ahead ahead =
+                        cold ? ahead_of_tile(next, p->panel_size / TILE_COLUMNS, at, last_tile - first_tile)
+                             : NOTHING_AHEAD;
                     if (p->half)
-                        product_tile(p, runs[at], out_rows[at], count, panel, 1);
+                        product_tile(p, runs[at], out_rows[at], count, panel, ahead, 1);
                     else
-                        product_tile(p, runs[at], out_rows[at], count, panel, 0);
+                        product_tile(p, runs[at], out_rows[at], count, panel, ahead, 0);
                 }
             }
         }
@@ -1322,7 +1353,7 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
     run.offset = 0;
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, units, COPIED_ROWS, panel, panel_step, half);
+    multiply_tile(tile, &run, 1, units, COPIED_ROWS, panel, panel_step, NOTHING_AHEAD, half);
     if (rows_left >= TILE_ROWS && columns_left >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
@@ -1805,6 +1836,7 @@ static void winograd_product(const Winograd *p, real *workspace) {
     const size_t stride = block_stride(p->in), v_plane = winograd_plane(most, stride);
     const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
     const int parts = panel_parts(blocks, panels);
+    const int cold = blocks <= omp_get_max_threads() || panels * 16 * u_plane * sizeof(real) > L2_WEIGHTS;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
@@ -1815,15 +1847,18 @@ static void winograd_product(const Winograd *p, real *workspace) {
                              first, count, 0, p->in);
             for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
                 for (int xi = 0; xi < 16; xi++) {
+                    const real *u = p->packed + (panel * 16 + xi) * u_plane;
                     for (int t = 0; t < count; t += TILE_ROWS) {
+                        const Ahead ahead =
+                            cold ? ahead_of_tile(u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS))
+                                 : NOTHING_AHEAD;
                         vec tile[TILE_ROWS][TILE_VECTORS];
                         Run run;
                         for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
                             run.rows[i] = v + xi * v_plane + (t + i) * stride;
                         run.offset = 0;
                         clear_tile(tile);
-                        multiply_tile(tile, &run, 1, p->in, 1, p->packed + (panel * 16 + xi) * u_plane, TILE_COLUMNS,
-                                      0);
+                        multiply_tile(tile, &run, 1, p->in, 1, u, TILE_COLUMNS, ahead, 0);
                         spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
                     }
                 }
@@ -1936,7 +1971,7 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
     run.offset = 0;
     for (int i = 0; add && i < TILE_ROWS * TILE_VECTORS; i++) __builtin_prefetch(u + i * LANES, 1);
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, tiles, p_stride, v, TILE_COLUMNS, 0);
+    multiply_tile(tile, &run, 1, tiles, p_stride, v, TILE_COLUMNS, NOTHING_AHEAD, 0);
     if (add) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++)
