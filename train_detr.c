@@ -423,12 +423,18 @@ typedef struct {
 static const Ahead NOTHING_AHEAD = {NULL, 0};
 
 // Tile number `tile` of `tiles` that use a panel of weights one after another asks for its share of the next panel, of
-// `inner` rows, which is not in the L2 cache. Else the first tile to use a panel would wait for all of it, as long as
-// it takes to multiply several.
-INLINE Ahead ahead_of_tile(const real *next, size_t inner, long tile, long tiles) {
-    const size_t row = TILE_COLUMNS * sizeof(real), step = inner * row <= L2_PANEL ? row / tiles : 0;
+// `inner` rows, if weights are `cold`: not in the L2 cache. Else the first tile to use a panel would wait for all of it,
+// as long as it takes to multiply several.
+INLINE Ahead ahead_of_tile(int cold, const real *next, size_t inner, long tile, long tiles) {
+    const size_t row = TILE_COLUMNS * sizeof(real), step = cold && inner * row <= L2_PANEL ? row / tiles : 0;
     const Ahead ahead = {(const char *)next + tile * inner * step, step};
     return ahead;
+}
+
+// Whether weights, so many reals, have to come from beyond the L2 cache: no thread takes them for a second block, or they
+// have no room there.
+static int weights_cold(long blocks, size_t weights) {
+    return blocks <= omp_get_max_threads() || weights * sizeof(real) > L2_WEIGHTS;
 }
 
 // tile += the sum of all runs; half: of pairs of bf16. Inlined, so that the tile is in registers; each loop over the
@@ -1003,7 +1009,7 @@ static void product(Product *p) {
     const long least = (long)divide_up(tiles, BLOCK_TILES);
     const long blocks = least > threads ? (long)divide_up(least, threads) * threads : least;
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
-    const int cold = blocks <= threads || panels * p->panel_size * sizeof(real) > L2_WEIGHTS;
+    const int cold = weights_cold(blocks, panels * p->panel_size);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
@@ -1022,8 +1028,7 @@ static void product(Product *p) {
                     long left = rows - tile * TILE_ROWS, at = tile - first_tile;
                     const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
                     const Ahead ahead =
-                        cold ? ahead_of_tile(next, p->panel_size / TILE_COLUMNS, at, last_tile - first_tile)
-                             : NOTHING_AHEAD;
+                        ahead_of_tile(cold, next, p->panel_size / TILE_COLUMNS, at, last_tile - first_tile);
                     if (p->half)
                         product_tile(p, runs[at], out_rows[at], count, panel, ahead, 1);
                     else
@@ -1836,7 +1841,7 @@ static void winograd_product(const Winograd *p, real *workspace) {
     const size_t stride = block_stride(p->in), v_plane = winograd_plane(most, stride);
     const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
     const int parts = panel_parts(blocks, panels);
-    const int cold = blocks <= omp_get_max_threads() || panels * 16 * u_plane * sizeof(real) > L2_WEIGHTS;
+    const int cold = weights_cold(blocks, panels * 16 * u_plane);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
@@ -1850,8 +1855,7 @@ static void winograd_product(const Winograd *p, real *workspace) {
                     const real *u = p->packed + (panel * 16 + xi) * u_plane;
                     for (int t = 0; t < count; t += TILE_ROWS) {
                         const Ahead ahead =
-                            cold ? ahead_of_tile(u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS))
-                                 : NOTHING_AHEAD;
+                            ahead_of_tile(cold, u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS));
                         vec tile[TILE_ROWS][TILE_VECTORS];
                         Run run;
                         for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
