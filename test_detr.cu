@@ -1607,7 +1607,7 @@ template <class T>
 static void model_answers(DeviceNetwork<T> *n, const ModelCase &c, double dropout, int first, int count,
                           Array<float> *logits, Array<float> *boxes) {
     n->dropout.p = dropout, n->dropout.seed = 11, n->dropout.step = 3;
-    device_load(n, c.samples, MODEL_PLACES + first, count, true);
+    device_load(n, c.samples, MODEL_PLACES + first, count, TO_TRAIN);
     device_forward(n);
     n->loss.settings = LOSS;
     gpu_match(n->loss);
