@@ -1511,13 +1511,13 @@ struct ModelCase {
     int from_scratch;
     int64_t first_step;  // of two
 
-    ModelCase(int bottleneck, int from_scratch, int enc_layers, int anchor)
+    ModelCase(int bottleneck, int from_scratch, int enc_layers, int anchor, int dec_layers = 2)
         : from_scratch(from_scratch), first_step(anchor ? TRACK_STEPS - 1 : 0) {
         static const int sizes[MODEL_BATCH][2] = {{40, 56}, {0, 0}, {33, 47}, {72, 24}};
         Error error;
         memset(&config, 0, sizeof config), memset(samples, 0, sizeof samples);
         config.bottleneck = bottleneck, config.num_stages = 2, config.stem_width = 8;
-        config.hidden_dim = 64, config.enc_layers = enc_layers, config.dec_layers = 2;
+        config.hidden_dim = 64, config.enc_layers = enc_layers, config.dec_layers = dec_layers;
         config.dim_feedforward = 72, config.num_queries = 9, config.num_labels = 3, config.dropout = 0.1;
         config.anchor = config.focal = anchor, config.nheads = anchor ? 4 : 2;
         for (int s = 0; s < 2; s++) config.depths[s] = 2, config.widths[s] = 32 << s;
@@ -1607,7 +1607,7 @@ template <class T>
 static void model_answers(DeviceNetwork<T> *n, const ModelCase &c, double dropout, int first, int count,
                           Array<float> *logits, Array<float> *boxes) {
     n->dropout.p = dropout, n->dropout.seed = 11, n->dropout.step = 3;
-    device_load(n, c.samples, MODEL_PLACES + first, count, true);
+    device_load(n, c.samples, MODEL_PLACES + first, count, TO_TRAIN);
     device_forward(n);
     n->loss.settings = LOSS;
     gpu_match(n->loss);
@@ -1804,7 +1804,10 @@ static void test_model_memory(int bottleneck, int from_scratch) {
 template <class T>
 static void test_model_of(int bottleneck, int from_scratch, int anchor) {
     const double times = 4;
-    ModelCase c(bottleneck, from_scratch, 1, anchor);
+    // A decoder layer that looks at the first one's boxes, not at those of the one before, shows from the third on.
+    // With three in bf16 a box's edge is 3e-4 from its target's, where GIoU's gradient jumps, and box edges are 1e-3
+    // off on the CPU as here: three in floats alone.
+    ModelCase c(bottleneck, from_scratch, 1, anchor, std::is_same<T, float>::value ? 3 : 2);
     ModelResult cpu(c, !std::is_same<T, float>::value), truth(c, false);
     Error error;
     if (reference_run(&cpu.r, &error) != 0 || truth_run(&truth.r, &error) != 0) check(0, "%s", error.text);
@@ -1881,8 +1884,9 @@ static void test_model() {
     test_model_of<__nv_bfloat16>(0, 1, 1);
     test_model_of<__half>(0, 1, 0);
     test_model_nonfinite<float>();
-    test_model_memory<float>(1, 1);
-    test_model_memory<__nv_bfloat16>(0, 0);
+    test_model_memory<float>(0, 1);
+    // blocks whose inner maps are the largest behind some that are not trained, whose maps lie beside
+    test_model_memory<__nv_bfloat16>(1, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -3662,13 +3662,18 @@ static void model_initialise(Model *model, uint64_t seed) {
     for (int i = 0; i < model->num_params; i++) param_initialise(model->params[i], i, seed);
 }
 
+// A frozen norm's scale.
+HOST_DEVICE static inline real norm_scale(real weight, real variance) {
+    return weight / (real)sqrt((double)variance + 1e-5);
+}
+
 // Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
 // the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
 static void layer_pack(Layer *layer) {
     const double begin = profile_begin();
     if (layer->norm_weight) {
         for (int n = 0; n < layer->shape.out_channels; n++) {
-            layer->scale[n] = layer->norm_weight->value[n] / (real)sqrt((double)layer->norm_variance->value[n] + 1e-5);
+            layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
             layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
         }
     }

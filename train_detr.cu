@@ -535,10 +535,7 @@ __device__ static int find_convolution(const Folded *layers, int count) {
     return i;
 }
 
-__device__ static inline float norm_scale(const Folded &layer, int n) {
-    return layer.norm_weight[n] / (float)sqrt((double)layer.norm_variance[n] + 1e-5);
-}
-
+// As in layer_pack()
 __device__ static inline void set_norm(const Folded &layer, int n, float scale) {
     layer.scale[n] = scale;
     layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
@@ -548,7 +545,8 @@ template <class T>
 __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *layers, int count) {
     const Folded layer = layers[find_convolution(layers, count)];
     const int n = (int)blockIdx.x - layer.first;
-    const float scale = norm_scale(layer, n), *weight = layer.weight + (size_t)n * layer.length;
+    const float scale = norm_scale(layer.norm_weight[n], layer.norm_variance[n]);
+    const float *weight = layer.weight + (size_t)n * layer.length;
     T *operand = (T *)layer.operand + (size_t)n * layer.length;
     for (int k = (int)threadIdx.x; k < layer.length; k += THREADS) operand[k] = to_type<T>(weight[k] * scale);
     if (threadIdx.x > 0) return;
@@ -3072,9 +3070,11 @@ typedef struct {
     const float *weight, *bias;          // bias: of a convolution with a frozen norm the folded one
     const void *operand, *bias_operand;  // T
     float *dweight, *dbias;              // NULL if they are not trained
+    const Folded *folded;                // NULL without a norm
 } DeviceLayer;
 
 static void device_layers(DeviceLayer *layers, const DeviceParams *d, const Model *model, size_t number_bytes) {
+    const Folded *folded = d->folded;
     size_t filters = 0;
     for (int i = 0; i < model->num_layers; i++) {
         const Layer *layer = model->layers[i];
@@ -3087,6 +3087,7 @@ static void device_layers(DeviceLayer *layers, const DeviceParams *d, const Mode
                                        : (char *)d->bias_operand + filters * number_bytes;
         to->dweight = layer->weight->trained ? d->grad + place : NULL;
         to->dbias = bias->trained ? d->grad + bias_place : NULL;
+        to->folded = layer->bias ? NULL : folded++;
         if (!layer->bias) filters += (size_t)layer->shape.out_channels;
     }
 }
@@ -3472,22 +3473,17 @@ static bool plan_device_network(DeviceNetwork<T> *n) {
     return true;
 }
 
-// For `images` pictures that the norms follow, in the memory of a micro-batch, as none is under way then. Behind
-// plan_device_network(). With arena.base NULL n->arena.used becomes what either needs.
+// The same for pictures that the norms follow, which take the memory of a micro-batch, as none is under way then.
 template <class T>
-static bool plan_device_followed(DeviceNetwork<T> *n, int images) {
+static bool plan_device_followed(DeviceNetwork<T> *n) {
     const Model *model = n->model;
-    const size_t other = n->arena.used;
-    const int before = n->images;
-    if (images == 0) return true;
-    n->images = images;
+    int level = LEVEL_POOLED;
     if (!network_levels(n)) return false;
     size_t channels = (size_t)model->config.stem_width, most = channels * (size_t)n->maps[LEVEL_STEM].rows;
     for (int i = 0; i < model->num_blocks; i++) {
-        int level = n->blocks[i].in_level;
         for (int j = 0; j < model->blocks[i].num_convs; j++) {
             const ConvShape shape = model->blocks[i].conv[j].shape;
-            if (shape.stride > 1) level = n->blocks[i].out_level;
+            level += shape.stride > 1;
             channels = larger(channels, (size_t)shape.out_channels);
             most = larger(most, (size_t)n->maps[level].rows * (size_t)shape.out_channels);
         }
@@ -3497,9 +3493,7 @@ static bool plan_device_followed(DeviceNetwork<T> *n, int images) {
     FollowedMaps *f = &n->followed;
     for (float **to : {&f->maps[0], &f->maps[1], &f->inner, &f->raw}) *to = take<float>(&n->arena, most);
     f->partials = take<double>(&n->arena, FOLLOW_PARTS * 2 * channels);
-    if (n->arena.base) return true;
-    n->images = before, n->arena.used = larger(n->arena.used, other);
-    return network_levels(n);
+    return true;
 }
 
 // What stays: from an arena without memory, only counts.
@@ -4117,7 +4111,7 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
     n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
     n->recompute = recompute && n->training;
-    n->max_images = n->images = max_images, n->batch = batch;
+    n->max_images = max_images, n->batch = batch;
     const int followed = !model->track_norms ? 0 : batch < TRACK_IMAGES ? batch : TRACK_IMAGES;
     n->slots = max_images > followed ? max_images : followed;
     n->num_targets = n->training ? max_images * max_targets : 0;
@@ -4131,9 +4125,14 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
     n->decoder_cross = (DeviceAttention<T> *)allocate(dec * sizeof(DeviceAttention<T>));
     n->decoder_ffn = (DeviceFeedForward<T> *)allocate(dec * sizeof(DeviceFeedForward<T>));
     for (int i = 0; i < n->slots; i++) n->segments[i] = {0, max_height, max_width, i};
-    if (!plan_device_network(n) || !plan_device_followed(n, followed))
+    n->images = followed;
+    const bool fits = followed == 0 || plan_device_followed(n);
+    const size_t followed_bytes = n->arena.used;
+    n->images = max_images;
+    if (!fits || !plan_device_network(n))
         return fail(error, "%d pictures of %d x %d at once are too many: a smaller --micro_batch", n->slots, max_height,
                     max_width);
+    n->arena.used = larger(n->arena.used, followed_bytes);
     const Segment *last = &n->segments[n->tokens * n->slots];
     // A picture of one line may be twice as long as the plan's (loader_worst_size).
     n->max_places = 2 * (last->height > last->width ? last->height : last->width);
@@ -4230,23 +4229,24 @@ static int images_that_fit(const Model *model, int height, int width, int side, 
     return images;
 }
 
-// Lays out a micro-batch of `count` pictures, samples[places[i]] with their boxes where this is a training step, or the
-// pictures that the norms follow, and sends it on its way. feed_end() comes behind the last launch that reads it.
+typedef enum { TO_ANSWER, TO_TRAIN, TO_FOLLOW } Purpose;  // with boxes: TO_TRAIN; for the norms: TO_FOLLOW
+
+// Lays out a micro-batch of `count` pictures, samples[places[i]], and sends it on its way. feed_end() comes behind the
+// last launch that reads it.
 template <class T>
-static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *places, int count, bool step,
-                        bool followed = false) {
+static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *places, int count, Purpose purpose) {
     Feed *feed = &n->feed;
     n->images = count, n->num_targets = n->most_targets = 0;
     for (int i = 0; i < count; i++) {
         const Sample *sample = &samples[places[i]];
-        const int targets = step ? sample->num_boxes : 0;
+        const int targets = purpose == TO_TRAIN ? sample->num_boxes : 0;
         n->segments[i] = {0, sample->height, sample->width, places[i]};
         n->num_targets += targets, n->most_targets = targets > n->most_targets ? targets : n->most_targets;
     }
     feed_begin(feed);
     const size_t segments = (size_t)(MAX_LEVELS * n->slots);
     Segment *fed = feed_take(feed, segments, &n->fed_segments);
-    followed ? plan_device_followed(n, count) : plan_device_network(n);
+    purpose == TO_FOLLOW ? plan_device_followed(n) : plan_device_network(n);
     memcpy(fed, n->segments, segments * sizeof(Segment));
     int targets = 0, *first_target = feed_take(feed, (size_t)count + 1, &n->loss.first_target);
     int *classes = feed_take(feed, (size_t)n->num_targets, &n->loss.target_classes);
@@ -4254,7 +4254,7 @@ static void device_load(DeviceNetwork<T> *n, const Sample *samples, const int *p
     for (int i = 0; i < count; i++) {
         const Sample *sample = &samples[places[i]];
         first_target[i] = targets;
-        if (!step) continue;
+        if (purpose != TO_TRAIN) continue;
         memcpy(classes + targets, sample->classes, (size_t)sample->num_boxes * sizeof(int));
         memcpy(boxes + 4 * targets, sample->boxes, 4 * (size_t)sample->num_boxes * sizeof(double));
         targets += sample->num_boxes;
@@ -4373,7 +4373,7 @@ static int device_search(DeviceNetwork<T> *n, Search *search, const StepResult *
     n->dropout = r->dropout, n->loss.settings = r->settings, n->loss.divisors = r->divisors;
     for (int i = 0; i < r->images; i++) {
         Search of_sums = {""};
-        device_load(n, r->samples, r->places + i, 1, true);
+        device_load(n, r->samples, r->places + i, 1, TO_TRAIN);
         CUDA(cudaMemsetAsync(n->loss_sums, 0, sums * sizeof(double), stream));
         device_forward(n);
         gpu_match(n->loss);
@@ -4433,7 +4433,7 @@ __global__ static void __launch_bounds__(THREADS)
     float *of_mean = &layer->norm_mean[c], *of_variance = &layer->norm_variance[c];
     *of_mean = (float)((1 - TRACK_SHARE) * (double)*of_mean + TRACK_SHARE * mean);
     *of_variance = (float)((1 - TRACK_SHARE) * (double)*of_variance + TRACK_SHARE * variance);
-    set_norm(*layer, c, norm_scale(*layer, c));
+    set_norm(*layer, c, norm_scale(layer->norm_weight[c], *of_variance));
 }
 
 __global__ static void __launch_bounds__(THREADS)
@@ -4457,8 +4457,6 @@ static void follow_layer(const DeviceNetwork<T> *n, const Layer *layer, float *y
     const int C = s.out_channels, rows = n->maps[out_level].rows;
     const size_t count = (size_t)rows * (size_t)C;
     float *raw = n->followed.raw;
-    const Folded *folded = d->folded;
-    for (int i = 0; n->model->layers[i] != layer; i++) folded += n->model->layers[i]->norm_weight != NULL;
     if (is_linear(s))
         gpu_linear_forward<float, float>(raw, x, of->weight, NULL, NULL, false, rows, s.in_channels, C);
     else
@@ -4467,7 +4465,7 @@ static void follow_layer(const DeviceNetwork<T> *n, const Layer *layer, float *y
     const dim3 grid(blocks((size_t)C, THREADS), FOLLOW_PARTS);
     statistics_kernel<<<grid, THREADS, 0, stream>>>(n->followed.partials, raw, rows, C);
     CUDA(cudaGetLastError());
-    follow_kernel<<<grid.x, THREADS, 0, stream>>>(folded, n->followed.partials, FOLLOW_PARTS, rows, C, d->step);
+    follow_kernel<<<grid.x, THREADS, 0, stream>>>(of->folded, n->followed.partials, FOLLOW_PARTS, rows, C, d->step);
     CUDA(cudaGetLastError());
     const Epilogue epilogue = {of->bias, add, relu, NULL, 0};
     const float *scale = d->scale + (of->bias - d->bias);
@@ -4484,7 +4482,7 @@ static void device_follow(DeviceNetwork<T> *n, const Sample *samples, int batch_
     for (int i = 0; i < batch_size && i < TRACK_IMAGES; i++)
         if (samples[i].image.pixels) places[count++] = i;
     if (count == 0) return;
-    device_load(n, samples, places, count, false, true);
+    device_load(n, samples, places, count, TO_FOLLOW);
     gpu_pictures(maps[0], &n->pictures, n->pixel_table);
     follow_layer(n, &model->stem, maps[1], maps[0], NULL, true, LEVEL_PICTURE, LEVEL_STEM);
     gpu_maxpool_forward(maps[0], (unsigned char *)n->followed.inner, maps[1], n->maps[LEVEL_POOLED],
@@ -4533,7 +4531,7 @@ static void device_step_begin(DeviceNetwork<T> *n, const LossSettings *loss_sett
     CUDA(cudaMemsetAsync(n->loss_sums, 0, L * LOSS_SUMS * sizeof(double), stream));
     for (int first = 0; first < count; first += n->max_images) {
         const int images = count - first < n->max_images ? count - first : n->max_images;
-        device_load(n, samples, r->places + first, images, true);
+        device_load(n, samples, r->places + first, images, TO_TRAIN);
         n->loss.settings = *loss_settings, n->loss.divisors = divisors, n->loss.loss_scale = n->params.loss_scale;
         device_forward(n);
         gpu_match(n->loss);
@@ -4615,7 +4613,7 @@ static void engine_encode(const Model *model, Activations *acts, const Sample *s
     const int place = 0;
     activations_plan(acts, model, sample->height, sample->width);
     n->dropout.p = 0;
-    device_load(n, sample, &place, 1, false);
+    device_load(n, sample, &place, 1, TO_ANSWER);
     device_forward(n);
     feed_end(&n->feed);
 }
