@@ -423,16 +423,16 @@ typedef struct {
 static const Ahead NOTHING_AHEAD = {NULL, 0};
 
 // Tile number `tile` of `tiles` that use a panel of weights one after another asks for its share of the next panel, of
-// `inner` rows, if weights are `cold`: not in the L2 cache. Else the first tile to use a panel would wait for all of it,
-// as long as it takes to multiply several.
+// `inner` rows, if weights are `cold`: not in the L2 cache. Else the first tile to use a panel would wait for all of
+// it, as long as it takes to multiply several.
 INLINE Ahead ahead_of_tile(int cold, const real *next, size_t inner, long tile, long tiles) {
     const size_t row = TILE_COLUMNS * sizeof(real), step = cold && inner * row <= L2_PANEL ? row / tiles : 0;
     const Ahead ahead = {(const char *)next + tile * inner * step, step};
     return ahead;
 }
 
-// Whether weights, so many reals, have to come from beyond the L2 cache: no thread takes them for a second block, or they
-// have no room there.
+// Whether weights, so many reals, have to come from beyond the L2 cache: no thread takes them for a second block, or
+// they have no room there.
 static int weights_cold(long blocks, size_t weights) {
     return blocks <= omp_get_max_threads() || weights * sizeof(real) > L2_WEIGHTS;
 }
