@@ -73,7 +73,8 @@ def main():
         source = (ROOT / name).read_text().splitlines()
         missing = sorted(number for number, count in lines[name].items() if count == 0)
         for number in missing:
-            if not any(file in (name, "*") and piece in source[number - 1] for file, piece in listed):
+            line = source[number - 1 - (source[number - 1].strip() == "}")]
+            if not any(file in (name, "*") and piece in line for file, piece in listed):
                 unexplained.append(f"{name}:{number}: {source[number - 1].strip()}")
         total, ran = total + len(lines[name]), ran + len(lines[name]) - len(missing)
         print(f"{name:24} {len(lines[name]):6} {len(lines[name]) - len(missing):6} "
