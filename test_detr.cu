@@ -1832,6 +1832,15 @@ static void test_model_of(int bottleneck, int from_scratch, int anchor) {
 // What stops a step is named as on the CPU, with the picture.
 template <class T>
 static void test_model_nonfinite() {
+    Array<float> numbers(5);
+    for (size_t bad = 0; bad <= numbers.count; bad++) {  // 5: all are finite
+        Search search = {""};
+        for (size_t i = 0; i < numbers.count; i++) numbers[i] = i == bad ? NAN : 1;
+        numbers.upload();
+        look(&search, numbers.device, numbers.count, "here");
+        check(strcmp(search.name, bad < numbers.count ? "here" : "") == 0, "number %zu of 5 is not finite: \"%s\"", bad,
+              search.name);
+    }
     static const char *const names[] = {"model.input_projection.weight", "gradient of the boxes", "logits",
                                         "encoder layer 1: query", NULL};
     for (int i = 0; i < 5; i++) {
