@@ -140,6 +140,8 @@ static void test_boxes(void) {
 enum { BASIC, BOTTLENECK, ANCHOR, KINDS };
 static const char *const KIND_NAMES[KINDS] = {"basic", "bottleneck", "anchor"};
 
+enum { SMALL_BATCH = 4 };
+
 static ModelConfig small_config(int kind) {
     ModelConfig config;
     memset(&config, 0, sizeof config);
@@ -155,9 +157,9 @@ static ModelConfig small_config(int kind) {
     return config;
 }
 
-static void small_model_of(Model *model, const ModelConfig *config) {
+static void small_model_of(Model *model, const ModelConfig *config, int batch_size) {
     Error error;
-    if (model_create(model, config, 1, 1, 1, &error) != 0) check(0, "%s", error.text);
+    if (model_create(model, config, batch_size, 1, 1, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
     for (int i = 0; i < model->num_params; i++) {  // no value stays where a wrong formula would not show
         Param *param = model->params[i];
@@ -173,10 +175,9 @@ static void small_model_of(Model *model, const ModelConfig *config) {
 static void small_model(Model *model, int kind, double dropout, int half) {
     ModelConfig config = small_config(kind);
     config.dropout = dropout, config.half = half;
-    small_model_of(model, &config);
+    small_model_of(model, &config, SMALL_BATCH);
 }
 
-enum { SMALL_BATCH = 4 };
 static const LossSettings SMALL_LOSS = {1, 5, 2, 1, 5, 2, 0.1, 1, 1};
 
 // Pictures of noise of four sizes; the third has no boxes.
@@ -464,7 +465,7 @@ static void test_frozen_in(int kind, int half, const char *freeze, int input_gra
     small_batch(samples);
     for (int frozen = 0; frozen < 2; frozen++) {
         config.freeze = frozen ? freeze : NULL;
-        small_model_of(&models[frozen], &config);
+        small_model_of(&models[frozen], &config, SMALL_BATCH);
         activations_create(&acts, &models[frozen], 70, 70, 1, 1);
         batch_loss(&models[frozen], &acts, samples, 1);
         if (!frozen) activations_free(&acts);
@@ -544,6 +545,43 @@ static void test_training_step(void) {
     test_gradient_norm();
 }
 
+// A model whose steps have one picture packs its weights for the way back where those for the way forward lie. Three
+// steps and an inference behind them give the bytes of a model that has both; the frozen encoder has weights that only
+// the way back packs.
+static void test_one_picture_in(int kind, int half) {
+    const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
+    ModelConfig config = small_config(kind);
+    Model models[2];
+    Activations acts[2];
+    Sample samples[SMALL_BATCH];
+    Losses losses;
+    Error error;
+    config.dropout = 0.1, config.half = half, config.freeze = "encoder.layers";
+    small_batch(samples);
+    for (int i = 0; i < 2; i++) {
+        small_model_of(&models[i], &config, i + 1);
+        activations_create(&acts[i], &models[i], 70, 70, 1, 1);
+        for (int step = 0; step < 3; step++)
+            training_step(&models[i], &acts[i], &SMALL_LOSS, &optimizer, &samples[step], 1, 42, step, &losses, &error);
+        predict_image(&models[i], &acts[i], &samples[3].image);
+    }
+    const size_t boxes = (size_t)(config.dec_layers * config.num_queries * 4) * sizeof(real);
+    check(fingerprint(&models[0], 1) == fingerprint(&models[1], 1) &&
+              fingerprint(&models[0], 0) == fingerprint(&models[1], 0) &&
+              memcmp(acts[0].boxes, acts[1].boxes, boxes) == 0,
+          "steps of one picture, %s%s, in one packed copy of the weights and in two", KIND_NAMES[kind],
+          half ? " in bf16" : "");
+    check(models[0].packed.used < models[1].packed.used, "one packed copy: %zu bytes, two: %zu", models[0].packed.used,
+          models[1].packed.used);
+    free_batch(samples, SMALL_BATCH);
+    for (int i = 0; i < 2; i++) activations_free(&acts[i]), model_free(&models[i]);
+}
+
+static void test_one_picture(void) {
+    for (int kind = 0; kind < KINDS; kind++)
+        for (int half = 0; half <= !IS_DOUBLE; half++) test_one_picture_in(kind, half);
+}
+
 // Adds each channel's sum and sum of squares of what a layer makes of x; returns the number of pixels.
 static int add_moments(double *sums, const Layer *layer, const real *x, int height, int width) {
     int pixels = conv_size(height, layer->shape) * conv_size(width, layer->shape);
@@ -589,7 +627,7 @@ static void test_track(void) {
     const OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
     small_run_begin(&small, BASIC, 0, 0, 1);
     Model *model = &small.model;
-    model_create(&reference, &model->config, 1, 1, 1, &error);
+    model_create(&reference, &model->config, SMALL_BATCH, 1, 1, &error);
     model->track_norms = 1;
     const size_t stem = (size_t)model->stem.shape.out_channels;
     for (int64_t step = TRACK_STEPS - 1; step < TRACK_STEPS + 2; step++) {
@@ -604,7 +642,7 @@ static void test_track(void) {
         if (!moves) continue;
         double worst = 0;
         Model all;  // of the stem, which no other layer's statistics reach: half of the way
-        model_create(&all, &model->config, 1, 1, 1, &error);
+        model_create(&all, &model->config, SMALL_BATCH, 1, 1, &error);
         for (int i = 0; i < model->num_params; i++)
             memcpy(all.params[i]->value, reference.params[i]->value, model->params[i]->count * sizeof(real));
         calibrate_norms(&all, small.samples, SMALL_BATCH, 1);
@@ -653,7 +691,7 @@ static void test_calibrate(void) {
         Sample samples[SMALL_BATCH];
         Error error;
         ModelConfig config = small_config(bottleneck);
-        check(model_create(&model, &config, 1, 1, 1, &error) == 0, "a small model");
+        check(model_create(&model, &config, SMALL_BATCH, 1, 1, &error) == 0, "a small model");
         model_initialise(&model, 3);
         activations_create(&acts, &model, 70, 70, 1, 1);
         small_batch(samples);
@@ -2198,7 +2236,7 @@ static int load_dump_model(Model *model, const char *folder, int from_scratch, d
     char *weights = format_string("%s/model.safetensors", folder);
     int status = config_read(&network, folder, error);
     network.config.dropout = dropout, network.config.half = half;
-    if (status == 0) status = model_create(model, &network.config, 1, 1, from_scratch, error);
+    if (status == 0) status = model_create(model, &network.config, 2, 1, from_scratch, error);
     if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
     if (status == 0) model_pack(model);
     free(weights);
@@ -2798,7 +2836,7 @@ static void test_learns_by_heart_in(int kind, int half) {
     Activations acts;
     Losses losses;
     OptimizerSettings optimizer = {1e-3, 1e-3, 1e-4, 0.1, 0};
-    model_create(&model, &config, 1, 1, 1, &error);
+    model_create(&model, &config, PICTURES, 1, 1, &error);
     model_initialise(&model, 1);
     calibrate_norms(&model, samples, PICTURES, 1);
     model_pack(&model);
@@ -2879,6 +2917,7 @@ static const Test TESTS[] = {
     {"company", test_company},
     {"frozen", test_frozen},
     {"step", test_training_step},
+    {"one_picture", test_one_picture},
     {"calibrate", test_calibrate},
     {"track", test_track},
     {"nonfinite", test_nonfinite},

@@ -1267,7 +1267,7 @@ static void optimizer_model(Model *model, int from_scratch) {
     for (int s = 0; s < 2; s++) config.depths[s] = 1, config.widths[s] = 32 << s;
     config.enc_layers = config.dec_layers = 1, config.dim_feedforward = 40, config.num_queries = 9,
     config.num_labels = 3;
-    if (model_create(model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+    if (model_create(model, &config, 2, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
     model_initialise(model, 3);
     for (int i = 0; i < model->num_params; i++) {
         Param *param = model->params[i];
@@ -1522,7 +1522,7 @@ struct ModelCase {
         config.anchor = config.focal = anchor, config.nheads = anchor ? 4 : 2;
         for (int s = 0; s < 2; s++) config.depths[s] = 2, config.widths[s] = 32 << s;
         rows = (size_t)(config.dec_layers * config.num_queries);
-        if (model_create(&model, &config, 1, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
+        if (model_create(&model, &config, MODEL_BATCH, 1, from_scratch, &error) != 0) check(0, "%s", error.text);
         model_initialise(&model, 5);
         model.loss_scale.scale = 1, model.track_norms = anchor && from_scratch;
         values = (const float **)allocate((size_t)model.num_params * sizeof(float *));

@@ -564,7 +564,7 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
             store_lanes(block[n], j, value, half);
         }
     }
-    for (int c = 0; c < units; c++) {
+    for (int c = 0; packed && c < units; c++) {
 #pragma GCC unroll 64
         for (int n = 0; n < TILE_COLUMNS; n++) line[n] = block[n][c];
 #pragma GCC unroll 8
@@ -579,7 +579,7 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
     }
 }
 
-// Weights w (out_channels, kernel, kernel, in_channels) for forward and, unless packed_backward is NULL, for backward:
+// Weights w (out_channels, kernel, kernel, in_channels) for forward and for backward, either unless it is NULL:
 //   packed[panel][tap][in channel c][column] = w[n][tap][c] * scale[n], where n = panel * TILE_COLUMNS + column
 //   packed_backward[panel][tap][out channel n][column] = the same, where c = panel * TILE_COLUMNS + column
 // Columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. half: rows 2i
@@ -590,7 +590,7 @@ static void pack_weights(real *packed, real *packed_backward, const real *w, con
     const long runs = shape.count, in = shape.length, units = shape.units, out = s.out_channels, step = half ? 2 : 1;
     const long width = TILE_COLUMNS;
     const long out_panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
-    memset(packed + out_panels * runs * units * TILE_COLUMNS, 0, sizeof(real) * s.kernel * units);
+    if (packed) memset(packed + out_panels * runs * units * TILE_COLUMNS, 0, sizeof(real) * s.kernel * units);
     if (packed_backward)
         memset(packed_backward + in_panels * runs * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
 #pragma omp parallel
@@ -600,7 +600,7 @@ static void pack_weights(real *packed, real *packed_backward, const real *w, con
             for (long run = 0; run < runs; run++) {
                 for (long in_panel = 0; in_panel < in_panels; in_panel++) {
                     const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS, unit = c / step;
-                    real *forward = packed + ((out_panel * runs + run) * units + unit) * TILE_COLUMNS;
+                    real *forward = packed ? packed + ((out_panel * runs + run) * units + unit) * TILE_COLUMNS : NULL;
                     real *backward = packed_backward
                                          ? packed_backward + ((in_panel * runs + run) * out + n) / step * TILE_COLUMNS
                                          : NULL;
@@ -1697,33 +1697,38 @@ static void winograd_pack(real *packed, const real *w, const real *scale, ConvSh
     const long in = s.in_channels, panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
     const long parts = (long)divide_up(in, LANES);
     memset(packed + panels * 16 * in * TILE_COLUMNS, 0, sizeof(real) * in);
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
-        for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
-            enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
-            real g[LANES][9][ROW];                   // transposed
-            const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
-            for (int column = 0; column < TILE_COLUMNS; column++) {
-                const long n = panel * TILE_COLUMNS + column;
-                const real factor = n < s.out_channels && scale ? scale[n] : 1;
-                for (int tap = 0; tap < 9; tap++) {
-                    const real *from = w + (n * 9 + tap) * in + part * LANES;
-                    __builtin_prefetch(from + LANES);  // the next part
-                    for (int c = 0; c < channels; c++) g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static) nowait
+        for (long panel = 0; panel < panels; panel++) {
+            for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
+                enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
+                real g[LANES][9][ROW];                   // transposed
+                const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
+                for (int column = 0; column < TILE_COLUMNS; column++) {
+                    const long n = panel * TILE_COLUMNS + column;
+                    const real factor = n < s.out_channels && scale ? scale[n] : 1;
+                    for (int tap = 0; tap < 9; tap++) {
+                        const real *from = w + (n * 9 + tap) * in + part * LANES;
+                        __builtin_prefetch(from + LANES);  // the next part
+                        for (int c = 0; c < channels; c++)
+                            g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
+                    }
                 }
-            }
-            for (int c = 0; c < channels; c++) {
-                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                    vec kernel[3][3], u[4][4];
+                for (int c = 0; c < channels; c++) {
+                    for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                        vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
-                    transform_kernel(u, kernel);
-                    real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
+                        for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
+                        transform_kernel(u, kernel);
+                        real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
 #pragma GCC unroll 16
-                    for (int xi = 0; xi < 16; xi++) vec_store(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
+                        for (int xi = 0; xi < 16; xi++) vec_stream(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
+                    }
                 }
             }
         }
+        stream_end();
     }
 }
 
@@ -1733,24 +1738,28 @@ static void winograd_pack_backward(real *packed, const real *w, const real *scal
     static const int turned[4] = {3, 1, 2, 0};
     const long in = s.in_channels, out = s.out_channels, panels = (long)divide_up(in, TILE_COLUMNS);
     memset(packed + panels * 16 * out * TILE_COLUMNS, 0, sizeof(real) * out);
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
-        for (long n = 0; n < out; n++) {
-            const real factor = scale ? scale[n] : 1;
-            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                const long first = panel * TILE_COLUMNS + j;
-                vec kernel[3][3], u[4][4];
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static) nowait
+        for (long panel = 0; panel < panels; panel++) {
+            for (long n = 0; n < out; n++) {
+                const real factor = scale ? scale[n] : 1;
+                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                    const long first = panel * TILE_COLUMNS + j;
+                    vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                for (int tap = 0; tap < 9; tap++)
-                    kernel[tap / 3][tap % 3] =
-                        load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
-                transform_kernel(u, kernel);
-                real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
+                    for (int tap = 0; tap < 9; tap++)
+                        kernel[tap / 3][tap % 3] =
+                            load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
+                    transform_kernel(u, kernel);
+                    real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
 #pragma GCC unroll 16
-                for (int xi = 0; xi < 16; xi++)
-                    vec_store(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
+                    for (int xi = 0; xi < 16; xi++)
+                        vec_stream(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
+                }
             }
         }
+        stream_end();
     }
 }
 
@@ -3216,8 +3225,8 @@ typedef struct {
     Param *norm_weight, *norm_bias, *norm_mean, *norm_variance;  // or NULL
     real *scale;                                                 // (out): norm_weight / sqrt(variance + 1e-5)
     real *folded_bias;                                           // (out): norm_bias - mean * scale
-    int winograd, winograd_weight;  // done by the Winograd room: forward and backward data; backward weight
-    real *packed, *packed_backward;
+    int winograd, winograd_weight;   // done by the Winograd room: forward and backward data; backward weight
+    real *packed, *packed_backward;  // one and the same with one picture a step, see layer_pack()
     real *workspace;        // for Winograd, forward and backward data: all layers share it, see layer_workspace()
     size_t workspace_size;  // of it, for one thread
     int needs_input_gradient;
@@ -3267,7 +3276,7 @@ typedef struct {
     Param **params;
     int num_params;
     size_t num_trained;  // numbers the optimizer changes
-    int training;        // packed_backward, gradients and optimizer state exist
+    int batch_size;      // pictures in an optimizer step; 0: no packed_backward, gradients and optimizer state
     int train_backbone;  // --lr_backbone is not 0
     int from_scratch;    // no pretrained weights: stem, first stage and the norms' scale and bias are trained too
     int track_norms;     // --norm_init track: the frozen norms' statistics follow the pictures of the training
@@ -3324,7 +3333,7 @@ __attribute__((format(printf, 10, 11))) static Param *add_param(Model *model, en
         param->count *= (size_t)dims[i];
     }
     param->group = group;
-    param->trained = trained && model->training && !is_frozen(&model->config, param->name);
+    param->trained = trained && model->batch_size > 0 && !is_frozen(&model->config, param->name);
     param->init = init;
     param->init_scale = scale;
     model->params = (Param **)grow(model->params, (size_t)model->num_params, sizeof(Param *));
@@ -3337,7 +3346,7 @@ static void add_layer(Model *model, Layer *layer, ConvShape shape, int needs_inp
     layer->shape = shape;
     layer->half = half, layer->half_y = half_y, layer->half_dx = half_dx;
     layer->winograd = !half && winograd_fits(shape), layer->winograd_weight = !half && winograd_weight_pays(shape);
-    layer->needs_input_gradient = needs_input_gradient && model->training;
+    layer->needs_input_gradient = needs_input_gradient && model->batch_size > 0;
     model->layers = (Layer **)grow(model->layers, (size_t)model->num_layers, sizeof(Layer *));
     model->layers[model->num_layers++] = layer;
 }
@@ -3505,7 +3514,7 @@ static void model_walk(Model *model) {
     // What the anchor decoder's boxes are to its layers is a constant to them, but for the head that makes positions.
     const int memory_before = before;
     before = config->anchor ? model->query_content->trained ||
-                                  (model->training && !is_frozen(config, "model.decoder.query_position_head."))
+                                  (model->batch_size > 0 && !is_frozen(config, "model.decoder.query_position_head."))
                             : model->query_embeddings->trained;
     for (int l = 0; l < config->dec_layers; l++) {
         snprintf(name, sizeof name, "model.decoder.layers.%d", l);
@@ -3547,12 +3556,13 @@ static void model_take_memory(Model *model) {
             layer->folded_bias = arena_take(&model->packed, (size_t)layer->shape.out_channels);
         }
         const int in = layer->shape.in_channels, out = layer->shape.out_channels;
-        layer->packed = arena_take(
-            &model->packed, layer->winograd ? winograd_packed_size(in, out) : packed_size(layer->shape, layer->half));
-        if (layer->needs_input_gradient)
-            layer->packed_backward =
-                arena_take(&model->packed, layer->winograd ? winograd_packed_size(out, in)
-                                                           : packed_backward_size(layer->shape, layer->half));
+        const size_t forward = layer->winograd ? winograd_packed_size(in, out) : packed_size(layer->shape, layer->half);
+        const size_t backward = !layer->needs_input_gradient ? 0
+                                : layer->winograd            ? winograd_packed_size(out, in)
+                                                             : packed_backward_size(layer->shape, layer->half);
+        const int shared = backward > 0 && model->batch_size == 1;
+        layer->packed = arena_take(&model->packed, shared ? larger(forward, backward) : forward);
+        if (backward > 0) layer->packed_backward = shared ? layer->packed : arena_take(&model->packed, backward);
         if (layer->winograd) workspace = larger(workspace, winograd_workspace(layer->shape, 1));
     }
     real *shared = arena_take(&model->packed, (size_t)omp_get_max_threads() * workspace);
@@ -3568,14 +3578,15 @@ static void model_take_memory(Model *model) {
     }
 }
 
-// Builds the network of `config`. training: gradients and Adam's moments exist. train_backbone: --lr_backbone is not 0.
+// Builds the network of `config`. batch_size: pictures in a training step, at most, or 0: then there are no gradients
+// and no moments. train_backbone: --lr_backbone is not 0.
 // from_scratch: there are no pretrained weights, so stem, first stage and the frozen norms' scale and bias are trained
 // too; DETR freezes them. Values are zero until they are initialised or loaded. 0, or -1 with the reason.
-static int model_create(Model *model, const ModelConfig *config, int training, int train_backbone, int from_scratch,
+static int model_create(Model *model, const ModelConfig *config, int batch_size, int train_backbone, int from_scratch,
                         Error *error) {
     memset(model, 0, sizeof *model);
     model->config = *config;
-    model->training = training;
+    model->batch_size = batch_size;
     model->train_backbone = train_backbone;
     model->from_scratch = from_scratch;
     if (config->num_stages < 1 || config->num_stages > MAX_STAGES)
@@ -3667,27 +3678,30 @@ HOST_DEVICE static inline real norm_scale(real weight, real variance) {
     return weight / (real)sqrt((double)variance + 1e-5);
 }
 
-// Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
-// the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
-static void layer_pack(Layer *layer) {
+// A layer's weights for the matmul, for the way forward and for the way back, either unless it is NULL.
+static void pack_ways(const Layer *layer, real *packed, real *packed_backward) {
     const double begin = profile_begin();
-    if (layer->norm_weight) {
-        for (int n = 0; n < layer->shape.out_channels; n++) {
-            layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
-            layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
-        }
-    }
     if (layer->winograd) {
-        winograd_pack(layer->packed, layer->weight->value, layer->scale, layer->shape);
-        if (layer->packed_backward)
-            winograd_pack_backward(layer->packed_backward, layer->weight->value, layer->scale, layer->shape);
+        if (packed) winograd_pack(packed, layer->weight->value, layer->scale, layer->shape);
+        if (packed_backward) winograd_pack_backward(packed_backward, layer->weight->value, layer->scale, layer->shape);
     } else {
-        pack_weights(layer->packed, layer->packed_backward, layer->weight->value, layer->scale, layer->shape,
-                     layer->half);
+        pack_weights(packed, packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
     }
     profile_end(begin, "packing of weights", "", 0,
-                (sizeof(real) + (layer->packed_backward ? 2.0 : 1.0) * (double)number_bytes(layer->half)) *
+                (sizeof(real) + ((packed != NULL) + (packed_backward != NULL)) * (double)number_bytes(layer->half)) *
                     (double)layer->weight->count);
+}
+
+// Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
+// the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
+// Where a step has one picture, the weights for the way back would be used once, so they get no memory of their own:
+// layer_backward_data() packs them where those for the way forward were, and this undoes it.
+static void layer_pack(Layer *layer) {
+    for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
+        layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
+        layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
+    }
+    pack_ways(layer, layer->packed, layer->packed_backward == layer->packed ? NULL : layer->packed_backward);
 }
 
 // Where element i of a tensor as the checkpoint orders it lies in memory: (out, in, k, k) against (out, k, k, in).
@@ -4132,10 +4146,12 @@ static void layer_backward_weight(Activations *acts, const void *x, const void *
     profile_layer(begin, layer, height, width, "backward, weight");
 }
 
-// dx = mask(dy W^T (+ add)), if an earlier layer is trained. dx may be the memory of mask or of add.
+// dx = mask(dy W^T (+ add)), if an earlier layer is trained. dx may be the memory of mask or of add. With one picture a
+// step the layer cannot go forward again until it is packed.
 static void layer_backward_data(void *dx, const void *dy, int height, int width, const Layer *layer, const void *add,
                                 const void *mask) {
     if (!layer->needs_input_gradient) return;
+    if (layer->packed_backward == layer->packed) pack_ways(layer, NULL, layer->packed_backward);
     const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
     const double begin = profile_begin();
     if (layer->winograd)
@@ -5028,10 +5044,12 @@ static void ema_create(Model *model) {
     }
 }
 
-// Packs every layer that the optimizer has changed.
+// Packs every layer whose weights the optimizer has changed or whose packed ones the way back has.
 static void pack_trained(Model *model) {
-    for (int i = 0; i < model->num_layers; i++)
-        if (model->layers[i]->weight->trained) layer_pack(model->layers[i]);
+    for (int i = 0; i < model->num_layers; i++) {
+        Layer *layer = model->layers[i];
+        if (layer->weight->trained || layer->packed_backward == layer->packed) layer_pack(layer);
+    }
 }
 
 // Exchanges the values and their averages, where there are any: to compute with the averages, and to go back.

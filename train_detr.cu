@@ -4109,7 +4109,7 @@ static int device_network_create(DeviceNetwork<T> *n, const Model *model, int ma
                  worst_pixels = (size_t)max_height * (size_t)max_width;
     memset((void *)n, 0, sizeof *n);
     if (device_refuses(config)) return fail(error, "%s", device_refuses(config));
-    n->model = model, n->training = model->training, n->workspace_bytes = workspace_bytes;
+    n->model = model, n->training = model->batch_size > 0, n->workspace_bytes = workspace_bytes;
     n->recompute = recompute && n->training;
     n->max_images = max_images, n->batch = batch;
     const int followed = !model->track_norms ? 0 : batch < TRACK_IMAGES ? batch : TRACK_IMAGES;

@@ -784,8 +784,8 @@ static int training_begin(Training *run, Error *error) {
     network->short_side = run->loader.short_side;
     network->max_size = run->loader.max_size;
     network->config.freeze = flag_text(settings, "freeze");
-    status = model_create(&network->model, &network->config, 1, flag_number(settings, "lr_backbone") > 0,
-                          run->from_scratch, error);
+    status = model_create(&network->model, &network->config, run->loader.batch_size,
+                          flag_number(settings, "lr_backbone") > 0, run->from_scratch, error);
     if (status == 0) check_frozen(&network->model, !keep_head);
     network->model.track_norms = tracks_norms(run);
     if (status == 0) model_initialise(&network->model, run->loader.seed);
@@ -821,8 +821,8 @@ static int training_resume(Training *run, Error *error) {
     if (lines) run->log_begin -= log_seconds(lines);
     if (lines) fclose(lines);
     if (status == 0)
-        status = model_create(model, &run->network.config, 1, flag_number(run->settings, "lr_backbone") > 0,
-                              run->from_scratch, error);
+        status = model_create(model, &run->network.config, run->loader.batch_size,
+                              flag_number(run->settings, "lr_backbone") > 0, run->from_scratch, error);
     model->track_norms = tracks_norms(run);
     if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
     if (status == 0) status = moments_read(model, moments, error);
@@ -1861,7 +1861,7 @@ static int command_bench(Settings *settings, Error *error) {
         height > 16384 || width > 16384)
         usage_error("--size must be HEIGHTxWIDTH in pixels, from 1 to 16384, not \"%s\"", size);
     config.num_labels = 91;  // COCO's
-    if (model_create(&model, &config, 1, 1, 0, error) != 0) return -1;
+    if (model_create(&model, &config, batch, 1, 0, error) != 0) return -1;
     model_initialise(&model, 0);
     model_pack(&model);
     profile.on = flag_on(settings, "profile");

@@ -38,7 +38,7 @@ static inline int reference_run(Reference *r, Error *error) {
     Activations acts;
     const size_t rows = (size_t)r->config->dec_layers * (size_t)r->config->num_queries,
                  classes = (size_t)num_logits(r->config);
-    int height = 1, width = 1, status = model_create(&model, r->config, 1, 1, r->from_scratch, error);
+    int height = 1, width = 1, status = model_create(&model, r->config, r->count, 1, r->from_scratch, error);
     for (int i = 0; i < r->count; i++) {
         height = r->samples[i].image.height > height ? r->samples[i].image.height : height;
         width = r->samples[i].image.width > width ? r->samples[i].image.width : width;
