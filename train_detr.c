@@ -584,39 +584,40 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
 //   packed_backward[panel][tap][out channel n][column] = the same, where c = panel * TILE_COLUMNS + column
 // Columns past the last channel are zero. scale: (out_channels) or NULL, a frozen norm's scale folded in. half: rows 2i
 // and 2i + 1 of a tap become one of pairs of bf16, so out_channels must be even for packed_backward, and in_channels
-// too; else the forward one has patch_runs(). For speed both should lie on VECTOR_BYTES.
+// too; else the forward one has patch_runs(). For speed both should lie on VECTOR_BYTES. Called by all threads, which
+// share the work and do not wait for one another at its end.
 static void pack_weights(real *packed, real *packed_backward, const real *w, const real *scale, ConvShape s, int half) {
     const PatchRuns shape = patch_runs(s, half);
     const long runs = shape.count, in = shape.length, units = shape.units, out = s.out_channels, step = half ? 2 : 1;
     const long width = TILE_COLUMNS;
     const long out_panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
-    if (packed) memset(packed + out_panels * runs * units * TILE_COLUMNS, 0, sizeof(real) * s.kernel * units);
-    if (packed_backward)
-        memset(packed_backward + in_panels * runs * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
-#pragma omp parallel
+#pragma omp single nowait
     {
+        if (packed) memset(packed + out_panels * runs * units * TILE_COLUMNS, 0, sizeof(real) * s.kernel * units);
+        if (packed_backward)
+            memset(packed_backward + in_panels * runs * out / step * TILE_COLUMNS, 0, sizeof(real) * out / step);
+    }
 #pragma omp for collapse(3) schedule(static) nowait
-        for (long out_panel = 0; out_panel < out_panels; out_panel++) {
-            for (long run = 0; run < runs; run++) {
-                for (long in_panel = 0; in_panel < in_panels; in_panel++) {
-                    const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS, unit = c / step;
-                    real *forward = packed ? packed + ((out_panel * runs + run) * units + unit) * TILE_COLUMNS : NULL;
-                    real *backward = packed_backward
-                                         ? packed_backward + ((in_panel * runs + run) * out + n) / step * TILE_COLUMNS
-                                         : NULL;
-                    const int rows = (int)(out - n < width ? out - n : width);
-                    const int columns = (int)(in - c < width ? in - c : width);
-                    const int count = (int)(in_panel < in_panels - 1 ? width / step : units - unit);
-                    const real *from = w + (n * runs + run) * in + c, *factors = scale ? scale + n : NULL;
-                    if (half)
-                        pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 1);
-                    else
-                        pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 0);
-                }
+    for (long out_panel = 0; out_panel < out_panels; out_panel++) {
+        for (long run = 0; run < runs; run++) {
+            for (long in_panel = 0; in_panel < in_panels; in_panel++) {
+                const long n = out_panel * TILE_COLUMNS, c = in_panel * TILE_COLUMNS, unit = c / step;
+                real *forward = packed ? packed + ((out_panel * runs + run) * units + unit) * TILE_COLUMNS : NULL;
+                real *backward = packed_backward
+                                     ? packed_backward + ((in_panel * runs + run) * out + n) / step * TILE_COLUMNS
+                                     : NULL;
+                const int rows = (int)(out - n < width ? out - n : width);
+                const int columns = (int)(in - c < width ? in - c : width);
+                const int count = (int)(in_panel < in_panels - 1 ? width / step : units - unit);
+                const real *from = w + (n * runs + run) * in + c, *factors = scale ? scale + n : NULL;
+                if (half)
+                    pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 1);
+                else
+                    pack_block(forward, backward, from, (size_t)(runs * in), factors, rows, columns, count, 0);
             }
         }
-        stream_end();
     }
+    stream_end();
 }
 
 // out[0 .. length) = line[first .. first + length), zero where that is outside [0, line_length) or line is NULL; all in
@@ -1692,75 +1693,71 @@ static size_t winograd_packed_size(int inner, int columns) {
 }
 
 // packed[panel][xi][in channel][column] = (G g G^T)[xi] of the kernel g from that channel to channel n = panel *
-// TILE_COLUMNS + column, times scale[n]; zero past the last channel. scale: (out_channels) or NULL.
+// TILE_COLUMNS + column, times scale[n]; zero past the last channel. scale: (out_channels) or NULL. Called by all
+// threads, as pack_weights().
 static void winograd_pack(real *packed, const real *w, const real *scale, ConvShape s) {
     const long in = s.in_channels, panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
     const long parts = (long)divide_up(in, LANES);
+#pragma omp single nowait
     memset(packed + panels * 16 * in * TILE_COLUMNS, 0, sizeof(real) * in);
-#pragma omp parallel
-    {
 #pragma omp for collapse(2) schedule(static) nowait
-        for (long panel = 0; panel < panels; panel++) {
-            for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
-                enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
-                real g[LANES][9][ROW];                   // transposed
-                const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
-                for (int column = 0; column < TILE_COLUMNS; column++) {
-                    const long n = panel * TILE_COLUMNS + column;
-                    const real factor = n < s.out_channels && scale ? scale[n] : 1;
-                    for (int tap = 0; tap < 9; tap++) {
-                        const real *from = w + (n * 9 + tap) * in + part * LANES;
-                        __builtin_prefetch(from + LANES);  // the next part
-                        for (int c = 0; c < channels; c++)
-                            g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
-                    }
+    for (long panel = 0; panel < panels; panel++) {
+        for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
+            enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
+            real g[LANES][9][ROW];                   // transposed
+            const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
+            for (int column = 0; column < TILE_COLUMNS; column++) {
+                const long n = panel * TILE_COLUMNS + column;
+                const real factor = n < s.out_channels && scale ? scale[n] : 1;
+                for (int tap = 0; tap < 9; tap++) {
+                    const real *from = w + (n * 9 + tap) * in + part * LANES;
+                    __builtin_prefetch(from + LANES);  // the next part
+                    for (int c = 0; c < channels; c++) g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
                 }
-                for (int c = 0; c < channels; c++) {
-                    for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                        vec kernel[3][3], u[4][4];
+            }
+            for (int c = 0; c < channels; c++) {
+                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                    vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                        for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
-                        transform_kernel(u, kernel);
-                        real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
+                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
+                    transform_kernel(u, kernel);
+                    real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
 #pragma GCC unroll 16
-                        for (int xi = 0; xi < 16; xi++) vec_stream(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
-                    }
+                    for (int xi = 0; xi < 16; xi++) vec_stream(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
                 }
             }
         }
-        stream_end();
     }
+    stream_end();
 }
 
 // packed[panel][xi][out channel n][column] = (G g G^T)[xi] of the turned kernel g from in channel panel * TILE_COLUMNS
-// + column to channel n, times scale[n]; zero past the last channel.
+// + column to channel n, times scale[n]; zero past the last channel. Called by all threads.
 static void winograd_pack_backward(real *packed, const real *w, const real *scale, ConvShape s) {
     static const int turned[4] = {3, 1, 2, 0};
     const long in = s.in_channels, out = s.out_channels, panels = (long)divide_up(in, TILE_COLUMNS);
+#pragma omp single nowait
     memset(packed + panels * 16 * out * TILE_COLUMNS, 0, sizeof(real) * out);
-#pragma omp parallel
-    {
 #pragma omp for collapse(2) schedule(static) nowait
-        for (long panel = 0; panel < panels; panel++) {
-            for (long n = 0; n < out; n++) {
-                const real factor = scale ? scale[n] : 1;
-                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                    const long first = panel * TILE_COLUMNS + j;
-                    vec kernel[3][3], u[4][4];
+    for (long panel = 0; panel < panels; panel++) {
+        for (long n = 0; n < out; n++) {
+            const real factor = scale ? scale[n] : 1;
+            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                const long first = panel * TILE_COLUMNS + j;
+                vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                    for (int tap = 0; tap < 9; tap++)
-                        kernel[tap / 3][tap % 3] =
-                            load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
-                    transform_kernel(u, kernel);
-                    real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
+                for (int tap = 0; tap < 9; tap++)
+                    kernel[tap / 3][tap % 3] =
+                        load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
+                transform_kernel(u, kernel);
+                real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
 #pragma GCC unroll 16
-                    for (int xi = 0; xi < 16; xi++)
-                        vec_stream(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
-                }
+                for (int xi = 0; xi < 16; xi++)
+                    vec_stream(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
             }
         }
-        stream_end();
     }
+    stream_end();
 }
 
 // V = B^T d B of the `tiles` tiles from first_tile on, v[xi][tile][channel - first_channel], for the channels
@@ -3226,7 +3223,7 @@ typedef struct {
     real *scale;                                                 // (out): norm_weight / sqrt(variance + 1e-5)
     real *folded_bias;                                           // (out): norm_bias - mean * scale
     int winograd, winograd_weight;   // done by the Winograd room: forward and backward data; backward weight
-    real *packed, *packed_backward;  // one and the same with one picture a step, see layer_pack()
+    real *packed, *packed_backward;  // one and the same with one picture a step, see has_one_packed()
     real *workspace;        // for Winograd, forward and backward data: all layers share it, see layer_workspace()
     size_t workspace_size;  // of it, for one thread
     int needs_input_gradient;
@@ -3673,35 +3670,56 @@ static void model_initialise(Model *model, uint64_t seed) {
     for (int i = 0; i < model->num_params; i++) param_initialise(model->params[i], i, seed);
 }
 
-// A frozen norm's scale.
+// A frozen norm is y = x * scale + shift.
 HOST_DEVICE static inline real norm_scale(real weight, real variance) {
     return weight / (real)sqrt((double)variance + 1e-5);
 }
+HOST_DEVICE static inline real norm_shift(real bias, real mean, real scale) { return bias - mean * scale; }
 
-// A layer's weights for the matmul, for the way forward and for the way back, either unless it is NULL.
+// A layer's weights for the matmul, for the way forward and for the way back, either unless it is NULL. Called by all
+// threads.
 static void pack_ways(const Layer *layer, real *packed, real *packed_backward) {
-    const double begin = profile_begin();
     if (layer->winograd) {
         if (packed) winograd_pack(packed, layer->weight->value, layer->scale, layer->shape);
         if (packed_backward) winograd_pack_backward(packed_backward, layer->weight->value, layer->scale, layer->shape);
     } else {
         pack_weights(packed, packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
     }
-    profile_end(begin, "packing of weights", "", 0,
-                (sizeof(real) + ((packed != NULL) + (packed_backward != NULL)) * (double)number_bytes(layer->half)) *
-                    (double)layer->weight->count);
 }
 
-// Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
-// the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
-// Where a step has one picture, the weights for the way back would be used once, so they get no memory of their own:
-// layer_backward_data() packs them where those for the way forward were, and this undoes it.
-static void layer_pack(Layer *layer) {
-    for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
-        layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
-        layer->folded_bias[n] = layer->norm_bias->value[n] - layer->norm_mean->value[n] * layer->scale[n];
+// Where a step has one picture, weights packed for the way back would be used once, so they get no memory of their own:
+// layer_backward_data() packs them where those for the way forward lie.
+static int has_one_packed(const Layer *layer) { return layer->packed_backward == layer->packed; }
+
+// What packing moves in memory.
+static double packing_bytes(const Layer *layer, int ways) {
+    return (sizeof(real) + ways * (double)number_bytes(layer->half)) * (double)layer->weight->count;
+}
+
+// Whether a layer's weights are no more as they were packed: the optimizer has changed them, or the way back has taken
+// their place.
+static int is_packed_anew(const Layer *layer) { return layer->weight->trained || has_one_packed(layer); }
+
+// Packs the weights of layers, of all or of those that need it. Frozen batch norm is y = (x - mean) * norm_weight /
+// sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and the scale of an output channel can be multiplied
+// into that channel's weights once a step: the norm costs nothing.
+static void layers_pack(Layer **layers, int count, int all) {
+    const double begin = profile_begin();
+    double bytes = 0;
+    for (int i = 0; i < count; i++) {
+        const Layer *layer = layers[i];
+        if (!all && !is_packed_anew(layer)) continue;
+        for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
+            layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
+            layer->folded_bias[n] = norm_shift(layer->norm_bias->value[n], layer->norm_mean->value[n], layer->scale[n]);
+        }
+        bytes += packing_bytes(layer, layer->packed_backward && !has_one_packed(layer) ? 2 : 1);
     }
-    pack_ways(layer, layer->packed, layer->packed_backward == layer->packed ? NULL : layer->packed_backward);
+#pragma omp parallel
+    for (int i = 0; i < count; i++)
+        if (all || is_packed_anew(layers[i]))
+            pack_ways(layers[i], layers[i]->packed, has_one_packed(layers[i]) ? NULL : layers[i]->packed_backward);
+    profile_end(begin, "packing of weights", "", 0, bytes);
 }
 
 // Where element i of a tensor as the checkpoint orders it lies in memory: (out, in, k, k) against (out, k, k, in).
@@ -3712,9 +3730,7 @@ static size_t param_place(const Param *param, size_t i) {
 }
 
 // Packs every layer's weights for the matmul: after values were initialised, loaded or changed.
-static void model_pack(Model *model) {
-    for (int i = 0; i < model->num_layers; i++) layer_pack(model->layers[i]);
-}
+static void model_pack(Model *model) { layers_pack(model->layers, model->num_layers, 1); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Model: forward and backward of one image
@@ -4151,9 +4167,14 @@ static void layer_backward_weight(Activations *acts, const void *x, const void *
 static void layer_backward_data(void *dx, const void *dy, int height, int width, const Layer *layer, const void *add,
                                 const void *mask) {
     if (!layer->needs_input_gradient) return;
-    if (layer->packed_backward == layer->packed) pack_ways(layer, NULL, layer->packed_backward);
     const Epilogue epilogue = {NULL, add, 0, mask, layer->half_dx};
-    const double begin = profile_begin();
+    double begin = profile_begin();
+    if (has_one_packed(layer)) {
+#pragma omp parallel
+        pack_ways(layer, NULL, layer->packed_backward);
+        profile_end(begin, "packing of weights", "", 0, packing_bytes(layer, 1));
+        begin = profile_begin();
+    }
     if (layer->winograd)
         winograd_backward_data((real *)dx, (const real *)dy, height, width, layer->packed_backward, epilogue,
                                layer->shape, layer_workspace(layer));
@@ -4895,7 +4916,7 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
            pixels = 0;
     for (int n = 0; n < 4 * C; n++)
         before[n] = (double)norm[n / C]->value[n % C], norm[n / C]->value[n % C] = nothing[n / C];
-    layer_pack(layer);
+    layers_pack(&layer, 1, 1);
     for (int i = 0; i < count; i++) {
         FeatureMap y = {conv_size(in[i].height, layer->shape), conv_size(in[i].width, layer->shape), NULL};
         y.data = (real *)allocate((size_t)y.height * (size_t)y.width * (size_t)C * sizeof(real));
@@ -4912,7 +4933,7 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
         norm[2]->value[n] = (real)(float)((1 - share) * before[2 * C + n] + share * sum[n]);
         norm[3]->value[n] = (real)(float)((1 - share) * before[3 * C + n] + share * squares[n] / pixels);
     }
-    layer_pack(layer);
+    layers_pack(&layer, 1, 1);
     for (int i = 0; i < count; i++) {
 #pragma omp parallel for schedule(static)
         for (int p = 0; p < out[i].height * out[i].width; p++) {
@@ -5044,14 +5065,6 @@ static void ema_create(Model *model) {
     }
 }
 
-// Packs every layer whose weights the optimizer has changed or whose packed ones the way back has.
-static void pack_trained(Model *model) {
-    for (int i = 0; i < model->num_layers; i++) {
-        Layer *layer = model->layers[i];
-        if (layer->weight->trained || layer->packed_backward == layer->packed) layer_pack(layer);
-    }
-}
-
 // Exchanges the values and their averages, where there are any: to compute with the averages, and to go back.
 static void ema_swap(Model *model) {
     if (!model->ema.base) return;
@@ -5060,7 +5073,7 @@ static void ema_swap(Model *model) {
         real *value = param->value;
         if (param->ema) param->value = param->ema, param->ema = value;
     }
-    pack_trained(model);
+    layers_pack(model->layers, model->num_layers, 0);
 }
 
 static void zero_gradients(Model *model) {
@@ -5094,11 +5107,12 @@ static double dot_product(const real *a, const real *b, size_t count) {
 static void unfold_norms(Model *model) {
     const double begin = profile_begin();
     double bytes = 0;
+#pragma omp parallel reduction(+ : bytes)
     for (int i = 0; i < model->num_layers; i++) {
         Layer *layer = model->layers[i];
         if (!layer->norm_weight || !layer->weight->trained) continue;
         size_t row = layer->weight->count / (size_t)layer->shape.out_channels;
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int n = 0; n < layer->shape.out_channels; n++) {
             real *dw = layer->weight->grad + (size_t)n * row;
             const real scale = layer->scale[n];
@@ -5109,8 +5123,8 @@ static void unfold_norms(Model *model) {
                     (real)(r * (product - (double)layer->norm_mean->value[n] * (double)layer->norm_bias->grad[n]));
             }
             for (size_t k = 0; k < row; k++) dw[k] *= scale;
+            bytes += sizeof(real) * (layer->norm_weight->trained ? 3.0 : 2.0) * (double)row;
         }
-        bytes += sizeof(real) * (layer->norm_weight->trained ? 3.0 : 2.0) * (double)layer->weight->count;
     }
     profile_end(begin, "frozen norms unfolded", "backward", 0, bytes);
 }
@@ -5118,26 +5132,29 @@ static void unfold_norms(Model *model) {
 // The norm of all gradients together. Chunks of fixed size are summed on any thread and added up in order, so the
 // result does not depend on the number of threads.
 static double gradient_norm(const Model *model) {
-    enum { MAX_CHUNKS = 4096 };
     const size_t chunk = 16384;
-    static double partial[MAX_CHUNKS];
     const double begin = profile_begin();
-    double total = 0;
-    for (int i = 0; i < model->num_params; i++) {
-        const Param *param = model->params[i];
-        if (!param->trained) continue;
-        for (size_t first = 0; first < param->count; first += chunk * MAX_CHUNKS) {
-            const real *grad = param->grad + first;
-            const size_t left = param->count - first, chunks = divide_up(left, chunk);
-            const int count = chunks < MAX_CHUNKS ? (int)chunks : MAX_CHUNKS;
-#pragma omp parallel for schedule(static) if (count > 1)
-            for (int c = 0; c < count; c++) {
-                const size_t at = (size_t)c * chunk;
-                partial[c] = dot_product(grad + at, grad + at, left - at < chunk ? left - at : chunk);
+    size_t count = 0;
+    for (int i = 0; i < model->num_params; i++)
+        if (model->params[i]->trained) count += divide_up(model->params[i]->count, chunk);
+    double *partial = (double *)allocate(count * sizeof(double)), total = 0;
+#pragma omp parallel
+    {
+        double *sums = partial;
+        for (int i = 0; i < model->num_params; i++) {
+            const Param *param = model->params[i];
+            if (!param->trained) continue;
+#pragma omp for schedule(static) nowait
+            for (size_t first = 0; first < param->count; first += chunk) {
+                const size_t left = param->count - first;
+                sums[first / chunk] =
+                    dot_product(param->grad + first, param->grad + first, left < chunk ? left : chunk);
             }
-            for (int c = 0; c < count; c++) total += partial[c];
+            sums += divide_up(param->count, chunk);
         }
     }
+    for (size_t i = 0; i < count; i++) total += partial[i];
+    free(partial);
     profile_end(begin, "norm of the gradient", "", 0, sizeof(real) * (double)model->num_trained);
     return sqrt(total);
 }
@@ -5177,6 +5194,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
     const double begin = profile_begin();
     double clip = settings->clip_max_norm > 0 ? fmin(1, settings->clip_max_norm / (grad_norm + 1e-6)) : 1;
     double correction1 = 1 - pow(0.9, (double)(step + 1)), correction2 = 1 - pow(0.999, (double)(step + 1));
+#pragma omp parallel
     for (int i = 0; i < model->num_params; i++) {
         Param *param = model->params[i];
         if (!param->trained) continue;
@@ -5188,7 +5206,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
         const real *grad = param->grad;
         const real beta1 = (real)0.9, beta2 = (real)0.999, rest1 = (real)(1 - 0.9), rest2 = (real)(1 - 0.999),
                    eps = (real)1e-8;
-#pragma omp parallel for schedule(static) if (param->count > 16384)
+#pragma omp for schedule(static) nowait
         for (size_t first = 0; first < param->count; first += CHUNK) {  // the average follows while a chunk is in cache
             const size_t end = param->count - first < CHUNK ? param->count : first + CHUNK;
 #pragma omp simd
@@ -5204,7 +5222,7 @@ static void optimizer_step(Model *model, const OptimizerSettings *settings, int6
     }
     if (model->track_norms) standardise_filters(model);
     profile_end(begin, "AdamW", "", 0, sizeof(real) * (model->ema.base ? 9.0 : 7.0) * (double)model->num_trained);
-    pack_trained(model);
+    layers_pack(model->layers, model->num_layers, 0);
 }
 
 static int is_finite_tensor(const void *data, size_t count, int half) {

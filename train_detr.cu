@@ -535,10 +535,10 @@ __device__ static int find_convolution(const Folded *layers, int count) {
     return i;
 }
 
-// As in layer_pack()
+// As in layers_pack().
 __device__ static inline void set_norm(const Folded &layer, int n, float scale) {
     layer.scale[n] = scale;
-    layer.bias[n] = layer.norm_bias[n] - layer.norm_mean[n] * scale;
+    layer.bias[n] = norm_shift(layer.norm_bias[n], layer.norm_mean[n], scale);
 }
 
 template <class T>
@@ -554,7 +554,7 @@ __global__ static void __launch_bounds__(THREADS) fold_kernel(const Folded *laye
     ((T *)layer.bias_operand)[n] = to_type<T>(layer.bias[n]);
 }
 
-// The operands, scales and biases of all convolutions with a frozen norm, as layer_pack() has them; a block does a
+// The operands, scales and biases of all convolutions with a frozen norm, as layers_pack() has them; a block does a
 // filter. After values have changed.
 template <class T>
 static void gpu_fold(const DeviceParams *d) {
