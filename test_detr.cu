@@ -1829,9 +1829,8 @@ static void test_model_of(int bottleneck, int from_scratch, int anchor) {
           sqrt(difference / norm));
 }
 
-// What stops a step is named as on the CPU, with the picture.
-template <class T>
-static void test_model_nonfinite() {
+// The search for what is not finite looks at each of a tensor's numbers.
+static void test_look() {
     Array<float> numbers(5);
     for (size_t bad = 0; bad <= numbers.count; bad++) {  // 5: all are finite
         Search search = {""};
@@ -1841,6 +1840,11 @@ static void test_model_nonfinite() {
         check(strcmp(search.name, bad < numbers.count ? "here" : "") == 0, "number %zu of 5 is not finite: \"%s\"", bad,
               search.name);
     }
+}
+
+// What stops a step is named as on the CPU, with the picture.
+template <class T>
+static void test_model_nonfinite() {
     static const char *const names[] = {"model.input_projection.weight", "gradient of the boxes", "logits",
                                         "encoder layer 1: query", NULL};
     for (int i = 0; i < 5; i++) {
@@ -1892,6 +1896,7 @@ static void test_model() {
     test_model_of<__nv_bfloat16>(1, 0, 0);
     test_model_of<__nv_bfloat16>(0, 1, 1);
     test_model_of<__half>(0, 1, 0);
+    test_look();
     test_model_nonfinite<float>();
     test_model_memory<float>(0, 1);
     // blocks whose inner maps are the largest behind some that are not trained, whose maps lie beside

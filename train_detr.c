@@ -3696,9 +3696,9 @@ static double packing_bytes(const Layer *layer, int ways) {
     return (sizeof(real) + ways * (double)number_bytes(layer->half)) * (double)layer->weight->count;
 }
 
-// Whether a layer's weights are no more as they were packed: the optimizer has changed them, or the way back has taken
-// their place.
-static int is_packed_anew(const Layer *layer) { return layer->weight->trained || has_one_packed(layer); }
+// Whether a step leaves a layer's weights other than they were packed: the optimizer changes them, or the way back
+// takes their place.
+static int needs_packing(const Layer *layer) { return layer->weight->trained || has_one_packed(layer); }
 
 // Packs the weights of layers, of all or of those that need it. Frozen batch norm is y = (x - mean) * norm_weight /
 // sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and the scale of an output channel can be multiplied
@@ -3708,7 +3708,7 @@ static void layers_pack(Layer **layers, int count, int all) {
     double bytes = 0;
     for (int i = 0; i < count; i++) {
         const Layer *layer = layers[i];
-        if (!all && !is_packed_anew(layer)) continue;
+        if (!all && !needs_packing(layer)) continue;
         for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
             layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
             layer->folded_bias[n] = norm_shift(layer->norm_bias->value[n], layer->norm_mean->value[n], layer->scale[n]);
@@ -3717,7 +3717,7 @@ static void layers_pack(Layer **layers, int count, int all) {
     }
 #pragma omp parallel
     for (int i = 0; i < count; i++)
-        if (all || is_packed_anew(layers[i]))
+        if (all || needs_packing(layers[i]))
             pack_ways(layers[i], layers[i]->packed, has_one_packed(layers[i]) ? NULL : layers[i]->packed_backward);
     profile_end(begin, "packing of weights", "", 0, bytes);
 }
