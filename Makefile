@@ -56,7 +56,7 @@ TESTS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help test test-levels test-asan test-tsan test-valgrind fuzz test-fuzz lint coverage mutants determinism survive soak finetune \
-        test-inputs dumps check-python check-report bench bench-data ladder emu-test emu-nvcc test-cuda-emu cuda-ladder \
+        test-inputs dumps check-python check-report bench bench-data ladder emu-test emu-nvcc emu-check cuda-ladder \
         cuda-headers cuda-nvcc sass demo \
         demo-shapes install-deps format check-format clean FORCE
 
@@ -92,7 +92,8 @@ help:
 	@echo "make emu-nvcc       the same file compiled by nvcc, a warning is an error; not run (needs nvcc)"
 	@echo "make train_detr_cu  the trainer for an NVIDIA GPU, SM=80 and newer (needs nvcc and cuBLASLt)"
 	@echo "make train_detr_emu the CUDA trainer with its kernels emulated (needs CUDA's headers with cublasLt.h)"
-	@echo "make test-cuda-emu  the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
+	@echo "make emu-check      the trainer's CUDA kernels, emulated, against the CPU's functions (needs CUDA's headers)"
+	@echo "make test_detr_cu   the same checks for a GPU, SM=80 and newer: ./test_detr_cu; test_detr_emu: emulated, without the checker"
 	@echo "make cuda-ladder    the way from naive kernels to those: every version checked, and what it asks of memory counted"
 	@echo "make cuda-headers   CUDA's headers from PyPI, 6 MB, for a machine without the toolkit; CUBLAS=1: cublasLt.h as well, 400 MB"
 	@echo "make cuda-nvcc      those kernels compiled by nvcc for SM=80, a warning is an error; not run (needs nvcc)"
@@ -100,7 +101,7 @@ help:
 	@echo "make install-deps   compiler and libraries: apt where no password is needed, else the command to type"
 	@echo "make format         clang-format on every C file; make check-format only looks"
 	@echo "make clean          remove build/ and the programs; out/ stays"
-	$(if $(CUDA),,@echo "Left out here, CUDA's headers are missing: emu-test test-cuda-emu cuda-ladder (make cuda-headers gets them)")
+	$(if $(CUDA),,@echo "Left out here, CUDA's headers are missing: emu-test emu-check cuda-ladder (make cuda-headers gets them)")
 	$(if $(NVCC),,@echo "Left out here, there is no nvcc: emu-nvcc cuda-nvcc sass")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,21 +366,21 @@ build/emu/truth.o: dev/cuda/truth.c dev/cuda/reference.h train_detr.c $(HEADERS)
 build/emu/test_detr build/emu/test_detr-checked build/emu/ladder-checked build/emu/ladder-counted: LDLIBS = $(EMU_LIBS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: EMU_KERNELS += -Wno-unused-function
 
-train_detr_emu: build/emu/train_detr FORCE
+train_detr_emu test_detr_emu: %_emu: build/emu/% FORCE
 	@cmp -s $< $@ || cp -f $< $@
 
-# emu-test: the emulator's own tests. test-cuda-emu: the kernels of train_detr.cu against train_detr.c. Both plain and
+# emu-test: the emulator's own tests. emu-check: the kernels of train_detr.cu against train_detr.c. Both plain and
 # with the checker.
 # cuda-ladder: the way from naive kernels to the trainer's, every version checked, then counted. LADDER=--quick: small.
 ifeq ($(CUDA),)
-emu-test test-cuda-emu cuda-ladder:
+emu-test emu-check cuda-ladder:
 	@echo "$@: left out: CUDA's headers are missing. A GPU is not needed. Install the toolkit (Debian, Ubuntu:" >&2
 	@echo "nvidia-cuda-dev), name its place with CUDA=/path, or take the headers alone from PyPI (6 MB): make cuda-headers" >&2
 	@exit 1
 else
 emu-test: build/emu/self_test build/emu/self_test-checked
-test-cuda-emu: build/emu/test_detr build/emu/test_detr-checked
-emu-test test-cuda-emu:
+emu-check: build/emu/test_detr build/emu/test_detr-checked
+emu-test emu-check:
 	@$(word 1,$^) >build/emu/$@.txt; $(word 2,$^) >build/emu/$@-checked.txt; \
 	    sed '/ passed, /d' build/emu/$@.txt build/emu/$@-checked.txt; \
 	    sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$$/\1 \2/p' build/emu/$@.txt build/emu/$@-checked.txt | \
@@ -447,12 +448,18 @@ emu-nvcc:
 
 # Through nvcc for SM, any warning an error; not run.
 SM ?= 80
-cuda-nvcc:
-	@[ -n "$(NVCC)" ] || { echo "cuda-nvcc: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
+TEST_CU := build/cuda/test_detr-sm_$(SM)
+$(TEST_CU).o: test_detr.cu train_detr.cu train_detr.c dev/cuda/reference.h $(HEADERS)
+	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/cuda
-	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -Xptxas -v -I. -c test_detr.cu \
-	    -o build/cuda/test_detr-sm_$(SM).o 2>build/cuda/ptxas-sm_$(SM).txt || { cat build/cuda/ptxas-sm_$(SM).txt >&2; exit 1; }
-	@echo "build/cuda/test_detr-sm_$(SM).o: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
+	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -O3 -Xptxas -v -I. -c $< -o $@ 2>$(TEST_CU).txt || \
+	    { cat $(TEST_CU).txt >&2; exit 1; }
+cuda-nvcc: $(TEST_CU).o
+	@echo "$<: compiled without a warning by $$($(NVCC) --version | sed -n 's/.*release/nvcc/p')"
+
+# The tests on a GPU of SM and newer.
+test_detr_cu: $(TEST_CU).o build/emu/truth.o
+	$(NVCC) -arch=sm_$(SM) $^ -o $@ $(LIBS) -lgomp -lcublasLt
 
 # For a GPU of SM and newer. 177: a function that is not called, of which train_detr.c has some.
 train_detr_cu: train_detr.cu train_detr.c $(HEADERS)
@@ -471,7 +478,7 @@ CUOBJDUMP ?= $(firstword $(wildcard $(dir $(NVCC))cuobjdump) $(shell command -v 
 sass: cuda-nvcc
 	@[ -n "$(CUOBJDUMP)" ] || { echo "sass: left out: no cuobjdump; it is in the toolkit and on PyPI (nvidia-cuda-cuobjdump):" \
 	    "CUOBJDUMP=/path/cuobjdump" >&2; exit 1; }
-	@$(PYTHON) dev/sass.py $(SM) build/cuda/ptxas-sm_$(SM).txt build/cuda/test_detr-sm_$(SM).o $(CUOBJDUMP)
+	@$(PYTHON) dev/sass.py $(SM) $(TEST_CU).txt $(TEST_CU).o $(CUOBJDUMP)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo. A run that is there already goes on where it stopped; nothing there is ever removed.
@@ -509,6 +516,6 @@ check-format:
 	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 clean:
-	rm -rf build train_detr train_detr_cu test_detr make_shapes
+	rm -rf build train_detr train_detr_cu train_detr_emu test_detr test_detr_cu test_detr_emu make_shapes
 
 FORCE:

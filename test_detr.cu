@@ -1,8 +1,9 @@
 /*
 test_detr.cu: every kernel of train_detr.cu against the CPU's function, or against a plain loop where there is none.
 
-    make test-cuda-emu         on dev/emu, which needs no GPU, plain and with its checker
-    build/emu/test_detr NAME   only the tests whose names begin so
+    make emu-check                          on dev/emu, which needs no GPU, plain and with its checker
+    make test_detr_cu && ./test_detr_cu     on a GPU; SM=80 or newer
+    make test_detr_emu; ./test_detr_emu NAME    only the tests whose names begin so
 
 Where a kernel's arithmetic is the CPU's, its result must be the CPU's bits; that holds on the emulator, which fuses no
 products, and different() allows for them on a GPU. Where sums are in another order, the bound stands beside the check:
