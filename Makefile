@@ -71,7 +71,7 @@ help:
 	@echo "make test-asan      the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-tsan      the loader's threads under ThreadSanitizer"
 	@echo "make test-valgrind  one tiny training step under valgrind"
-	@echo "make mutants        plant one error after the other: the tests must catch every one (python3)"
+	@echo "make mutants        plant one error after the other: the tests must catch every one; in kernels too where CUDA's headers are: hours"
 	@echo "make determinism    same bytes for 1 to 4 threads, micro-batches, workers"
 	@echo "make survive        100 kills, full disks, damaged checkpoints: each run ends with the same bytes (python3, strace)"
 	@echo "make soak           a training of two hours: memory, descriptors and speed over time (python3, matplotlib)"
@@ -275,6 +275,7 @@ TINY := --backbone tiny --enc_layers 1 --dec_layers 1 --dim_feedforward 64 --hid
 
 mutants:
 	@$(EXPORTED) $(PYTHON) dev/mutants.py
+	$(if $(CUDA),@$(EXPORTED) $(PYTHON) dev/mutants.py --cuda)
 
 determinism: train_detr
 	@dev/determinism.sh
