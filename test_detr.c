@@ -561,8 +561,11 @@ static void test_one_picture_in(int kind, int half) {
     for (int i = 0; i < 2; i++) {
         small_model_of(&models[i], &config, i + 1);
         activations_create(&acts[i], &models[i], 70, 70, 1, 1);
-        for (int step = 0; step < 3; step++)
-            training_step(&models[i], &acts[i], &SMALL_LOSS, &optimizer, &samples[step], 1, 42, step, &losses, &error);
+        for (int step = 0; step < 3; step++) {
+            const int status = training_step(&models[i], &acts[i], &SMALL_LOSS, &optimizer, &samples[step], 1, 42, step,
+                                             &losses, &error);
+            check(status == 0, "a step of one picture: %s", status ? error.text : "");
+        }
         predict_image(&models[i], &acts[i], &samples[3].image);
     }
     const size_t boxes = (size_t)(config.dec_layers * config.num_queries * 4) * sizeof(real);

@@ -3700,19 +3700,23 @@ static double packing_bytes(const Layer *layer, int ways) {
 // takes their place.
 static int needs_packing(const Layer *layer) { return layer->weight->trained || has_one_packed(layer); }
 
-// Packs the weights of layers, of all or of those that need it. Frozen batch norm is y = (x - mean) * norm_weight /
-// sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and the scale of an output channel can be multiplied
-// into that channel's weights once a step: the norm costs nothing.
+// Frozen batch norm is y = (x - mean) * norm_weight / sqrt(variance + 1e-5) + norm_bias = x * scale + folded_bias, and
+// the scale of an output channel can be multiplied into that channel's weights once a step: the norm costs nothing.
+static void fold_norm(const Layer *layer) {
+    for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
+        layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
+        layer->folded_bias[n] = norm_shift(layer->norm_bias->value[n], layer->norm_mean->value[n], layer->scale[n]);
+    }
+}
+
+// Packs the weights of layers, of all or of those that need it.
 static void layers_pack(Layer **layers, int count, int all) {
     const double begin = profile_begin();
     double bytes = 0;
     for (int i = 0; i < count; i++) {
         const Layer *layer = layers[i];
         if (!all && !needs_packing(layer)) continue;
-        for (int n = 0; layer->norm_weight && n < layer->shape.out_channels; n++) {
-            layer->scale[n] = norm_scale(layer->norm_weight->value[n], layer->norm_variance->value[n]);
-            layer->folded_bias[n] = norm_shift(layer->norm_bias->value[n], layer->norm_mean->value[n], layer->scale[n]);
-        }
+        fold_norm(layer);
         bytes += packing_bytes(layer, layer->packed_backward && !has_one_packed(layer) ? 2 : 1);
     }
 #pragma omp parallel
@@ -4933,7 +4937,7 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
         norm[2]->value[n] = (real)(float)((1 - share) * before[2 * C + n] + share * sum[n]);
         norm[3]->value[n] = (real)(float)((1 - share) * before[3 * C + n] + share * squares[n] / pixels);
     }
-    layers_pack(&layer, 1, 1);
+    fold_norm(layer);
     for (int i = 0; i < count; i++) {
 #pragma omp parallel for schedule(static)
         for (int p = 0; p < out[i].height * out[i].width; p++) {
@@ -4950,7 +4954,8 @@ static void calibrate_layer(Layer *layer, FeatureMap *out, const FeatureMap *in,
 // Gives the frozen batch norms, layer after layer, the statistics of their inputs over `count` pictures, so that a
 // network that starts from random weights passes on signals of unit variance. It stays a frozen-norm network: no image
 // depends on another, and transformers opens it. share: how far the statistics move from what they were, 1 before
-// training. Samples without pixels (unreadable) are left out; with none the statistics stay.
+// training. Samples without pixels (unreadable) are left out; with none the statistics stay. The model is to be packed
+// afterwards.
 static void calibrate_norms(Model *model, const Sample *samples, int count, double share) {
     if (model->config.half) {  // in 32 bits all the same: both precisions start from one network
         Model twin;

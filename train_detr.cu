@@ -535,7 +535,7 @@ __device__ static int find_convolution(const Folded *layers, int count) {
     return i;
 }
 
-// As in layers_pack().
+// As in fold_norm().
 __device__ static inline void set_norm(const Folded &layer, int n, float scale) {
     layer.scale[n] = scale;
     layer.bias[n] = norm_shift(layer.norm_bias[n], layer.norm_mean[n], scale);
