@@ -144,7 +144,7 @@ $(B)/train_detr $(B)/test_detr: $(B)/%: program/portable.c $(foreach level,$(LEV
 	$(CC) $(CPPFLAGS) $(FLAGS) $(CFLAGS) $^ -o $@ $(LDFLAGS) $(LIBS)
 endif
 
-$(if $(LEVELS),$(foreach level,$(LEVELS),$(B)/test_detr-$(level).o),$(B)/test_detr): data/make_shapes.c
+$(if $(LEVELS),$(foreach level,$(LEVELS),$(B)/test_detr-$(level).o),$(B)/test_detr): data/make_shapes.c dev/dump.h
 
 # Contractions would give other processors other pictures.
 $(B)/make_shapes: data/make_shapes.c $(HEADERS) $(B)/flags | build/libraries
@@ -359,7 +359,7 @@ build/emu/train_detr.cu: train_detr.cu build/emu/rewrite
 
 EMU_TRAINER := build/emu/train_detr.cu train_detr.c $(HEADERS)
 build/emu/test_detr-kernels.o build/emu/test_detr-checked.o build/emu/ladder-checked.o: $(EMU_TRAINER)
-build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: dev/cuda/reference.h
+build/emu/test_detr-kernels.o build/emu/test_detr-checked.o: dev/cuda/reference.h dev/dump.h
 build/emu/test_detr build/emu/test_detr-checked: build/emu/truth.o
 build/emu/truth.o: dev/cuda/truth.c dev/cuda/reference.h train_detr.c $(HEADERS)
 	@mkdir -p build/emu
@@ -450,7 +450,7 @@ emu-nvcc:
 # Through nvcc for SM, any warning an error; not run.
 SM ?= 80
 TEST_CU := build/cuda/test_detr-sm_$(SM)
-$(TEST_CU).o: test_detr.cu train_detr.cu train_detr.c dev/cuda/reference.h $(HEADERS)
+$(TEST_CU).o: test_detr.cu train_detr.cu train_detr.c dev/cuda/reference.h dev/dump.h $(HEADERS)
 	@[ -n "$(NVCC)" ] || { echo "$@: left out: no nvcc; name it with NVCC=/path/nvcc" >&2; exit 1; }
 	@mkdir -p build/cuda
 	@$(NVCC) $(NVCC_FLAGS),-Wno-unused-function,-fopenmp -arch=sm_$(SM) -O3 -Xptxas -v -I. -c $< -o $@ 2>$(TEST_CU).txt || \
@@ -511,10 +511,10 @@ install-deps:
 EMU_SOURCES := $(wildcard *.cu dev/emu/*.c dev/emu/*.cpp dev/emu/*.h dev/emu/*.cu dev/cuda/*.cu)
 
 format:
-	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
+	clang-format -i *.c data/*.[ch] program/*.[ch] dev/*.[ch] dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 check-format:
-	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.c dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
+	clang-format --dry-run -Werror *.c data/*.[ch] program/*.[ch] dev/*.[ch] dev/cpu/*.c dev/cuda/*.[ch] dev/fuzz/*.c $(EMU_SOURCES)
 
 clean:
 	rm -rf build train_detr train_detr_cu train_detr_emu test_detr test_detr_cu test_detr_emu make_shapes

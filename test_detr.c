@@ -14,6 +14,7 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #include "train_detr.c"
 
 #include "data/test_check.h"
+#include "dev/dump.h"
 #include "data/test_image.h"
 #include "data/test_dataset.h"
 #include "data/test_fileset.h"
@@ -1995,124 +1996,6 @@ static void test_positions(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Against PyTorch: dev/dumps/
 
-typedef struct {
-    const char *folder;
-    SafeFile truth;
-    const char *yardstick;  // PyTorch's arithmetic whose errors bound ours in float: "float32" or "bf16"
-    double worst_ratio;     // error over bound, of all that was compared
-    char worst[200];        // where it is
-} TruthDump;
-
-static double dump_scalar(const TruthDump *dump, const char *name) {
-    const SafeEntry *entry = safetensors_find(&dump->truth, name);
-    check(entry != NULL, "%s: has no \"%s\"", dump->folder, name);
-    return entry ? safetensors_element(entry, 0) : 0;
-}
-
-// Compares `ours` with the truth called `name`: norm of the difference over norm of the truth, or over `scale` where
-// that is larger. In double the bound is `exact`; in float it is four times PyTorch's own error, but never below four
-// roundings of the last bit, 2^-24, without which not even the right answer could be written down.
-static void compare(TruthDump *dump, const char *name, const double *ours, size_t count, double scale, double exact) {
-    const SafeEntry *entry = safetensors_find(&dump->truth, name);
-    if (!entry || (size_t)entry->count != count) {
-        check(0, "%s: %s: the dump has %lld numbers, we have %zu", dump->folder, name,
-              entry ? (long long)entry->count : -1, count);
-        return;
-    }
-    double difference = 0, norm = 0, bound = exact;
-    for (size_t i = 0; i < count; i++) {
-        double truth = safetensors_element(entry, (int64_t)i);
-        difference += (ours[i] - truth) * (ours[i] - truth), norm += truth * truth;
-    }
-    if (!IS_DOUBLE) {
-        char error_name[200];
-        snprintf(error_name, sizeof error_name, "%s_error.%s", dump->yardstick, name);
-        bound = 4 * fmax(dump_scalar(dump, error_name), 1.0 / (1 << 24));
-    }
-    norm = fmax(sqrt(norm), scale);
-    double error = norm > 0 ? sqrt(difference) / norm : sqrt(difference);
-    if (error > dump->worst_ratio * bound) {
-        dump->worst_ratio = error / bound;
-        snprintf(dump->worst, sizeof dump->worst, "%s", name);
-    }
-    check(error <= bound, "%s: %s differs by %.3g, %.3g is allowed", dump->folder, name, error, bound);
-}
-
-static void compare_reals(TruthDump *dump, const char *name, const real *ours, size_t count) {
-    double *wide = (double *)allocate(count * sizeof(double));
-    for (size_t i = 0; i < count; i++) wide[i] = (double)ours[i];
-    compare(dump, name, wide, count, 0, 1e-10);
-    free(wide);
-}
-
-// `what` of a parameter ("s0.grad." or "after."), in the checkpoint's order. `whole`: the norm of the whole gradient; a
-// gradient whose truth is zero, like a key's bias, is held to that.
-static void compare_param(TruthDump *dump, const char *what, const Param *param, const real *ours, double whole,
-                          double exact) {
-    char name[200];
-    snprintf(name, sizeof name, "%s%s", what, param->name);
-    double *wide = (double *)allocate(param->count * sizeof(double)), scale = 0;
-    for (size_t i = 0; i < param->count; i++) wide[i] = (double)ours[param_place(param, i)];
-    const SafeEntry *entry = safetensors_find(&dump->truth, name);
-    if (entry && whole > 0) {
-        double norm = 0;
-        for (int64_t i = 0; i < entry->count; i++) norm += pow(safetensors_element(entry, i), 2);
-        if (sqrt(norm) < 1e-10 * whole) scale = whole;
-    }
-    compare(dump, name, wide, param->count, scale, exact);
-    free(wide);
-}
-
-enum { DUMP_IMAGES = 3, DUMP_STEPS = 2 };
-
-typedef struct {
-    int height, width, num_boxes;
-    real *pixels;
-    double *boxes;
-    int *classes;
-} DumpImage;
-
-// Reads one image of the dump; crowds are no targets.
-static void dump_image(const TruthDump *dump, int step, int i, DumpImage *image) {
-    char name[64];
-    const char *parts[4] = {"pixel_values", "boxes", "labels", "iscrowd"};
-    const SafeEntry *entries[4];
-    memset(image, 0, sizeof *image);
-    for (int k = 0; k < 4; k++) {
-        snprintf(name, sizeof name, "s%d.i%d.%s", step, i, parts[k]);
-        entries[k] = safetensors_find(&dump->truth, name);
-        check(entries[k] != NULL, "%s: has no \"%s\"", dump->folder, name);
-        if (!entries[k]) return;
-    }
-    image->height = (int)entries[0]->shape[0], image->width = (int)entries[0]->shape[1];
-    image->pixels = (real *)allocate((size_t)entries[0]->count * sizeof(real));
-    for (int64_t k = 0; k < entries[0]->count; k++) image->pixels[k] = (real)safetensors_element(entries[0], k);
-    image->boxes = (double *)allocate((size_t)entries[1]->count * sizeof(double));
-    image->classes = (int *)allocate((size_t)entries[2]->count * sizeof(int));
-    for (int64_t b = 0; b < entries[2]->count; b++) {
-        if (safetensors_element(entries[3], b) != 0) continue;
-        for (int64_t c = 0; c < 4; c++)
-            image->boxes[4 * image->num_boxes + c] = safetensors_element(entries[1], 4 * b + c);
-        image->classes[image->num_boxes++] = (int)safetensors_element(entries[2], b);
-    }
-}
-
-// match: (layers, queries), the target that PyTorch matched each query with, or -1.
-static void dump_matches(const TruthDump *dump, const Model *model, int *match, int step, int i) {
-    char name[64];
-    int Q = model->config.num_queries, L = model->config.dec_layers;
-    for (int q = 0; q < L * Q; q++) match[q] = -1;
-    snprintf(name, sizeof name, "s%d.i%d.matches", step, i);
-    const SafeEntry *entry = safetensors_find(&dump->truth, name);
-    check(entry != NULL, "%s: has no \"%s\"", dump->folder, name);
-    if (!entry) return;
-    int64_t pairs = entry->count / 2 / L;
-    for (int64_t at = 0; at < L * pairs; at++) {
-        const int query = (int)safetensors_element(entry, 2 * at);  // -1 where a layer has fewer pairs than others
-        if (query >= 0) match[at / pairs * Q + query] = (int)safetensors_element(entry, 2 * at + 1);
-    }
-}
-
 // set_loss() with the matches that PyTorch found.
 static void dump_loss(const TruthDump *dump, const Model *model, Activations *acts, int step, int i, Targets targets,
                       LossDivisors divisors, const LossSettings *settings, Losses *losses) {
@@ -2122,38 +2005,6 @@ static void dump_loss(const TruthDump *dump, const Model *model, Activations *ac
         layer_loss(losses, acts->dlogits + l * Q * classes, acts->dboxes + l * Q * 4, acts->logits + l * Q * classes,
                    acts->boxes + l * Q * 4, acts->match + l * Q, l, &model->config, l == L - 1, targets, divisors,
                    settings, 1, acts->probabilities);
-}
-
-// Queries matched with other targets than PyTorch matched them.
-static void compare_matches(const TruthDump *dump, const Model *model, const int *match, int step, int i) {
-    int count = model->config.num_queries * model->config.dec_layers, wrong = 0;
-    int *truth = (int *)allocate((size_t)count * sizeof(int));
-    dump_matches(dump, model, truth, step, i);
-    for (int q = 0; q < count; q++) wrong += match[q] != truth[q];
-    check(wrong == 0, "%s: step %d, image %d: %d matched pairs differ", dump->folder, step, i, wrong);
-    free(truth);
-}
-
-// half: without what counts decisions (class and cardinality error), which roundings of bf16 turn over.
-static void compare_losses(TruthDump *dump, const Losses *losses, int step, int layers, int half) {
-    const double *values[4] = {losses->loss_ce, losses->loss_bbox, losses->loss_giou, losses->cardinality_error};
-    const char *names[4] = {"loss_ce", "loss_bbox", "loss_giou", "cardinality_error"};
-    char name[64];
-    for (int k = 0; k < (half ? 3 : 4); k++) {
-        for (int l = 0; l < layers; l++) {
-            if (l == layers - 1)
-                snprintf(name, sizeof name, "s%d.%s", step, names[k]);
-            else
-                snprintf(name, sizeof name, "s%d.%s_%d", step, names[k], l);
-            compare(dump, name, &values[k][l], 1, 0, 1e-10);
-        }
-    }
-    snprintf(name, sizeof name, "s%d.class_error", step);
-    if (!half) compare(dump, name, &losses->class_error, 1, 0, 1e-10);
-    snprintf(name, sizeof name, "s%d.loss", step);
-    compare(dump, name, &losses->loss, 1, 0, 1e-10);
-    snprintf(name, sizeof name, "s%d.grad_norm", step);
-    compare(dump, name, &losses->grad_norm, 1, 0, 1e-10);
 }
 
 // The decoder with one layer, with two, ... with all: the answers of the last layer of each, put together, are those
@@ -2183,12 +2034,13 @@ static void dump_layers(TruthDump *dump, Model *model, Activations *acts, int st
 
 // One training step on the dump's images, compared with PyTorch's. In bf16 the matches are given: a pair that is near a
 // tie may fall either way, which would make a different loss, and is no error.
-static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_settings,
-                      const OptimizerSettings *optimizer, int step, uint64_t seed) {
+static void dump_step(DumpCase *c, int step) {
+    TruthDump *dump = &c->dump;
+    Model *model = &c->model;
+    const LossSettings *loss_settings = &c->loss;
     DumpImage images[DUMP_IMAGES];
     Targets targets[DUMP_IMAGES];
     Losses losses;
-    char name[64];
     int Q = model->config.num_queries, L = model->config.dec_layers, half = model->config.half, largest = 0;
     memset(&losses, 0, sizeof losses);
     for (int i = 0; i < DUMP_IMAGES; i++) {
@@ -2204,7 +2056,7 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
     for (int i = 0; i < DUMP_IMAGES; i++) divisors_add(&divisors, images[i].num_boxes, Q, loss_settings);
     zero_gradients(model);
     for (int i = 0; i < DUMP_IMAGES; i++) {
-        acts.dropout.p = model->config.dropout, acts.dropout.seed = seed, acts.dropout.step = (uint32_t)step,
+        acts.dropout.p = model->config.dropout, acts.dropout.seed = c->seed, acts.dropout.step = (uint32_t)step,
         acts.dropout.image = (uint32_t)i;
         activations_plan(&acts, model, images[i].height, images[i].width);
         for (int k = 0; k < images[i].height * images[i].width * 3; k++)
@@ -2224,79 +2076,32 @@ static void dump_step(TruthDump *dump, Model *model, const LossSettings *loss_se
     losses.grad_norm = gradient_norm(model);
     losses_finish(&losses, L, loss_settings);
     compare_losses(dump, &losses, step, L, half);
-    snprintf(name, sizeof name, "s%d.grad.", step);
-    for (int i = 0; i < model->num_params; i++)
-        if (model->params[i]->trained)
-            compare_param(dump, name, model->params[i], model->params[i]->grad, losses.grad_norm, 1e-10);
-    optimizer_step(model, optimizer, step, losses.grad_norm);
+    compare_gradients(dump, model, step, losses.grad_norm);
+    optimizer_step(model, &c->optimizer, step, losses.grad_norm);
     activations_free(&acts);
-}
-
-// The network and the start weights of a dump, which lie there as a checkpoint.
-static int load_dump_model(Model *model, const char *folder, int from_scratch, double dropout, int half, Error *error) {
-    Network network;
-    memset(&network, 0, sizeof network);
-    char *weights = format_string("%s/model.safetensors", folder);
-    int status = config_read(&network, folder, error);
-    network.config.dropout = dropout, network.config.half = half;
-    if (status == 0) status = model_create(model, &network.config, 2, 1, from_scratch, error);
-    if (status == 0) status = weights_read(model, weights, WEIGHTS_ALL, error);
-    if (status == 0) model_pack(model);
-    free(weights);
-    network_free(&network);
-    return status;
 }
 
 // The steps of one dump. In bf16 only the first: Adam's first step is lr times the gradient's sign, and gradients are
 // too far off to tell the sign of every element, so the second step starts from other weights than PyTorch's.
 static void test_dump(const char *folder, int half) {
-    TruthDump dump;
-    Error error;
-    Model model;
-    memset(&dump, 0, sizeof dump);
-    dump.folder = folder, dump.yardstick = half ? "bf16" : "float32";
-    char *path = format_string("%s/truth.safetensors", folder);
-    int opened = safetensors_open(&dump.truth, path, &error);
-    check(opened == 0, "%s", error.text);
-    free(path);
-    if (opened != 0) return;
-    int scratch = dump_scalar(&dump, "settings.train_all") != 0;
-    int loaded = load_dump_model(&model, folder, scratch, dump_scalar(&dump, "settings.dropout"), half, &error);
-    check(loaded == 0, "%s", error.text);
-    if (loaded != 0) return;
+    DumpCase c;
+    if (dump_case_open(&c, folder, half ? "bf16" : "float32", 4, half) != 0) return;
     // These networks are too narrow for Winograd's backward weight to pay. In float its rounding, where the plain sum
     // is exactly zero, would be seen after AdamW has divided it by its size; in double it is below eps.
-    for (int i = 0; IS_DOUBLE && i < model.num_layers; i++)
-        model.layers[i]->winograd_weight = model.layers[i]->winograd;
-    LossSettings loss = {dump_scalar(&dump, "settings.cost_class"),
-                         dump_scalar(&dump, "settings.cost_bbox"),
-                         dump_scalar(&dump, "settings.cost_giou"),
-                         model.config.focal ? dump_scalar(&dump, "settings.class_loss_coef") : 1,
-                         dump_scalar(&dump, "settings.bbox_loss_coef"),
-                         dump_scalar(&dump, "settings.giou_loss_coef"),
-                         dump_scalar(&dump, "settings.eos_coef"),
-                         1,
-                         model.config.focal ? (int)dump_scalar(&dump, "settings.aux_matches") : 1};
-    OptimizerSettings optimizer = {dump_scalar(&dump, "settings.lr"), dump_scalar(&dump, "settings.lr_backbone"),
-                                   dump_scalar(&dump, "settings.weight_decay"),
-                                   dump_scalar(&dump, "settings.clip_max_norm"), 0};
-    for (int step = 0; step < (half ? 1 : DUMP_STEPS); step++)
-        dump_step(&dump, &model, &loss, &optimizer, step, (uint64_t)dump_scalar(&dump, "settings.seed"));
-    for (int i = 0; i < model.num_params; i++)
-        if (!half && model.params[i]->trained)
-            compare_param(&dump, "after.", model.params[i], model.params[i]->value, 0, 1e-9);
-    printf("  %s%s: the largest error is %.2g of what is allowed (%s)\n", folder, half ? ", bf16" : "",
-           dump.worst_ratio, dump.worst);
-    model_free(&model);
-    safetensors_close(&dump.truth);
+    for (int i = 0; IS_DOUBLE && i < c.model.num_layers; i++)
+        c.model.layers[i]->winograd_weight = c.model.layers[i]->winograd;
+    for (int step = 0; step < (half ? 1 : DUMP_STEPS); step++) dump_step(&c, step);
+    if (!half) compare_values(&c.dump, &c.model);
+    dump_case_close(&c, half ? "bf16" : IS_DOUBLE ? "double" : "float");
 }
 
 static void test_dumps(void) {
     static const struct {
         const char *folder;
         int takes_bf16;  // every number of channels that is multiplied is even
-    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},  {"dev/dumps/odd", 0},
-                 {"dev/dumps/even", 1},  {"dev/dumps/anchor", 1},     {"dev/dumps/dense", 1}};
+    } dumps[] = {{"dev/dumps/basic", 1}, {"dev/dumps/bottleneck", 0}, {"dev/dumps/dc5", 0},
+                 {"dev/dumps/odd", 0},   {"dev/dumps/even", 1},       {"dev/dumps/anchor", 1},
+                 {"dev/dumps/dense", 1}, {"dev/dumps/gpu", 1},        {"dev/dumps/gpu_anchor", 1}};
     for (size_t f = 0; f < sizeof dumps / sizeof dumps[0]; f++) {
         test_dump(dumps[f].folder, 0);
         if (!IS_DOUBLE && dumps[f].takes_bf16) test_dump(dumps[f].folder, 1);
@@ -2429,7 +2234,6 @@ static void test_best(void) {
     check(!training_is_over(&run), "without patience nothing ends early");
 }
 
-// What needs no network: schedules, the average of the values, what is told of the boxes, the best checkpoint.
 // What trainer_state.json says of fp16's scale comes back; a run on the CPU says nothing.
 static void test_loss_scale_state(void) {
     const LossScale states[3] = {{16777216, 1999, 12}, {1, 0, 0}, {0, 0, 0}};
@@ -2465,15 +2269,11 @@ static void test_loss_scale_state(void) {
     }
 }
 
+// What needs no network: schedules, the average of the values, what is told of the boxes, the best checkpoint.
 static void test_options(void) {
     static const char *const schedules[] = {"drop", "warm", "cosine", "both"};
     TruthDump dump;
-    Error error;
-    memset(&dump, 0, sizeof dump);
-    dump.folder = "dev/dumps/options", dump.yardstick = "float32";
-    int opened = safetensors_open(&dump.truth, "dev/dumps/options/truth.safetensors", &error);
-    check(opened == 0, "%s", opened ? error.text : "");
-    if (opened != 0) return;
+    if (dump_open(&dump, "dev/dumps/options", "float32", 4) != 0) return;
     for (int i = 0; i < 4; i++) test_schedule(&dump, schedules[i]);
     test_watch_boxes(&dump);
     test_best();

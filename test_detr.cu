@@ -1,5 +1,6 @@
 /*
-test_detr.cu: every kernel of train_detr.cu against the CPU's function, or against a plain loop where there is none.
+test_detr.cu: every kernel of train_detr.cu against the CPU's function, or against a plain loop where there is none; and
+the network of all of them against the CPU's and against PyTorch's (dev/dump.h).
 
     make emu-check                          on dev/emu, which needs no GPU, plain and with its checker
     make test_detr_cu && ./test_detr_cu     on a GPU; SM=80 or newer
@@ -16,6 +17,7 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 
 #include "data/test_check.h"
 #include "dev/cuda/reference.h"
+#include "dev/dump.h"
 
 static uint64_t all_bytes;  // fingerprint of all results so far
 
@@ -1830,6 +1832,80 @@ static void test_model_of(int bottleneck, int from_scratch, int anchor) {
           sqrt(difference / norm));
 }
 
+// The dump's picture, of bytes; its boxes go over to the sample.
+static void dump_sample(Sample *sample, const TruthDump *dump, int step, int i) {
+    DumpImage image;
+    float table[3 * 256];
+    int others = 0;
+    dump_image(dump, step, i, &image);
+    memset(sample, 0, sizeof *sample);
+    sample->image = image_new(image.width, image.height);
+    sample->width = sample->original_width = image.width, sample->height = sample->original_height = image.height;
+    sample->num_boxes = image.num_boxes, sample->boxes = image.boxes, sample->classes = image.classes;
+    pixel_table(table);
+    for (int k = 0; k < 3 * image.width * image.height; k++) {
+        const int c = k % 3, byte = (int)lround(255 * (PIXEL_MEAN[c] + PIXEL_STD[c] * (double)image.pixels[k]));
+        sample->image.pixels[k] = (unsigned char)byte;
+        others += byte < 0 || byte > 255 || table[256 * c + byte] != image.pixels[k];
+    }
+    check(others == 0, "%s: step %d, image %d: %d pixels are no bytes", dump->folder, step, i, others);
+    free(image.pixels);
+}
+
+// A network's first two steps against PyTorch's (dev/dump.h). In 16 bits only the first, for the reason that
+// test_detr.c gives; bf16's errors may be 1.5 times those of PyTorch's autocast to bf16. fp16 has three bits more: four
+// times an eighth of them.
+template <class T>
+static void test_dump(const char *folder) {
+    const bool half = sizeof(T) == 2;
+    const double times = !half ? 4 : std::is_same<T, __half>::value ? 4.0 / 8 : 1.5;
+    enum { SIDE = 100, MOST_TARGETS = 10 };  // of any case
+    DumpCase c;
+    DeviceNetwork<T> n;
+    Error error;
+    if (dump_case_open(&c, folder, half ? "bf16" : "float32", times, 0) != 0) return;
+    if (device_network_create(&n, &c.model, SIDE, SIDE, SIDE, DUMP_IMAGES, MOST_TARGETS, DUMP_IMAGES, 4096, false,
+                              false, &error) != 0)
+        check(0, "%s", error.text);
+    const int L = c.model.config.dec_layers, Q = c.model.config.num_queries;
+    LossScale scale = loss_scale_of<T>(c.model.loss_scale);
+    for (int step = 0; step < (half ? 1 : DUMP_STEPS); step++) {
+        Sample samples[DUMP_IMAGES];
+        Array<int> match((size_t)(L * DUMP_IMAGES * Q)), of_image((size_t)(L * Q));
+        Losses losses;
+        const float scaled_by = scale.scale;
+        for (int i = 0; i < DUMP_IMAGES; i++) dump_sample(&samples[i], &c.dump, step, i);
+        device_step_begin(&n, &c.loss, &c.optimizer, samples, DUMP_IMAGES, c.seed, step, &losses);
+        if (device_step_finish(&n, &scale, &error) != 0) check(0, "%s", error.text);
+        CUDA(cudaMemcpy(match.device, n.loss.match, match.count * sizeof(int), cudaMemcpyDeviceToDevice));
+        match.download();
+        for (int i = 0; i < DUMP_IMAGES; i++) {
+            for (int l = 0; l < L; l++)
+                memcpy(of_image.host + l * Q, match.host + (l * DUMP_IMAGES + i) * Q, (size_t)Q * sizeof(int));
+            compare_matches(&c.dump, &c.model, of_image.host, step, i);
+        }
+        device_params_copy(&n.params, &c.model, n.params.grad, &Param::grad, cudaMemcpyDeviceToHost);
+        for (int i = 0; i < c.model.num_params; i++)
+            for (size_t k = 0; c.model.params[i]->trained && k < c.model.params[i]->count; k++)
+                c.model.params[i]->grad[k] /= scaled_by;
+        compare_losses(&c.dump, &losses, step, L, half);
+        compare_gradients(&c.dump, &c.model, step, losses.grad_norm);
+        for (Sample &sample : samples) sample_free(&sample);
+    }
+    device_params_copy(&n.params, &c.model, n.params.value, &Param::value, cudaMemcpyDeviceToHost);
+    if (!half) compare_values(&c.dump, &c.model);
+    dump_case_close(&c, type_name<T>());
+    device_network_free(&n);
+}
+
+static void test_dumps() {
+    for (const char *folder : {"dev/dumps/gpu", "dev/dumps/gpu_anchor"}) {
+        test_dump<float>(folder);
+        test_dump<__nv_bfloat16>(folder);
+        test_dump<__half>(folder);
+    }
+}
+
 // The search for what is not finite looks at each of a tensor's numbers.
 static void test_look() {
     Array<float> numbers(5);
@@ -2166,7 +2242,7 @@ static const Test TESTS[] = {
     {"feed", test_feed},         {"pictures", test_pictures},   {"epilogue", test_epilogue},
 #ifdef HAVE_CUBLASLT
     {"linear", test_linear},     {"model", test_model},         {"steps", test_steps},
-    {"commands", test_commands},
+    {"commands", test_commands}, {"dumps", test_dumps},
 #endif
     {"conv", test_conv},         {"maxpool", test_maxpool},     {"positions", test_positions},
     {"dropout", test_dropout},   {"attention", test_attention}, {"norm", test_norm},

@@ -3,7 +3,7 @@
 The executable specification of the trainer's numbers: what two training steps of DETR compute, in double precision.
 
     python dev/oracle.py OUTDIR          writes config.json, model.safetensors (the start) and truth.safetensors
-                                         under OUTDIR/basic, bottleneck, dc5, odd, even, anchor and dense, and OUTDIR/options
+                                         under OUTDIR/NAME for each of the cases, and OUTDIR/options
     python dev/oracle.py --compare A B   compares two such folders; status 1 when they differ by more than rounding
 
 The network is transformers' DetrForObjectDetection, and `TrainDetr` what --decoder anchor and --class_loss focal make of
@@ -47,9 +47,14 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig, get_c
 from transformers.models.detr import modeling_detr
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The seven cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
+# The nine cases. `sizes` are (height, width) of the three images of each of the two steps; of these images the first
 # has more boxes than there are queries, the second a crowd among its boxes, the third none (`SHARES` turns them round
 # in the second step). Weights other than DETR's own, so that a factor that is mixed up or left out shows.
+#
+# A GPU takes the last two: heads of 16 or 32 channels, channels that are multiples of 8, pictures of bytes. There the
+# matches are its own in 16 bits too: in the first step they are 0.06 and 0.12 from a tie. With `projection` the
+# transformer's input is of size 1 to 2, as a norm's output is; where it is 10, the scores of a query are so far apart that
+# its gradients are rounding for the greater part.
 
 DEFAULTS = dict(lr=1e-3, lr_backbone=3e-4, weight_decay=0.05, clip_max_norm=0.1, eos_coef=0.1, dropout=0.0, seed=42,
                 train_norms=0, train_all=0, cost_class=1, cost_bbox=5, cost_giou=2, bbox_loss_coef=5, giou_loss_coef=2)
@@ -91,9 +96,21 @@ CASES = dict(
         backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 10, 12], depths=[1, 1, 2]),
         detr=dict(d_model=16, heads=4, ffn=24, encoder_layers=0, decoder_layers=2, num_queries=6), num_classes=3,
         sizes=[[(57, 70), (83, 50), (48, 48)], [(49, 79), (44, 67), (75, 60)]]),
+    gpu=dict(
+        numpy_seed=87, settings=dict(dropout=0.1, train_norms=1, train_all=1), bytes=True, projection=0.2,
+        backbone=dict(layer_type="bottleneck", embedding_size=8, hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1]),
+        detr=dict(d_model=32, heads=1, ffn=40, encoder_layers=1, decoder_layers=3, num_queries=6), num_classes=3,
+        sizes=[[(64, 96), (55, 71), (81, 43)], [(58, 83), (40, 99), (66, 45)]]),
+    gpu_anchor=dict(
+        numpy_seed=118, settings=dict(dropout=0.1, train_norms=1, train_all=1, cost_class=2, class_loss_coef=1.5, aux_matches=2),
+        bytes=True, projection=0.2, decoder="anchor", class_loss="focal",
+        backbone=dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 16, 24, 24], depths=[1, 1, 1, 1]),
+        detr=dict(d_model=32, heads=2, ffn=24, encoder_layers=1, decoder_layers=3, num_queries=7), num_classes=4,
+        sizes=[[(61, 99), (81, 58), (72, 52)], [(50, 64), (97, 41), (65, 80)]]),
 )
 
 SHARES = [["many", "crowd", "none"], ["none", "many", "crowd"]]  # what boxes image i of step s has
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of a byte's 0..1, in a case with `bytes`
 
 
 def settings_of(case):
@@ -160,8 +177,11 @@ class Dropout:
         return input * kept.to(input.dtype) * (1 / (1 - p))
 
 
-def fill(model, generator):
-    """Random weights of a size that lets every gradient be seen, and frozen norms that are far from the identity."""
+def fill(model, generator, projection=1.0):
+    """
+    Random weights of a size that lets every gradient be seen, and frozen norms that are far from the identity.
+    projection: how large the weights are that bring the feature map to the transformer's channels.
+    """
     def normal(tensor, mean, deviation):
         tensor.copy_(torch.from_numpy((mean + deviation * generator.standard_normal(tuple(tensor.shape))).astype(np.float32)))
 
@@ -181,7 +201,8 @@ def fill(model, generator):
             elif isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 fan_in = module.weight[0].numel()
                 gain = 2.0 if isinstance(module, torch.nn.Conv2d) else 1.0
-                normal(module.weight, 0, (gain / fan_in) ** 0.5)
+                size = projection if name.endswith("input_projection") else 1
+                normal(module.weight, 0, size * (gain / fan_in) ** 0.5)
                 if module.bias is not None:
                     normal(module.bias, 0, 0.2)
 
@@ -196,7 +217,10 @@ def draw_images(case, step, generator):
         iscrowd = np.zeros(count, np.int64)
         if share == "crowd":
             iscrowd[1] = 1  # not the last one: a crowd that is dropped moves the boxes after it
-        pixels = generator.standard_normal((height, width, 3)).astype(np.float32)
+        if case.get("bytes"):
+            pixels = ((generator.integers(0, 256, (height, width, 3)) / 255.0 - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)
+        else:
+            pixels = generator.standard_normal((height, width, 3)).astype(np.float32)
         images.append(dict(
             pixel_values=pixels.astype(np.float64), iscrowd=iscrowd,
             boxes=np.concatenate([centre, size], axis=1).astype(np.float32).astype(np.float64),
@@ -706,7 +730,7 @@ def write_case(name, case, outdir):
     generator = np.random.default_rng(case["numpy_seed"])
     config = config_of(case)
     model = (TrainDetr if isinstance(config, TrainDetrConfig) else DetrForObjectDetection)(config)
-    fill(model, generator)
+    fill(model, generator, case.get("projection", 1))
     model.save_pretrained(folder, safe_serialization=True)
     batches = [draw_images(case, step, generator) for step in (0, 1)]
 
