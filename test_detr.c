@@ -577,6 +577,10 @@ static void test_one_picture_in(int kind, int half) {
           half ? " in bf16" : "");
     check(models[0].packed.used < models[1].packed.used, "one packed copy: %zu bytes, two: %zu", models[0].packed.used,
           models[1].packed.used);
+    Sample unreadable;
+    memset(&unreadable, 0, sizeof unreadable);
+    training_step(&models[0], &acts[0], &SMALL_LOSS, &optimizer, &unreadable, 1, 42, 3, &losses, &error);
+    check(losses.grad_norm == 0, "a step without a picture has a gradient of %g", losses.grad_norm);
     free_batch(samples, SMALL_BATCH);
     for (int i = 0; i < 2; i++) activations_free(&acts[i]), model_free(&models[i]);
 }
@@ -1010,7 +1014,11 @@ static void test_matmul_case(const MatmulCase *c, int number, int winograd) {
     double *y_truth = (double *)allocate(sizeof(double) * y_size),
            *dx_truth = (double *)allocate(sizeof(double) * x_size);
     double *dw_truth = (double *)allocate(sizeof(double) * (w_size + s.out_channels));
-    for (long i = 0; i < w_size + s.out_channels; i++) dw_truth[i] = dw_start[i];
+    const int adds = number % 3 > 0;
+    for (long i = 0; i < w_size + s.out_channels; i++) {
+        if (!adds) dw_start[i] = (real)NAN;
+        dw_truth[i] = adds ? dw_start[i] : 0;
+    }
     for (long at = 0; at < out_pixels * s.kernel * s.kernel; at++) {
         const int tap = (int)(at % (s.kernel * s.kernel));
         const long pixel = at / (s.kernel * s.kernel);
@@ -1072,9 +1080,9 @@ static void test_matmul_case(const MatmulCase *c, int number, int winograd) {
         memcpy(dbias, dw_start + w_size, sizeof(real) * s.out_channels);
         real *dbias_or_not = number % 4 == 1 ? NULL : dbias;
         if (winograd)
-            winograd_backward_weight(dw, dbias_or_not, x, dy, c->height, c->width, s, workspace);
+            winograd_backward_weight(dw, dbias_or_not, adds, x, dy, c->height, c->width, s, workspace);
         else
-            conv_backward_weight(dw, dbias_or_not, x, dy, c->height, c->width, s, 0, workspace);
+            conv_backward_weight(dw, dbias_or_not, adds, x, dy, c->height, c->width, s, 0, workspace);
         const int within = workspace[room] == 7;
         free(packed), free(packed_backward), free(workspace);
         if (threads > 1) {
@@ -1392,7 +1400,7 @@ static void test_bf16_weight(const MatmulCase *c, int number) {
         memset(workspace, 0xFF, sizeof(real) * workspace_size);
         memcpy(dw, start, sizeof(real) * (size_t)all);
         for (int i = 0; i < guard; i++) dw[all + i] = 7;
-        conv_backward_weight(dw, dw + w_size, x, dy, c->height, c->width, s, 1, workspace);
+        conv_backward_weight(dw, dw + w_size, 1, x, dy, c->height, c->width, s, 1, workspace);
         check(memcmp(dw, results[0], sizeof(real) * (size_t)(all + guard)) == 0 && dw[all] == 7 && dw[all + 7] == 7,
               "bf16 backward weight: %d->%d channels, kernel %d: %d threads give the bits of one and nothing more",
               s.in_channels, s.out_channels, s.kernel, threads);

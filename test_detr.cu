@@ -525,7 +525,8 @@ struct ConvCase {
             const Epilogue backward = {NULL, (Y *)dadd.host + from, 0, (Y *)mask.host + from, 0};
             conv_forward(cpu + to, plain_x + from, height, width, buffers[0], forward, s, 0);
             conv_backward_data(cpu + ny + from, plain_dy + to, height, width, buffers[1], backward, s, 0);
-            conv_backward_weight(cpu + ny + nx, NULL, plain_x + from, plain_dy + to, height, width, s, 0, buffers[2]);
+            conv_backward_weight(cpu + ny + nx, NULL, 1, plain_x + from, plain_dy + to, height, width, s, 0,
+                                 buffers[2]);
         }
         for (int i = 0; i < 3; i++) free(buffers[i]);
     }

@@ -1162,15 +1162,15 @@ static void add_slices(real *to, const real *slices, long size, int count, long 
     }
 }
 
-// dw += and dbias (or NULL) += all pieces of `whole`, whose rows, columns and first .. last are ignored: `columns` and
-// `units`, what is summed over, are shared out by its plan. workspace: weight_workspace() reals, `memory` of them for a
-// thread.
-static void share_weight(real *dw, real *dbias, const WeightPiece *whole, long columns, long units,
+// dw += (or =) and dbias (or NULL) likewise all pieces of `whole`, whose rows, columns and first .. last are ignored:
+// `columns` and `units`, what is summed over, are shared out by its plan. workspace: weight_workspace() reals, `memory`
+// of them for a thread.
+static void share_weight(real *dw, real *dbias, int add, const WeightPiece *whole, long columns, long units,
                          WeightPieceFunction *make, real *workspace, size_t memory) {
     const WeightPlan plan = whole->plan;
     const int rows = whole->shape.out_channels;
     const long count = rows * (long)patch_size(whole->shape), size = count + rows;  // a slice's own dw and dbias
-    real *slices = workspace, *memories = workspace + (plan.slices - 1) * size;     // slice 0 adds to dw itself
+    real *slices = workspace, *memories = workspace + (plan.slices - 1) * size;     // slice 0 is made in dw itself
 #pragma omp parallel
     {
 #pragma omp for collapse(3) schedule(dynamic)
@@ -1185,7 +1185,7 @@ static void share_weight(real *dw, real *dbias, const WeightPiece *whole, long c
                         columns - p.first_column < plan.columns ? (int)(columns - p.first_column) : plan.columns;
                     real *own = slice ? slices + (slice - 1) * size : dw;
                     real *own_bias = !dbias || column_piece ? NULL : slice ? own + count : dbias;
-                    make(own, own_bias, slice == 0, &p, memories + (size_t)omp_get_thread_num() * memory);
+                    make(own, own_bias, add && slice == 0, &p, memories + (size_t)omp_get_thread_num() * memory);
                 }
             }
         }
@@ -1351,9 +1351,9 @@ INLINE void prefetch_patches(const WeightPiece *p, long first, long last, long f
 }
 
 // dw[i][j] += (or =) the sum over units of rows[unit][i] * panel[unit][j] for i < rows_left and j < columns_left, at
-// most a tile. rows: a tile of copy_gradients(). inner: of dw's rows.
+// most a tile. rows: a tile of copy_gradients(). inner: of dw's rows. last: dw is not read again soon.
 INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *panel, size_t panel_step, int units,
-                        int rows_left, int columns_left, int add, int half) {
+                        int rows_left, int columns_left, int add, int last, int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     Run run;
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
@@ -1366,7 +1366,12 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
 #pragma GCC unroll 8
             for (int j = 0; j < TILE_VECTORS; j++) {
                 real *out = dw + i * inner + j * LANES;
-                vec_store(out, add ? vec_load(out) + tile[i][j] : tile[i][j]);
+                if (add)
+                    vec_store(out, vec_load(out) + tile[i][j]);
+                else if (last)
+                    vec_stream(out, tile[i][j]);
+                else
+                    vec_store(out, tile[i][j]);
             }
         }
         return;
@@ -1383,7 +1388,8 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
 //
 // A panel of x is copied unless it lies in rows of its own already, and then meets dy's tiles one after another. Memory
 // is the bottleneck unless it is asked for in time: while a tile is multiplied, a share of the next block's dy and of
-// the next panel of x is on its way to the L2 cache, and during the first block dw as well.
+// the next panel of x is on its way to the L2 cache, and during the first block dw as well, unless it is written only
+// once: then it goes past the caches.
 INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece *p, real *block, int half) {
     const ConvShape s = p->shape;
     const int step = half ? 2 : 1, tiles = (int)divide_up(p->rows, TILE_ROWS);
@@ -1395,6 +1401,7 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
     for (long b = 0; b < blocks; b++, start = end) {
         end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * step;
         const int pixels = (int)(end - start), units = (pixels + step - 1) / step, adds = add || b > 0;
+        const int once = !add && blocks == 1;
         const long ahead = end + pixels < p->last ? pixels : p->last - end;  // pixels of the next block
         copy_gradients(block, p, start, pixels, half);
         if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
@@ -1411,13 +1418,15 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
                 real *out = dw + (p->first_row + row) * inner + column;
                 prefetch_gradients(p, end + ahead * turn / turns, end + ahead * (turn + 1) / turns, half);
                 prefetch_patches(p, next + count * tile / tiles, next + count * (tile + 1) / tiles, next_column, half);
-                for (int i = 0; b == 0 && i < TILE_ROWS; i++) prefetch(out + i * inner, TILE_COLUMNS * sizeof(real));
+                for (int i = 0; b == 0 && !once && i < TILE_ROWS; i++)
+                    prefetch(out + i * inner, TILE_COLUMNS * sizeof(real));
                 weight_tile(out, inner, block + tile * tile_stride(units), patches,
                             in_place ? (size_t)inner : (size_t)TILE_COLUMNS, units, p->rows - row,
-                            p->columns - panel * TILE_COLUMNS, adds, half);
+                            p->columns - panel * TILE_COLUMNS, adds, once, half);
             }
         }
     }
+    stream_end();
 }
 
 #ifdef __AMX_BF16__
@@ -1526,21 +1535,22 @@ static void weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, r
         weight_piece_tiles(dw, dbias, add, p, block, 0);
 }
 
-// dw += the weight's gradient, in w's layout (of the weight as it was packed: a folded scale is the caller's to apply);
-// dbias (out_channels) += the sum of dy over pixels, or NULL. x: (height * width, in_channels), dy: (out height * out
-// width, out_channels), of bf16 where half. workspace: conv_backward_weight_workspace() reals.
+// dw += the weight's gradient, or = unless `add`, in w's layout (of the weight as it was packed: a folded scale is the
+// caller's to apply); dbias (out_channels) the sum of dy over pixels likewise, or NULL. x: (height * width,
+// in_channels), dy: (out height * out width, out_channels), of bf16 where half; at least a pixel. workspace:
+// conv_backward_weight_workspace() reals.
 //
 // dw is shared out in pieces. For each block of BLOCK_PIXELS pixels a piece copies its channels of dy, a tile's rows
 // side by side, and goes through the panels of x's patches; the tile loop runs over the pixels of the block. With bf16
 // the copies make pairs of two pixels that follow each other, and a block is as many pairs.
-static void conv_backward_weight(real *dw, real *dbias, const void *x, const void *dy, int height, int width,
+static void conv_backward_weight(real *dw, real *dbias, int add, const void *x, const void *dy, int height, int width,
                                  ConvShape s, int half, real *workspace) {
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
-    if (pixels <= 0) return;
     const int amx = half && amx_usable();
     const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels, amx);
     const WeightPiece whole = {x, dy, height, width, half, s, plan, 0, 0, 0, 0, 0, 0};
-    share_weight(dw, dbias, &whole, inner, pixels, amx ? amx_weight_piece : weight_piece, workspace, weight_block());
+    share_weight(dw, dbias, add, &whole, inner, pixels, amx ? amx_weight_piece : weight_piece, workspace,
+                 weight_block());
 }
 
 // The machine's speed limit in GFLOP/s, measured: all threads do nothing but multiply_tile's arithmetic in registers,
@@ -2036,23 +2046,26 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
             for (int tap = 0; tap < 9; tap++) {
                 real *out = to + (size_t)tap * s.in_channels;
                 vec value = g[tap / 3][tap % 3];
+                if (!add && columns - column >= LANES) {  // not read again soon
+                    vec_stream(out, value);
+                    continue;
+                }
                 if (add) value += load_rest(out, 0, columns - column, 0);
                 store_rest(out, 0, value, columns - column, 0);
             }
         }
     }
+    stream_end();
 }
 
-// dw += the weight's gradient, dbias (out_channels) += the sum of dy over pixels, or NULL, as conv_backward_weight()
-// has it. x: (height * width, in_channels), dy: (height * width, out_channels). workspace:
+// conv_backward_weight(). x: (height * width, in_channels), dy: (height * width, out_channels). workspace:
 // winograd_backward_weight_workspace() reals.
-static void winograd_backward_weight(real *dw, real *dbias, const real *x, const real *dy, int height, int width,
-                                     ConvShape s, real *workspace) {
+static void winograd_backward_weight(real *dw, real *dbias, int add, const real *x, const real *dy, int height,
+                                     int width, ConvShape s, real *workspace) {
     const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2);
-    if (tiles <= 0) return;
     const WeightPlan plan = plan_winograd_weight(s, tiles);
     const WeightPiece whole = {x, dy, height, width, 0, s, plan, 0, 0, 0, 0, 0, 0};
-    share_weight(dw, dbias, &whole, s.in_channels, tiles, winograd_weight_piece, workspace,
+    share_weight(dw, dbias, add, &whole, s.in_channels, tiles, winograd_weight_piece, workspace,
                  winograd_piece(s, plan).size);
 }
 
@@ -3212,6 +3225,7 @@ typedef struct {
     double init_scale;  // uniform: the bound; normal: the deviation; constant: the value; boxes: their width and height
     real *value;
     real *grad, *exp_avg, *exp_avg_sq;  // NULL unless trained
+    int written;                        // by a picture of this step: of a layer's weight, see zero_gradients()
     real *ema;                          // average of the values; NULL unless trained and asked for
 } Param;
 
@@ -4149,19 +4163,21 @@ static void take_turn(Activations *acts) {
         if (looks > 1000) sched_yield();
 }
 
-// dW += x^T dy, db += sum of dy, if the layer is trained. Under a frozen norm dW and db are those of the folded weights
-// until unfold_norms.
+// dW += x^T dy, db += sum of dy, if the layer is trained; the first picture of a step writes what others add to. Under
+// a frozen norm dW and db are those of the folded weights until unfold_norms.
 static void layer_backward_weight(Activations *acts, const void *x, const void *dy, int height, int width,
                                   const Layer *layer) {
     if (!layer->weight->trained) return;
     take_turn(acts);  // for dW and db, and what is added behind them
     const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
     const double begin = profile_begin();
+    const int add = layer->weight->written;
+    layer->weight->written = 1;
     if (layer->winograd_weight)
-        winograd_backward_weight(layer->weight->grad, bias->grad, (const real *)x, (const real *)dy, height, width,
+        winograd_backward_weight(layer->weight->grad, bias->grad, add, (const real *)x, (const real *)dy, height, width,
                                  layer->shape, acts->workspace);
     else
-        conv_backward_weight(layer->weight->grad, bias->grad, x, dy, height, width, layer->shape, layer->half,
+        conv_backward_weight(layer->weight->grad, bias->grad, add, x, dy, height, width, layer->shape, layer->half,
                              acts->workspace);
     profile_layer(begin, layer, height, width, "backward, weight");
 }
@@ -5081,13 +5097,15 @@ static void ema_swap(Model *model) {
     layers_pack(model->layers, model->num_layers, 0);
 }
 
+// Before the pictures of a step. The weights of layers, nearly all there is, are left as they are: the first picture
+// writes their gradients, and unfold_norms() sees to those that none came to.
 static void zero_gradients(Model *model) {
-    const double begin = profile_begin();
-    const size_t bytes = model->optimizer.used / 3, chunk = 65536;  // they lie together, as Adam's two moments do
-#pragma omp parallel for schedule(static)
-    for (size_t first = 0; first < bytes; first += chunk)
-        memset(model->optimizer.base + first, 0, bytes - first < chunk ? bytes - first : chunk);
-    profile_end(begin, "gradients to zero", "", 0, sizeof(real) * (double)model->num_trained);
+    for (int i = 0; i < model->num_params; i++) model->params[i]->written = 1;
+    for (int i = 0; i < model->num_layers; i++) model->layers[i]->weight->written = 0;
+    for (int i = 0; i < model->num_params; i++) {
+        const Param *param = model->params[i];
+        if (param->trained && param->written) memset(param->grad, 0, param->count * sizeof(real));
+    }
 }
 
 // The sum of a[i] * b[i], in an order that depends on count alone. Products of floats are exact in double; a sum of
@@ -5116,6 +5134,10 @@ static double dot_product(const real *a, const real *b, size_t count) {
 static void unfold_norms(Model *model) {
     const double begin = profile_begin();
     double bytes = 0;
+    for (int i = 0; i < model->num_layers; i++) {
+        const Param *weight = model->layers[i]->weight;
+        if (weight->trained && !weight->written) memset(weight->grad, 0, weight->count * sizeof(real));
+    }
 #pragma omp parallel reduction(+ : bytes)
     for (int i = 0; i < model->num_layers; i++) {
         Layer *layer = model->layers[i];

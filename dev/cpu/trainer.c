@@ -26,7 +26,7 @@ void trainer_weight(float *dw, const float *x, const float *dy, int height, int 
                     float *workspace) {
     const ConvShape shape = {in, out, 3, 1, 1, 1};
     omp_set_num_threads(1);
-    conv_backward_weight(dw, NULL, x, dy, height, width, shape, 0, workspace);
+    conv_backward_weight(dw, NULL, 1, x, dy, height, width, shape, 0, workspace);
 }
 
 size_t trainer_weight_workspace(int in, int out) {
