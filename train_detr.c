@@ -296,6 +296,38 @@ static inline vec vec_where_positive(vec value, vec mask) {
 // what is below 2^-126 becomes zero. Two of them that belong to neighbouring k make a pair of 32 bits, and a row of
 // bf16 is a row of pairs: rows of C numbers are read, moved and multiplied as rows of C / 2 units as wide as a float.
 typedef uint16_t bf16;
+// Rows become columns: lane l of row i is what lane i of row l was.
+INLINE void transpose_lanes(vec row[LANES]) {
+#ifdef __AVX512F__
+    if (sizeof(real) == 4) {  // lanes are exchanged over distances of 1, 2, 4, 8
+        typedef uint32_t places __attribute__((vector_size(VECTOR_BYTES)));
+        const places lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+        for (uint32_t step = 1; step < LANES; step *= 2) {
+            const places odd = (places)((lane & step) != 0);
+            const __m512i of_first = (__m512i)(lane - (odd & step) + (odd & LANES));
+            const __m512i of_second = (__m512i)(lane + (~odd & step) + (odd & LANES));
+#pragma GCC unroll 16
+            for (uint32_t i = 0; i < LANES; i++) {
+                if (i & step) continue;
+                const __m512i first = (__m512i)row[i], second = (__m512i)row[i + step];
+                row[i] = (vec)_mm512_permutex2var_epi32(first, of_first, second);
+                row[i + step] = (vec)_mm512_permutex2var_epi32(first, of_second, second);
+            }
+        }
+        return;
+    }
+#endif
+    real memory[LANES][LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) vec_store(memory[i], row[i]);
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; l++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) row[l][i] = memory[i][l];
+    }
+}
+
 typedef float fvec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES)));  // the number with the even k in the lower half
 typedef uint32_t pair_memory __attribute__((aligned(2), may_alias));
@@ -552,7 +584,7 @@ static size_t packed_backward_size(ConvShape s, int half) {
 INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_t row, const real *scale, int rows,
                        int columns, int units, int half) {
     const int step = half ? 2 : 1;
-    real block[TILE_COLUMNS][TILE_COLUMNS], line[TILE_COLUMNS];  // with half the first half of a row is in use
+    real block[TILE_COLUMNS][TILE_COLUMNS];  // with half the first half of a row is in use
     for (int n = 0; n < TILE_COLUMNS; n++) {
         const real *from = w + (n < rows ? n : 0) * row;
         const vec factor = fill(n < rows && scale ? scale[n] : 1);
@@ -564,11 +596,16 @@ INLINE void pack_block(real *packed, real *packed_backward, const real *w, size_
             store_lanes(block[n], j, value, half);
         }
     }
-    for (int c = 0; packed && c < units; c++) {
-#pragma GCC unroll 64
-        for (int n = 0; n < TILE_COLUMNS; n++) line[n] = block[n][c];
-#pragma GCC unroll 8
-        for (int j = 0; j < TILE_COLUMNS; j += LANES) vec_stream(packed + c * TILE_COLUMNS + j, vec_load(line + j));
+    for (int first = 0; packed && first < units; first += LANES) {
+        for (int n = 0; n < TILE_COLUMNS; n += LANES) {
+            vec lines[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) lines[i] = vec_load(block[n + i] + first);
+            transpose_lanes(lines);
+#pragma GCC unroll 16
+            for (int c = 0; c < LANES; c++)
+                if (first + c < units) vec_stream(packed + (first + c) * TILE_COLUMNS + n, lines[c]);
+        }
     }
     for (int n = 0; packed_backward && n < rows; n += step) {
 #pragma GCC unroll 8
@@ -1430,23 +1467,6 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
 }
 
 #ifdef __AMX_BF16__
-// Rows become columns: lane l of row i is what lane i of row l was. Lanes are exchanged over distances of 1, 2, 4, 8.
-INLINE void transpose_pairs(pairs row[AMX_DEPTH]) {
-    const pairs lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-    for (int step = 1; step < AMX_DEPTH; step *= 2) {
-        const pairs odd = (pairs)((lane & (uint32_t)step) != 0), from_first = lane - (odd & (uint32_t)step);
-        const pairs from_second = lane + (~odd & (uint32_t)step);
-#pragma GCC unroll 16
-        for (int i = 0; i < AMX_DEPTH; i++) {
-            if (i & step) continue;
-            const __m512i first = (__m512i)row[i], second = (__m512i)row[i + step];
-            row[i] = (pairs)_mm512_permutex2var_epi32(first, (__m512i)(from_first | (odd & 16u)), second);
-            row[i + step] = (pairs)_mm512_permutex2var_epi32(first, (__m512i)(from_second | (odd & 16u)), second);
-        }
-    }
-}
-
 // The same of copy_gradients(), as amx_multiply() takes rows: block[out channel][unit], a row amx_stride(units), zero
 // past the last row and the last pixel up to `units`, whole registers; and of sum_gradients(): dbias (of the first row)
 // += or = the sum over the pixels, or NULL.
@@ -1460,7 +1480,7 @@ static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, l
         for (int row = 0; row < rows; row += AMX_DEPTH) {
             const size_t left = row < p->rows ? p->rows - row : 0, from = first_pixel * stride + p->first_row + row;
             const int whole = left >= AMX_DEPTH && 2 * (unit + AMX_DEPTH) <= pixels;
-            pairs line[AMX_DEPTH];
+            vec line[AMX_DEPTH];
             vec sum = sums[row / AMX_DEPTH];
 #pragma GCC unroll 16
             for (int i = 0; i < AMX_DEPTH; i++) {
@@ -1472,14 +1492,14 @@ static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, l
                 const vec odd = whole                ? load_lanes(p->dy, at + stride, 1)
                                 : pixel + 1 < pixels ? load_rest(p->dy, at + stride, left, 1)
                                                      : fill(0);
-                line[i] = (pairs)even >> 16 | (pairs)odd;
+                line[i] = (vec)((pairs)even >> 16 | (pairs)odd);
                 sum += even + odd;
             }
             sums[row / AMX_DEPTH] = sum;
-            transpose_pairs(line);
+            transpose_lanes(line);
             real *to = block + row * amx_stride(units) + unit;
 #pragma GCC unroll 16
-            for (int i = 0; i < AMX_DEPTH; i++) vec_store(to + i * amx_stride(units), (vec)line[i]);
+            for (int i = 0; i < AMX_DEPTH; i++) vec_store(to + i * amx_stride(units), line[i]);
         }
     }
     for (int row = 0; dbias && row < p->rows; row++)
@@ -1712,24 +1732,25 @@ static void winograd_pack(real *packed, const real *w, const real *scale, ConvSh
     memset(packed + panels * 16 * in * TILE_COLUMNS, 0, sizeof(real) * in);
 #pragma omp for collapse(2) schedule(static) nowait
     for (long panel = 0; panel < panels; panel++) {
-        for (long part = 0; part < parts; part++) {  // a part: one cache line of each tap of w
-            enum { ROW = TILE_COLUMNS + LANES };     // an odd number of cache lines
-            real g[LANES][9][ROW];                   // transposed
+        for (long part = 0; part < parts; part++) {  // a part: LANES in channels
             const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
-            for (int column = 0; column < TILE_COLUMNS; column++) {
-                const long n = panel * TILE_COLUMNS + column;
-                const real factor = n < s.out_channels && scale ? scale[n] : 1;
+            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                vec g[9][LANES];  // of each in channel, a lane an out channel
                 for (int tap = 0; tap < 9; tap++) {
-                    const real *from = w + (n * 9 + tap) * in + part * LANES;
-                    __builtin_prefetch(from + LANES);  // the next part
-                    for (int c = 0; c < channels; c++) g[c][tap][column] = n < s.out_channels ? from[c] * factor : 0;
+                    for (int i = 0; i < LANES; i++) {
+                        const long n = panel * TILE_COLUMNS + j + i;
+                        const real *from = w + (n * 9 + tap) * in + part * LANES;
+                        g[tap][i] = fill(0);
+                        if (n >= s.out_channels) continue;
+                        __builtin_prefetch(from + LANES, 0, 2);  // the next part
+                        g[tap][i] = load_rest(from, 0, channels, 0) * (scale ? scale[n] : 1);
+                    }
+                    transpose_lanes(g[tap]);
                 }
-            }
-            for (int c = 0; c < channels; c++) {
-                for (int j = 0; j < TILE_COLUMNS; j += LANES) {
+                for (int c = 0; c < channels; c++) {
                     vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = vec_load(&g[c][tap][j]);
+                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = g[tap][c];
                     transform_kernel(u, kernel);
                     real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
 #pragma GCC unroll 16
@@ -2449,17 +2470,17 @@ static void attention_pack_across(real *to, const void *x, int first, int count,
     static const bf16 zeros[AMX_DEPTH] = {0};
     for (int i = 0; plan->amx && i < count; i += 2 * AMX_DEPTH) {
         for (int d = 0; d < plan->head_dim; d += AMX_DEPTH) {
-            pairs line[AMX_DEPTH];
+            vec line[AMX_DEPTH];
 #pragma GCC unroll 16
             for (int unit = 0; unit < AMX_DEPTH; unit++) {
                 const int row = first + i + 2 * unit;
                 const bf16 *even = row < rows ? (const bf16 *)attention_row(x, row, head, plan) + d : zeros;
                 const bf16 *odd = row + 1 < rows ? (const bf16 *)attention_row(x, row + 1, head, plan) + d : zeros;
-                line[unit] = join_pairs(even, odd);
+                line[unit] = (vec)join_pairs(even, odd);
             }
-            transpose_pairs(line);
+            transpose_lanes(line);
 #pragma GCC unroll 16
-            for (int j = 0; j < AMX_DEPTH; j++) vec_store(to + (d + j) * (K_BLOCK / 2) + i / 2, (vec)line[j]);
+            for (int j = 0; j < AMX_DEPTH; j++) vec_store(to + (d + j) * (K_BLOCK / 2) + i / 2, line[j]);
         }
     }
 #endif
