@@ -1438,7 +1438,7 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
     for (long b = 0; b < blocks; b++, start = end) {
         end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * step;
         const int pixels = (int)(end - start), units = (pixels + step - 1) / step, adds = add || b > 0;
-        const int once = !add && blocks == 1;
+        const int once = !add && blocks == 1 && p->plan.slices == 1;
         const long ahead = end + pixels < p->last ? pixels : p->last - end;  // pixels of the next block
         copy_gradients(block, p, start, pixels, half);
         if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
@@ -2030,6 +2030,7 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
     const int first_column = (int)p->first_column, rows = p->rows, columns = p->columns;
     const long total = p->last - p->first, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
     const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
+    const int once = !add && p->plan.slices == 1;  // dw is not read again soon
     real *zeros = memory, *gradients = memory + piece.p, *v = memory + piece.v, *u = memory + piece.u;
     memset(zeros, 0, piece.p * sizeof(real));
     for (long b = 0; b < blocks; b++) {
@@ -2067,7 +2068,7 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
             for (int tap = 0; tap < 9; tap++) {
                 real *out = to + (size_t)tap * s.in_channels;
                 vec value = g[tap / 3][tap % 3];
-                if (!add && columns - column >= LANES) {  // not read again soon
+                if (once && columns - column >= LANES) {
                     vec_stream(out, value);
                     continue;
                 }
