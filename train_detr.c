@@ -1388,9 +1388,9 @@ INLINE void prefetch_patches(const WeightPiece *p, long first, long last, long f
 }
 
 // dw[i][j] += (or =) the sum over units of rows[unit][i] * panel[unit][j] for i < rows_left and j < columns_left, at
-// most a tile. rows: a tile of copy_gradients(). inner: of dw's rows. last: dw is not read again soon.
+// most a tile. rows: a tile of copy_gradients(). inner: of dw's rows. once: it is not read again soon.
 INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *panel, size_t panel_step, int units,
-                        int rows_left, int columns_left, int add, int last, int half) {
+                        int rows_left, int columns_left, int add, int once, int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     Run run;
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
@@ -1405,7 +1405,7 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
                 real *out = dw + i * inner + j * LANES;
                 if (add)
                     vec_store(out, vec_load(out) + tile[i][j]);
-                else if (last)
+                else if (once)
                     vec_stream(out, tile[i][j]);
                 else
                     vec_store(out, tile[i][j]);
@@ -2023,7 +2023,8 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
 }
 
 // A WeightPieceFunction. dU of the piece lies in tiles as multiply_tile() makes them,
-// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
+// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS]. While the last of its products are made, dw is on its way to
+// the L2 cache, if they are added to it: it lies in short pieces far apart.
 static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *memory) {
     const ConvShape s = p->shape;
     const WinogradPiece piece = winograd_piece(s, p->plan);
@@ -2031,6 +2032,8 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
     const long total = p->last - p->first, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
     const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
     const int once = !add && p->plan.slices == 1;  // dw is not read again soon
+    const long lines = 9L * rows, turns = (long)divide_up(columns, TILE_COLUMNS) * 16 * (long)row_tiles;
+    long turn = 0, line = 0;
     real *zeros = memory, *gradients = memory + piece.p, *v = memory + piece.v, *u = memory + piece.u;
     memset(zeros, 0, piece.p * sizeof(real));
     for (long b = 0; b < blocks; b++) {
@@ -2052,6 +2055,10 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
                     real *tile = u + xi * piece.u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
                     winograd_weight_tile(tile, gradients + xi * piece.p_plane + row, piece.p_stride,
                                          v + xi * piece.v_plane, tiles, b > 0);
+                    if (!add || b < blocks - 1) continue;
+                    for (turn++; line * turns < lines * turn; line++)
+                        prefetch(dw + ((p->first_row + line / 9) * 9 + line % 9) * s.in_channels + first_column,
+                                 columns * sizeof(real));
                 }
             }
         }
@@ -3247,7 +3254,7 @@ typedef struct {
     double init_scale;  // uniform: the bound; normal: the deviation; constant: the value; boxes: their width and height
     real *value;
     real *grad, *exp_avg, *exp_avg_sq;  // NULL unless trained
-    int written;                        // by a picture of this step: of a layer's weight, see zero_gradients()
+    int stale;                          // grad is the last step's, of a layer's weight: see zero_gradients()
     real *ema;                          // average of the values; NULL unless trained and asked for
 } Param;
 
@@ -4193,8 +4200,8 @@ static void layer_backward_weight(Activations *acts, const void *x, const void *
     take_turn(acts);  // for dW and db, and what is added behind them
     const Param *bias = layer->bias ? layer->bias : layer->norm_bias;
     const double begin = profile_begin();
-    const int add = layer->weight->written;
-    layer->weight->written = 1;
+    const int add = !layer->weight->stale;
+    layer->weight->stale = 0;
     if (layer->winograd_weight)
         winograd_backward_weight(layer->weight->grad, bias->grad, add, (const real *)x, (const real *)dy, height, width,
                                  layer->shape, acts->workspace);
@@ -5122,11 +5129,10 @@ static void ema_swap(Model *model) {
 // Before the pictures of a step. The weights of layers, nearly all there is, are left as they are: the first picture
 // writes their gradients, and unfold_norms() sees to those that none came to.
 static void zero_gradients(Model *model) {
-    for (int i = 0; i < model->num_params; i++) model->params[i]->written = 1;
-    for (int i = 0; i < model->num_layers; i++) model->layers[i]->weight->written = 0;
+    for (int i = 0; i < model->num_layers; i++) model->layers[i]->weight->stale = 1;
     for (int i = 0; i < model->num_params; i++) {
         const Param *param = model->params[i];
-        if (param->trained && param->written) memset(param->grad, 0, param->count * sizeof(real));
+        if (param->trained && !param->stale) memset(param->grad, 0, param->count * sizeof(real));
     }
 }
 
@@ -5158,7 +5164,7 @@ static void unfold_norms(Model *model) {
     double bytes = 0;
     for (int i = 0; i < model->num_layers; i++) {
         const Param *weight = model->layers[i]->weight;
-        if (weight->trained && !weight->written) memset(weight->grad, 0, weight->count * sizeof(real));
+        if (weight->trained && weight->stale) memset(weight->grad, 0, weight->count * sizeof(real));
     }
 #pragma omp parallel reduction(+ : bytes)
     for (int i = 0; i < model->num_layers; i++) {

@@ -183,7 +183,7 @@ static void compare_losses(TruthDump *dump, const Losses *losses, int step, int 
 
 // The gradients of a step, of all that is trained; whole: the norm of all together.
 static void compare_gradients(TruthDump *dump, const Model *model, int step, double whole) {
-    char what[16];
+    char what[32];
     snprintf(what, sizeof what, "s%d.grad.", step);
     for (int i = 0; i < model->num_params; i++)
         if (model->params[i]->trained)

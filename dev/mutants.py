@@ -38,7 +38,7 @@ LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 HEART = ("matmul winograd attention dropout layernorm maxpool positions normalise matching boxes dumps options queries random "
          "gradients company frozen nonfinite step one_picture calibrate track same_bytes").split()
 TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections", "fileset"],
-         "program/commands.h": ["options", "detections", "fileset"], "data/fileset.h": ["fileset"], "data/sha256.h": ["fileset"],
+         "program/commands.h": ["options", "plan", "detections", "fileset"], "data/fileset.h": ["fileset"], "data/sha256.h": ["fileset"],
          "program/watch.h": ["watch"], "data/make_shapes.c": ["shapes"],
          "data/common.h": ["random", "dataset", "fileset"] + HEART,
          "data/image.h": ["image"], "data/loader.h": ["image"], "data/coco_eval.h": ["eval", "fileset"],
