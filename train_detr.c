@@ -2023,8 +2023,7 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
 }
 
 // A WeightPieceFunction. dU of the piece lies in tiles as multiply_tile() makes them,
-// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS]. While the last of its products are made, dw is on its way to
-// the L2 cache, if they are added to it: it lies in short pieces far apart.
+// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
 static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *memory) {
     const ConvShape s = p->shape;
     const WinogradPiece piece = winograd_piece(s, p->plan);
@@ -2032,8 +2031,6 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
     const long total = p->last - p->first, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
     const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
     const int once = !add && p->plan.slices == 1;  // dw is not read again soon
-    const long lines = 9L * rows, turns = (long)divide_up(columns, TILE_COLUMNS) * 16 * (long)row_tiles;
-    long turn = 0, line = 0;
     real *zeros = memory, *gradients = memory + piece.p, *v = memory + piece.v, *u = memory + piece.u;
     memset(zeros, 0, piece.p * sizeof(real));
     for (long b = 0; b < blocks; b++) {
@@ -2055,10 +2052,6 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
                     real *tile = u + xi * piece.u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
                     winograd_weight_tile(tile, gradients + xi * piece.p_plane + row, piece.p_stride,
                                          v + xi * piece.v_plane, tiles, b > 0);
-                    if (!add || b < blocks - 1) continue;
-                    for (turn++; line * turns < lines * turn; line++)
-                        prefetch(dw + ((p->first_row + line / 9) * 9 + line % 9) * s.in_channels + first_column,
-                                 columns * sizeof(real));
                 }
             }
         }
