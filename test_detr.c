@@ -21,8 +21,6 @@ The last line is "N passed, N failed"; the exit status is 1 when anything failed
 #include "data/test_shapes.h"
 #include "data/test_eval.h"
 
-static const int IS_DOUBLE = sizeof(real) == 8;
-
 static double test_uniform(uint32_t site, uint64_t element) {
     return random_uniform(7, RANDOM_TEST, site, 0, 0, element);
 }

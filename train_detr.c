@@ -292,10 +292,6 @@ static inline vec vec_where_positive(vec value, vec mask) {
     return (vec)(positive & (__typeof__(positive))value);
 }
 
-// bf16 (--precision bf16, where real is float): the upper half of a float, rounded to the nearest, to even in between;
-// what is below 2^-126 becomes zero. Two of them that belong to neighbouring k make a pair of 32 bits, and a row of
-// bf16 is a row of pairs: rows of C numbers are read, moved and multiplied as rows of C / 2 units as wide as a float.
-typedef uint16_t bf16;
 // Rows become columns: lane l of row i is what lane i of row l was.
 INLINE void transpose_lanes(vec row[LANES]) {
 #ifdef __AVX512F__
@@ -327,6 +323,11 @@ INLINE void transpose_lanes(vec row[LANES]) {
         for (int i = 0; i < LANES; i++) row[l][i] = memory[i][l];
     }
 }
+
+// bf16 (--precision bf16, where real is float): the upper half of a float, rounded to the nearest, to even in between;
+// what is below 2^-126 becomes zero. Two of them that belong to neighbouring k make a pair of 32 bits, and a row of
+// bf16 is a row of pairs: rows of C numbers are read, moved and multiplied as rows of C / 2 units as wide as a float.
+typedef uint16_t bf16;
 
 typedef float fvec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES)));  // the number with the even k in the lower half
@@ -1183,6 +1184,7 @@ typedef struct {
     WeightPlan plan;
     long first, last, first_column;
     int first_row, rows, columns;
+    int once;  // dw is written and not read again soon: it may go past the caches
 } WeightPiece;
 
 // Makes one piece of dw (out_channels, patch): += if `add`, else =. dbias (out_channels) likewise, or NULL. memory: the
@@ -1199,7 +1201,7 @@ static void add_slices(real *to, const real *slices, long size, int count, long 
     }
 }
 
-// dw += (or =) and dbias (or NULL) likewise all pieces of `whole`, whose rows, columns and first .. last are ignored:
+// dw += (or =) and dbias (or NULL) likewise all pieces of `whole`, of which only what comes before `first` counts:
 // `columns` and `units`, what is summed over, are shared out by its plan. workspace: weight_workspace() reals, `memory`
 // of them for a thread.
 static void share_weight(real *dw, real *dbias, int add, const WeightPiece *whole, long columns, long units,
@@ -1215,6 +1217,7 @@ static void share_weight(real *dw, real *dbias, int add, const WeightPiece *whol
             for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
                 for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
                     WeightPiece p = *whole;
+                    p.once = !add && plan.slices == 1;
                     p.first = units * slice / plan.slices, p.last = units * (slice + 1) / plan.slices;
                     p.first_row = row_piece * plan.rows, p.first_column = (long)column_piece * plan.columns;
                     p.rows = rows - p.first_row < plan.rows ? rows - p.first_row : plan.rows;
@@ -1438,7 +1441,7 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
     for (long b = 0; b < blocks; b++, start = end) {
         end = b == blocks - 1 ? p->last : p->first + all_units * (b + 1) / blocks * step;
         const int pixels = (int)(end - start), units = (pixels + step - 1) / step, adds = add || b > 0;
-        const int once = !add && blocks == 1 && p->plan.slices == 1;
+        const int once = p->once && blocks == 1;
         const long ahead = end + pixels < p->last ? pixels : p->last - end;  // pixels of the next block
         copy_gradients(block, p, start, pixels, half);
         if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
@@ -1568,7 +1571,7 @@ static void conv_backward_weight(real *dw, real *dbias, int add, const void *x, 
     long pixels = (long)conv_size(height, s) * conv_size(width, s), inner = (long)patch_size(s);
     const int amx = half && amx_usable();
     const WeightPlan plan = plan_backward_weight(s, half ? (pixels + 1) / 2 : pixels, amx);
-    const WeightPiece whole = {x, dy, height, width, half, s, plan, 0, 0, 0, 0, 0, 0};
+    const WeightPiece whole = {x, dy, height, width, half, s, plan, 0, 0, 0, 0, 0, 0, 0};
     share_weight(dw, dbias, add, &whole, inner, pixels, amx ? amx_weight_piece : weight_piece, workspace,
                  weight_block());
 }
@@ -2030,7 +2033,6 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
     const int first_column = (int)p->first_column, rows = p->rows, columns = p->columns;
     const long total = p->last - p->first, blocks = (long)divide_up(total, WINOGRAD_DEPTH);
     const size_t row_tiles = divide_up(rows, TILE_ROWS), u_panel = row_tiles * TILE_ROWS * TILE_COLUMNS;
-    const int once = !add && p->plan.slices == 1;  // dw is not read again soon
     real *zeros = memory, *gradients = memory + piece.p, *v = memory + piece.v, *u = memory + piece.u;
     memset(zeros, 0, piece.p * sizeof(real));
     for (long b = 0; b < blocks; b++) {
@@ -2068,7 +2070,7 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
             for (int tap = 0; tap < 9; tap++) {
                 real *out = to + (size_t)tap * s.in_channels;
                 vec value = g[tap / 3][tap % 3];
-                if (once && columns - column >= LANES) {
+                if (p->once && columns - column >= LANES) {
                     vec_stream(out, value);
                     continue;
                 }
@@ -2086,7 +2088,7 @@ static void winograd_backward_weight(real *dw, real *dbias, int add, const real 
                                      int width, ConvShape s, real *workspace) {
     const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2);
     const WeightPlan plan = plan_winograd_weight(s, tiles);
-    const WeightPiece whole = {x, dy, height, width, 0, s, plan, 0, 0, 0, 0, 0, 0};
+    const WeightPiece whole = {x, dy, height, width, 0, s, plan, 0, 0, 0, 0, 0, 0, 0};
     share_weight(dw, dbias, add, &whole, s.in_channels, tiles, winograd_weight_piece, workspace,
                  winograd_piece(s, plan).size);
 }

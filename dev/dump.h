@@ -9,6 +9,8 @@ Included behind train_detr.c and data/test_check.h.
 
 enum { DUMP_IMAGES = 3, DUMP_STEPS = 2 };
 
+static const int IS_DOUBLE = sizeof(real) == 8;
+
 typedef struct {
     const char *folder;
     SafeFile truth;
@@ -56,13 +58,12 @@ static void compare(TruthDump *dump, const char *name, const double *ours, size_
               entry ? (long long)entry->count : -1, count);
         return;
     }
-    const int is_double = sizeof(real) == 8;
     double difference = 0, norm = 0, bound = exact;
     for (size_t i = 0; i < count; i++) {
         double truth = safetensors_element(entry, (int64_t)i);
         difference += (ours[i] - truth) * (ours[i] - truth), norm += truth * truth;
     }
-    if (!is_double) {
+    if (!IS_DOUBLE) {
         char error_name[200];
         snprintf(error_name, sizeof error_name, "%s_error.%s", dump->yardstick, name);
         bound = (scale > 0 ? 4 : dump->times) * fmax(dump_scalar(dump, error_name), 1.0 / (1 << 24));
