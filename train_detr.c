@@ -225,8 +225,9 @@ enum {
     TILE_ROWS = 6,  // more rows would fit in registers, but 4 KB apart they evict each other from the L1 cache
     TILE_COLUMNS = TILE_VECTORS * LANES,
     BLOCK_TILES = 17,      // tiles that use a panel of weights one after another: 100 queries are so many
-    WEIGHTS_AHEAD = 8,     // lines of TILE_COLUMNS weights: the one that far ahead is asked for
-    L2_PANEL = 256 << 10,  // bytes: a panel up to this comes into the L2 cache while the one before is in use
+    CACHE_LINE = 64,       // bytes
+    PAGE = 4096,           // bytes: numbers so far apart share a few lines of the L1 cache
+    PIECE_UNITS = 512,     // of a tap: where weights come from beyond the L2 cache, tiles use no more of them at a time
     L2_WEIGHTS = 3 << 18,  // bytes: weights up to this stay there from block to block
     MAX_KERNEL = 7,        // taps of a kernel: 7 x 7
     MAX_PATCH = 160,       // a kernel with no more inputs than this reads all its columns as one run
@@ -446,21 +447,20 @@ typedef struct {
     size_t offset;  // of its weights from the panel's start
 } Run;
 
-// What comes next, asked for while a tile is multiplied: the byte at `from`, and one `step` further with each k;
-// nothing where step is 0.
+// What comes next, asked for while a tile is multiplied: a line of the caches from `from` on every so many turns of the
+// loop, none if that is 0.
 typedef struct {
     const char *from;
-    size_t step;
+    int every;
 } Ahead;
 
 static const Ahead NOTHING_AHEAD = {NULL, 0};
 
-// Tile number `tile` of `tiles` that use a panel of weights one after another asks for its share of the next panel, of
-// `inner` rows, if weights are `cold`: not in the L2 cache. Else the first tile to use a panel would wait for all of
-// it, as long as it takes to multiply several.
-INLINE Ahead ahead_of_tile(int cold, const real *next, size_t inner, long tile, long tiles) {
-    const size_t row = TILE_COLUMNS * sizeof(real), step = cold && inner * row <= L2_PANEL ? row / tiles : 0;
-    const Ahead ahead = {(const char *)next + tile * inner * step, step};
+// The share of tile number `tile` in asking for the next `units` of weights, while `tiles` tiles use some one after
+// another. Else the first tile to use them would wait for all of them, as long as it takes to multiply several.
+INLINE Ahead weights_ahead(const real *next, int units, long tile, long tiles) {
+    const int lines = TILE_COLUMNS * sizeof(real) / CACHE_LINE, every = tiles > lines ? (int)(tiles / lines) : 1;
+    const Ahead ahead = {(const char *)next + tile * (units / every) * CACHE_LINE, every};
     return ahead;
 }
 
@@ -470,27 +470,27 @@ static int weights_cold(long blocks, size_t weights) {
     return blocks <= omp_get_max_threads() || weights * sizeof(real) > L2_WEIGHTS;
 }
 
-// tile += the sum of all runs; half: of pairs of bf16. Inlined, so that the tile is in registers; each loop over the
-// tile must be unrolled for that, or it falls back to memory at half the speed.
-INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int length, size_t step,
-                          const real *panel, size_t panel_step, Ahead ahead, int half) {
+// tile += the sum of all runs, of each the k from `first` on; half: of pairs of bf16. Inlined, so that the tile is in
+// registers; each loop over the tile must be unrolled for that, or it falls back to memory at half the speed. Whatever
+// else there is in the loop costs time where another thread shares the core: hence so little of it, and four turns in
+// one.
+INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int first, int length,
+                          size_t step, const real *panel, size_t panel_step, Ahead ahead, int half) {
+    int turns = ahead.every;
     for (int run = 0; run < num_runs; run++) {
         const real *rows[TILE_ROWS];
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) rows[i] = runs[run].rows[i];
-        const real *weights = panel + runs[run].offset, *next_rows = rows[TILE_ROWS - 1] + length;
-        size_t at = 0;
+        const real *weights = panel + runs[run].offset + first * panel_step;
+        size_t at = first * step;
+#pragma GCC unroll 4
         for (int k = 0; k < length; k++, at += step, weights += panel_step) {
             vec w[TILE_VECTORS];
 #pragma GCC unroll 8
             for (int j = 0; j < TILE_VECTORS; j++) w[j] = vec_load(weights + j * LANES);
-#pragma GCC unroll 8
-            for (int j = 0; j < TILE_COLUMNS; j += 64 / (int)sizeof(real))
-                __builtin_prefetch(weights + WEIGHTS_AHEAD * panel_step + j);
-            if (step == 1) __builtin_prefetch((const char *)next_rows + 64 * k);
-            if (ahead.step) {
+            if (--turns == 0) {
                 __builtin_prefetch(ahead.from, 0, 2);
-                ahead.from += ahead.step;
+                ahead.from += CACHE_LINE, turns = ahead.every;
             }
 #pragma GCC unroll 8
             for (int i = 0; i < TILE_ROWS; i++) {
@@ -517,12 +517,19 @@ INLINE void clear_tile(vec tile[TILE_ROWS][TILE_VECTORS]) {
         for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = zero;
 }
 
-// Writes the tile to memory, rows of TILE_COLUMNS, for the edges of a result where only a part of it is used.
+// Writes the tile to memory, rows of TILE_COLUMNS: to go on with it later, or because only a part of it is used.
 INLINE void spill_tile(real *out, vec tile[TILE_ROWS][TILE_VECTORS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_VECTORS; j++) vec_store(out + i * TILE_COLUMNS + j * LANES, tile[i][j]);
+}
+
+INLINE void load_tile(vec tile[TILE_ROWS][TILE_VECTORS], const real *from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] = vec_load(from + i * TILE_COLUMNS + j * LANES);
 }
 
 // A square kernel. Activations are (height * width, channels), weights (out_channels, kernel, kernel, in_channels).
@@ -794,15 +801,38 @@ INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, in
     }
 }
 
-// Multiplies one tile and writes it: out rows out_rows[0 .. rows), all columns of the panel.
-INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, int rows, int panel, Ahead ahead,
-                         int half) {
+// What a tile sums before the next tile has its turn: the k first .. first + length - 1 of some taps of a panel. Sums
+// that are not whole lie in memory meanwhile.
+typedef struct {
+    int panel, tap, taps, first, length;
+    int begins, ends;  // the sums
+} Piece;
+
+// Number `turn` of all panels' pieces, so many a panel: all of it, or a part of one tap.
+static Piece product_piece(const Product *p, int turn, int pieces) {
+    const int piece = turn % pieces;
+    if (pieces == 1) return (Piece){turn, 0, p->num_taps, 0, p->run, 1, 1};
+    const int parts = pieces / p->num_taps, part = piece % parts, first = p->run * part / parts;
+    return (Piece){turn / pieces, piece / parts,      1, first, p->run * (part + 1) / parts - first,
+                   piece == 0,    piece == pieces - 1};
+}
+
+// Multiplies a piece of one tile and, with the panel's last one, writes it: out rows out_rows[0 .. rows). sums: as
+// spill_tile() writes them.
+INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_rows, real *sums, int rows, Piece piece,
+                         Ahead ahead, int half) {
     vec tile[TILE_ROWS][TILE_VECTORS];
-    const int first_column = panel * TILE_COLUMNS;
-    prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS, 1);
-    clear_tile(tile);
-    multiply_tile(tile, runs, p->num_taps, p->run, 1, p->packed + panel * p->panel_size, TILE_COLUMNS, ahead, half);
-    if (p->epilogue.half)
+    const int first_column = piece.panel * TILE_COLUMNS;
+    if (piece.ends) prefetch_tile(p, out_rows, TILE_ROWS, first_column, TILE_COLUMNS, 1);
+    if (piece.begins)
+        clear_tile(tile);
+    else
+        load_tile(tile, sums);
+    multiply_tile(tile, runs + piece.tap, piece.taps, piece.first, piece.length, 1,
+                  p->packed + piece.panel * p->panel_size, TILE_COLUMNS, ahead, half);
+    if (!piece.ends)
+        spill_tile(sums, tile);
+    else if (p->epilogue.half)
         finish_tile(p, tile, out_rows, rows, first_column, 1);
     else
         finish_tile(p, tile, out_rows, rows, first_column, 0);
@@ -1019,6 +1049,12 @@ static void amx_product(const Product *p) { (void)p; }
 static void amx_only_multiply(long units) { (void)units; }
 #endif
 
+// Blocks for all threads to have as many, where there are more of them than threads.
+static long shared_blocks(long least) {
+    const long threads = omp_get_max_threads();
+    return least > threads ? (long)divide_up(least, threads) * threads : least;
+}
+
 // Parts in which the panels are shared out: one where threads have blocks enough, or there is one thread.
 static int panel_parts(long blocks, int panels) {
     const int threads = omp_get_max_threads(), parts = threads > 1 ? (int)divide_up(4 * threads, blocks) : 1;
@@ -1044,14 +1080,15 @@ static void product(Product *p) {
         amx_product(p);
         return;
     }
-    const long tiles = (long)divide_up(rows, TILE_ROWS), threads = omp_get_max_threads();
-    const long least = (long)divide_up(tiles, BLOCK_TILES);
-    const long blocks = least > threads ? (long)divide_up(least, threads) * threads : least;
+    const long tiles = (long)divide_up(rows, TILE_ROWS), blocks = shared_blocks(divide_up(tiles, BLOCK_TILES));
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
-    const int cold = weights_cold(blocks, panels * p->panel_size);
+    const int cold = p->num_taps > 0 && weights_cold(blocks, panels * p->panel_size);
+    const int pieces = cold ? p->num_taps * (int)divide_up(p->run, PIECE_UNITS) : 1;
+    const int row_turns = CACHE_LINE * p->num_taps / (TILE_ROWS * p->step * (int)sizeof(real));
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long block = 0; block < blocks; block++) {
         for (int part = 0; part < parts; part++) {
+            real sums[BLOCK_TILES][TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(VECTOR_BYTES)));
             Run runs[BLOCK_TILES][MAX_KERNEL * MAX_KERNEL];
             size_t out_rows[BLOCK_TILES][TILE_ROWS];
             real edges[BLOCK_TILES][TILE_ROWS * MAX_PATCH];
@@ -1060,18 +1097,25 @@ static void product(Product *p) {
                 long at = tile - first_tile;
                 gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
             }
-            const int first_panel = part * panels / parts, last_panel = (part + 1) * panels / parts;
-            for (int panel = first_panel; panel < last_panel; panel++) {
-                const real *next = p->packed + (panel + 1 < last_panel ? panel + 1 : first_panel) * p->panel_size;
+            const int first_turn = part * panels / parts * pieces, last_turn = (part + 1) * panels / parts * pieces;
+            for (int turn = first_turn; turn < last_turn; turn++) {
+                const Piece piece = product_piece(p, turn, pieces);
+                const Piece next = product_piece(p, turn + 1 < last_turn ? turn + 1 : first_turn, pieces);
+                const real *weights = p->packed + next.panel * p->panel_size + next.first * (size_t)TILE_COLUMNS;
                 for (long tile = first_tile; tile < last_tile; tile++) {
-                    long left = rows - tile * TILE_ROWS, at = tile - first_tile;
+                    const long left = rows - tile * TILE_ROWS, at = tile - first_tile;
                     const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
-                    const Ahead ahead =
-                        ahead_of_tile(cold, next, p->panel_size / TILE_COLUMNS, at, last_tile - first_tile);
+                    Ahead ahead = NOTHING_AHEAD;
+                    if (cold)
+                        ahead =
+                            weights_ahead(weights + p->taps[next.tap].offset, next.length, at, last_tile - first_tile);
+                    else if (turn == first_turn && p->num_taps > 0)  // the rows of the next tile
+                        ahead =
+                            (Ahead){(const char *)(runs[at][p->num_taps - 1].rows[TILE_ROWS - 1] + p->run), row_turns};
                     if (p->half)
-                        product_tile(p, runs[at], out_rows[at], count, panel, ahead, 1);
+                        product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 1);
                     else
-                        product_tile(p, runs[at], out_rows[at], count, panel, ahead, 0);
+                        product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 0);
                 }
             }
         }
@@ -1399,7 +1443,7 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
     run.offset = 0;
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, units, COPIED_ROWS, panel, panel_step, NOTHING_AHEAD, half);
+    multiply_tile(tile, &run, 1, 0, units, COPIED_ROWS, panel, panel_step, NOTHING_AHEAD, half);
     if (rows_left >= TILE_ROWS && columns_left >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
@@ -1426,16 +1470,18 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
 // dw (out_channels, patch), where the piece lies in it: += if `add`, else =. dbias (out_channels) likewise, or NULL.
 // block: weight_block() reals for the copies.
 //
-// A panel of x is copied unless it lies in rows of its own already, and then meets dy's tiles one after another. Memory
+// A panel of x is copied, unless it lies in rows of its own already that do not share a few lines of the L1 cache as
+// rows a page apart do, and then meets dy's tiles one after another. Memory
 // is the bottleneck unless it is asked for in time: while a tile is multiplied, a share of the next block's dy and of
 // the next panel of x is on its way to the L2 cache, and during the first block dw as well, unless it is written only
 // once: then it goes past the caches.
 INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece *p, real *block, int half) {
     const ConvShape s = p->shape;
     const int step = half ? 2 : 1, tiles = (int)divide_up(p->rows, TILE_ROWS);
-    const int panels = (int)divide_up(p->columns, TILE_COLUMNS), plain = s.kernel == 1 && s.stride == 1 && !s.padding;
     const long inner = (long)patch_size(s), all_units = (long)divide_up(p->last - p->first, step);
     const long blocks = (long)divide_up(all_units, BLOCK_PIXELS);
+    const int panels = (int)divide_up(p->columns, TILE_COLUMNS), plain = s.kernel == 1 && s.stride == 1 && !s.padding;
+    const int in_rows = plain && !half && inner * (long)sizeof(real) < PAGE;
     real *copied = block + tiles * tile_stride(BLOCK_PIXELS);
     long start = p->first, end;
     for (long b = 0; b < blocks; b++, start = end) {
@@ -1447,7 +1493,7 @@ INLINE void weight_piece_tiles(real *dw, real *dbias, int add, const WeightPiece
         if (dbias) sum_gradients(dbias + p->first_row, block, p->rows, units, adds, half);
         for (int panel = 0; panel < panels; panel++) {
             const long column = p->first_column + panel * TILE_COLUMNS;
-            const int in_place = !half && plain && column + TILE_COLUMNS <= inner, last = panel == panels - 1;
+            const int in_place = in_rows && column + TILE_COLUMNS <= inner, last = panel == panels - 1;
             const real *patches = in_place ? (const real *)p->x + start * inner + column : copied;
             const long next = last ? end : start, count = last ? ahead : pixels;  // the next panel's pixels
             const long next_column = last ? p->first_column : column + TILE_COLUMNS;
@@ -1650,17 +1696,21 @@ static double measure_peak_gflops(int half) {
 // multiply_tile() again. Operations are counted everywhere as those of the plain sum: the speed may exceed the peak.
 
 enum {
-    WINOGRAD_BLOCK = 384 * 1024,  // bytes: transformed inputs and products of a block of tiles stay in the L2 cache,
-    WINOGRAD_GROUPS = 4,     // unless that is fewer groups than these: U is the larger then, and each passes over it
-    WINOGRAD_ROWS = 66,      // backward weight: a piece of dU, out channels
-    WINOGRAD_COLUMNS = 128,  // and in channels
-    WINOGRAD_DEPTH = 128,    // backward weight: tiles that are transformed together and summed in registers
-    WINOGRAD_CHANNELS = 32,  // backward weight: with fewer channels the transforms cost what the products save
+    WINOGRAD_BLOCK = 384 * 1024,  // bytes: transformed inputs and products of a block of tiles stay in the L2 cache
+    WINOGRAD_WEIGHTS = 2 << 20,   // bytes: a larger U comes from beyond that cache in any case, once a block of tiles:
+    WINOGRAD_GROUPS = 14,         // then a block has at least this many groups of them
+    WINOGRAD_ROWS = 66,           // backward weight: a piece of dU, out channels
+    WINOGRAD_COLUMNS = 128,       // and in channels
+    WINOGRAD_DEPTH = 128,         // backward weight: tiles that are transformed together and summed in registers
+    WINOGRAD_CHANNELS = 32,       // backward weight: with fewer channels the transforms cost what the products save,
+    WINOGRAD_TILES = 25,          // and with fewer tiles, making and transforming dU
 };
 
 // Reals from one row to the next in transformed numbers: an odd number of cache lines, because a power of two would put
 // all rows into the same few lines of the L1 cache.
 static inline size_t block_stride(int columns) { return (divide_up(columns, LANES) | 1) * LANES; }
+
+static inline long winograd_tiles(int height, int width) { return (long)((height + 1) / 2) * ((width + 1) / 2); }
 
 // Whether conv_forward() and conv_backward_data() can be done by the functions of this room: it always pays.
 static inline int winograd_fits(ConvShape s) {
@@ -1852,10 +1902,11 @@ static void transform_outputs(const Winograd *p, const real *m, size_t plane, lo
     }
 }
 
-// Most groups of TILE_ROWS tiles in a block, and reals from tile to tile in V: an odd number of cache lines.
-static int winograd_groups(int in) {
+// Most groups of TILE_ROWS tiles in a block.
+static int winograd_groups(int in, int out) {
     const size_t group = 16 * TILE_ROWS * (block_stride(in) + TILE_COLUMNS) * sizeof(real);
-    return (int)larger(WINOGRAD_BLOCK / group, WINOGRAD_GROUPS);
+    const int groups = larger(WINOGRAD_BLOCK / group, 1);
+    return groups < WINOGRAD_GROUPS && 16 * sizeof(real) * in * out > WINOGRAD_WEIGHTS ? WINOGRAD_GROUPS : groups;
 }
 
 // Reals from one of the 16 matrices to the next where a row has `stride`: off a power of two.
@@ -1865,7 +1916,8 @@ static inline size_t winograd_plane(int tiles, size_t stride) { return tiles * s
 static size_t winograd_workspace(ConvShape s, int threads) {
     size_t most = 0;
     for (int pass = 0; pass < 2; pass++) {
-        const int in = pass ? s.out_channels : s.in_channels, tiles = winograd_groups(in) * TILE_ROWS;
+        const int in = pass ? s.out_channels : s.in_channels;
+        const int tiles = winograd_groups(in, pass ? s.in_channels : s.out_channels) * TILE_ROWS;
         most = larger(most, winograd_plane(tiles, block_stride(in)) + winograd_plane(tiles, TILE_COLUMNS));
     }
     return threads * 16 * most;
@@ -1874,10 +1926,11 @@ static size_t winograd_workspace(ConvShape s, int threads) {
 // A task is a block of tiles, whose V is made once, by all panels; where there are few blocks, the panels are shared
 // out as well, each task with its own V: the transform is cheap beside even one panel.
 static void winograd_product(const Winograd *p, real *workspace) {
-    const long tiles = (long)((p->height + 1) / 2) * ((p->width + 1) / 2);
+    const long tiles = winograd_tiles(p->height, p->width);
     if (tiles <= 0) return;
-    const long groups = (long)divide_up(tiles, TILE_ROWS), blocks = (long)divide_up(groups, winograd_groups(p->in));
-    const int panels = (int)divide_up(p->out, TILE_COLUMNS), most = winograd_groups(p->in) * TILE_ROWS;
+    const int most_groups = winograd_groups(p->in, p->out), most = most_groups * TILE_ROWS;
+    const long groups = (long)divide_up(tiles, TILE_ROWS), blocks = shared_blocks(divide_up(groups, most_groups));
+    const int panels = (int)divide_up(p->out, TILE_COLUMNS);
     const size_t stride = block_stride(p->in), v_plane = winograd_plane(most, stride);
     const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
     const int parts = panel_parts(blocks, panels);
@@ -1895,14 +1948,15 @@ static void winograd_product(const Winograd *p, real *workspace) {
                     const real *u = p->packed + (panel * 16 + xi) * u_plane;
                     for (int t = 0; t < count; t += TILE_ROWS) {
                         const Ahead ahead =
-                            ahead_of_tile(cold, u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS));
+                            cold ? weights_ahead(u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS))
+                                 : NOTHING_AHEAD;
                         vec tile[TILE_ROWS][TILE_VECTORS];
                         Run run;
                         for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
                             run.rows[i] = v + xi * v_plane + (t + i) * stride;
                         run.offset = 0;
                         clear_tile(tile);
-                        multiply_tile(tile, &run, 1, p->in, 1, u, TILE_COLUMNS, ahead, 0);
+                        multiply_tile(tile, &run, 1, 0, p->in, 1, u, TILE_COLUMNS, ahead, 0);
                         spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
                     }
                 }
@@ -2015,7 +2069,7 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
     run.offset = 0;
     for (int i = 0; add && i < TILE_ROWS * TILE_VECTORS; i++) __builtin_prefetch(u + i * LANES, 1);
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, tiles, p_stride, v, TILE_COLUMNS, NOTHING_AHEAD, 0);
+    multiply_tile(tile, &run, 1, 0, tiles, p_stride, v, TILE_COLUMNS, NOTHING_AHEAD, 0);
     if (add) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++)
@@ -2086,7 +2140,7 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
 // winograd_backward_weight_workspace() reals.
 static void winograd_backward_weight(real *dw, real *dbias, int add, const real *x, const real *dy, int height,
                                      int width, ConvShape s, real *workspace) {
-    const long tiles = (long)((height + 1) / 2) * ((width + 1) / 2);
+    const long tiles = winograd_tiles(height, width);
     const WeightPlan plan = plan_winograd_weight(s, tiles);
     const WeightPiece whole = {x, dy, height, width, 0, s, plan, 0, 0, 0, 0, 0, 0, 0};
     share_weight(dw, dbias, add, &whole, s.in_channels, tiles, winograd_weight_piece, workspace,
@@ -3891,8 +3945,9 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
     size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, threads);
     for (int i = 0; acts->training && i < model->num_layers; i++) {
         const Layer *layer = model->layers[i];
-        workspace = larger(workspace, layer->winograd_weight ? winograd_backward_weight_workspace(layer->shape, threads)
-                                                             : conv_backward_weight_workspace(layer->shape, threads));
+        workspace = larger(workspace, conv_backward_weight_workspace(layer->shape, threads));
+        if (layer->winograd_weight)
+            workspace = larger(workspace, winograd_backward_weight_workspace(layer->shape, threads));
     }
     acts->workspace = arena_take(arena, workspace);
 }
@@ -4197,7 +4252,7 @@ static void layer_backward_weight(Activations *acts, const void *x, const void *
     const double begin = profile_begin();
     const int add = !layer->weight->stale;
     layer->weight->stale = 0;
-    if (layer->winograd_weight)
+    if (layer->winograd_weight && winograd_tiles(height, width) >= WINOGRAD_TILES)
         winograd_backward_weight(layer->weight->grad, bias->grad, add, (const real *)x, (const real *)dy, height, width,
                                  layer->shape, acts->workspace);
     else
