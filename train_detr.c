@@ -459,7 +459,8 @@ static const Ahead NOTHING_AHEAD = {NULL, 0};
 // The share of tile number `tile` in asking for the next `units` of weights, while `tiles` tiles use some one after
 // another. Else the first tile to use them would wait for all of them, as long as it takes to multiply several.
 INLINE Ahead weights_ahead(const real *next, int units, long tile, long tiles) {
-    const int lines = TILE_COLUMNS * sizeof(real) / CACHE_LINE, every = tiles > lines ? (int)(tiles / lines) : 1;
+    const long turns = tiles * CACHE_LINE / (TILE_COLUMNS * (long)sizeof(real));
+    const int every = turns > 0 ? (int)turns : 1;
     const Ahead ahead = {(const char *)next + tile * (units / every) * CACHE_LINE, every};
     return ahead;
 }
@@ -1905,7 +1906,7 @@ static void transform_outputs(const Winograd *p, const real *m, size_t plane, lo
 // Most groups of TILE_ROWS tiles in a block.
 static int winograd_groups(int in, int out) {
     const size_t group = 16 * TILE_ROWS * (block_stride(in) + TILE_COLUMNS) * sizeof(real);
-    const int groups = larger(WINOGRAD_BLOCK / group, 1);
+    const int groups = (int)larger(WINOGRAD_BLOCK / group, 1);
     return groups < WINOGRAD_GROUPS && 16 * sizeof(real) * in * out > WINOGRAD_WEIGHTS ? WINOGRAD_GROUPS : groups;
 }
 
