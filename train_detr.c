@@ -809,7 +809,7 @@ typedef struct {
     int begins, ends;  // the sums
 } Piece;
 
-// Number `turn` of all panels' pieces, so many a panel: all of it, or a part of one tap.
+// Piece number `turn` where a panel has `pieces`: one is all of it, more are parts of a tap each.
 static Piece product_piece(const Product *p, int turn, int pieces) {
     const int piece = turn % pieces;
     if (pieces == 1) return (Piece){turn, 0, p->num_taps, 0, p->run, 1, 1};
@@ -1050,7 +1050,7 @@ static void amx_product(const Product *p) { (void)p; }
 static void amx_only_multiply(long units) { (void)units; }
 #endif
 
-// Blocks for all threads to have as many, where there are more of them than threads.
+// At least so many blocks, the same number for each thread where there are more than threads.
 static long shared_blocks(long least) {
     const long threads = omp_get_max_threads();
     return least > threads ? (long)divide_up(least, threads) * threads : least;
@@ -1063,7 +1063,8 @@ static int panel_parts(long blocks, int panels) {
 }
 
 // A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
-// there are few rows, the panels are shared out as well.
+// there are few rows, the panels are shared out as well. Weights from beyond that cache are used in pieces, each by all
+// tiles while they ask for the next one.
 static void product(Product *p) {
     long rows = (long)p->grid_height * p->grid_width;
     if (rows <= 0) return;
