@@ -1704,8 +1704,7 @@ enum {
     WINOGRAD_ROWS = 66,           // backward weight: a piece of dU, out channels
     WINOGRAD_COLUMNS = 128,       // and in channels
     WINOGRAD_DEPTH = 128,         // backward weight: tiles that are transformed together and summed in registers
-    WINOGRAD_CHANNELS = 32,       // backward weight: with fewer channels the transforms cost what the products save,
-    WINOGRAD_TILES = 25,          // and with fewer tiles, making and transforming dU
+    WINOGRAD_CHANNELS = 32,       // backward weight: with fewer channels the transforms cost what the products save
 };
 
 // Reals from one row to the next in transformed numbers: an odd number of cache lines, because a power of two would put
@@ -3947,9 +3946,8 @@ static void plan_scratch(Activations *acts, const Model *model, size_t begin, si
     size_t workspace = attention_workspace(rows, rows, config->hidden_dim, config->nheads, threads);
     for (int i = 0; acts->training && i < model->num_layers; i++) {
         const Layer *layer = model->layers[i];
-        workspace = larger(workspace, conv_backward_weight_workspace(layer->shape, threads));
-        if (layer->winograd_weight)
-            workspace = larger(workspace, winograd_backward_weight_workspace(layer->shape, threads));
+        workspace = larger(workspace, layer->winograd_weight ? winograd_backward_weight_workspace(layer->shape, threads)
+                                                             : conv_backward_weight_workspace(layer->shape, threads));
     }
     acts->workspace = arena_take(arena, workspace);
 }
@@ -4254,7 +4252,7 @@ static void layer_backward_weight(Activations *acts, const void *x, const void *
     const double begin = profile_begin();
     const int add = !layer->weight->stale;
     layer->weight->stale = 0;
-    if (layer->winograd_weight && winograd_tiles(height, width) >= WINOGRAD_TILES)
+    if (layer->winograd_weight)
         winograd_backward_weight(layer->weight->grad, bias->grad, add, (const real *)x, (const real *)dy, height, width,
                                  layer->shape, acts->workspace);
     else
