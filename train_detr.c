@@ -88,6 +88,7 @@ typedef struct {
 
 enum { HUGE_PAGE = 2 << 20 };  // bytes: an arena has whole ones, so that few entries of the TLB reach all of it
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 static void *arena_bytes(Arena *arena, size_t bytes) {
@@ -239,9 +240,11 @@ enum {
     SLICE_PIXELS = 256,    // backward weight: where dw itself is too small to split, so are the pixels, not below this
     AMX_DEPTH = 16,        // units of 4 bytes in a row of an AMX register, which has as many rows
     AMX_TILE = 32,         // rows, and columns, that AMX makes at a time, in four of its eight registers
-    AMX_GROUPS = 8,        // AMX: tiles of rows that are copied at a time,
-    AMX_COPY = 128 << 10,  // and their units: with the panel in use they stay in the L2 cache
+    AMX_GROUP = 8,         // AMX: tiles of rows that are copied at a time,
+    AMX_GROUP_MOST = 32,   // more where taps reach far beyond them: what they reach is copied as well
+    AMX_COPY = 128 << 10,  // units of all copies: with the panel in use they stay in the L2 cache
     AMX_WEIGHTS = 320 << 10,   // units of weights that stay there
+    AMX_ROW = 512,             // units of a row up to which a tile has all its columns before the next tile
     AMX_WEIGHT_ROWS = 256,     // backward weight by AMX: a piece of dw, out channels
     AMX_PIXELS = 512,          // and the pairs of pixels that are summed in registers: slices are no shorter
     AMX_WEIGHT_COLUMNS = 512,  // and taps and in channels
@@ -749,11 +752,14 @@ INLINE void finish_lanes(void *out, size_t at, vec value, const Epilogue *e, int
     store_rest(out, at, value, left, half);
 }
 
+#define NO_ROW SIZE_MAX  // of out: not to be written
+
 // Writes the sums (rows, width) in memory as finish_lanes() does, columns first_column on, to rows out_rows.
 INLINE void finish_rows(void *out, int channels, const real *sums, int width, const size_t *out_rows, int rows,
                         int first_column, Epilogue epilogue) {
     const int left = channels - first_column, half = epilogue.half;
     for (int i = 0; i < rows; i++, sums += width) {
+        if (out_rows[i] == NO_ROW) continue;
         const size_t at = out_rows[i] * channels + first_column;
         if (left >= width) {
 #pragma GCC unroll 8
@@ -793,6 +799,7 @@ INLINE void prefetch_tile(const Product *p, const size_t *out_rows, int rows, in
     if (!p->epilogue.add && !p->epilogue.mask && !result) return;
     const size_t bytes = number_bytes(p->epilogue.half), line = VECTOR_BYTES / bytes;
     for (int i = 0; i < rows; i++) {
+        if (out_rows[i] == NO_ROW) continue;
         const size_t at = out_rows[i] * p->out_channels + first_column;
         for (size_t j = 0; j < (size_t)columns; j += line) {
             if (p->epilogue.add) __builtin_prefetch((const char *)p->epilogue.add + (at + j) * bytes);
@@ -837,6 +844,12 @@ INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_ro
         finish_tile(p, tile, out_rows, rows, first_column, 1);
     else
         finish_tile(p, tile, out_rows, rows, first_column, 0);
+}
+
+// At least so many blocks, the same number for each thread where there are more than threads.
+static long shared_blocks(long least) {
+    const long threads = omp_get_max_threads();
+    return least > threads ? (long)divide_up(least, threads) * threads : least;
 }
 
 // AMX (on Intel's server processors since 2023) multiplies bf16 in registers of 16 rows by 64 bytes: one instruction
@@ -920,16 +933,20 @@ INLINE void amx_store(real *sums, size_t row) {
 // Units from one copied row to the next: an odd number of cache lines, as in tile_stride().
 static inline size_t amx_stride(long units) { return (divide_up((size_t)units, AMX_DEPTH) | 1) * AMX_DEPTH; }
 
-// sums (AMX_TILE, AMX_TILE) = rows, `row` units apart, times columns: for each tap the next `length` units of a row and
-// what lies at the tap's offset in columns, `step` units from one unit to the next.
-INLINE void amx_multiply(real *sums, const real *rows, size_t row, const real *columns, size_t step, const Tap *taps,
+// Where a tap's part of the rows and of the columns begins, in units.
+typedef struct {
+    size_t rows, columns;
+} AmxTap;
+
+// sums (AMX_TILE, AMX_TILE) = rows, `row` units apart, times columns, `step` units from one unit to the next: for each
+// tap `length` units from where it begins.
+INLINE void amx_multiply(real *sums, const real *rows, size_t row, const real *columns, size_t step, const AmxTap *taps,
                          int num_taps, int length) {
     amx_barrier();
     amx_clear();
     for (int tap = 0; tap < num_taps; tap++) {
-        const real *at = columns + taps[tap].offset;
-        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step, rows += AMX_DEPTH)
-            amx_step(rows, row, at, step);
+        const real *from = rows + taps[tap].rows, *at = columns + taps[tap].columns;
+        for (int k = 0; k < length; k += AMX_DEPTH, at += AMX_DEPTH * step) amx_step(from + k, row, at, step);
     }
     amx_store(sums, AMX_TILE);
     amx_barrier();
@@ -953,85 +970,176 @@ static void amx_matmul(real *c, size_t c_row, const real *a, size_t a_row, const
     amx_barrier();
 }
 
+// What amx_product() copies for a block of tiles. Its rows are the places of a grid that is wider than the product's by
+// the reach of the taps, so that a tap reads one row of registers behind the other, over the ends of lines, from one
+// copy of the pixels with their borders; what the places past a line's end sum is not written. Taps whose pixels are
+// whole steps apart share a copy. Where they read more than a pixel each (the stem's) each has its own.
+typedef struct {
+    long line, places;  // of a line of the wider grid; of all of it up to the last pixel
+    long reach;         // places after a block's last that are copied, of all copies together
+    size_t row;         // units from one place to the next
+    int count;
+    struct {
+        int y, x;  // place (i, j) has the pixel (step * i + y, step * j + x) of source
+        long reach;
+    } copies[MAX_KERNEL * MAX_KERNEL];
+    struct {
+        int copy;
+        long place;  // of the tap's pixel for the first row
+    } taps[MAX_KERNEL * MAX_KERNEL];
+} AmxRows;
+
+static AmxRows amx_rows(const Product *p, int shared) {
+    AmxRows rows = {.row = amx_stride(p->run)};
+    int span = 0;
+    for (int t = 0; t < p->num_taps; t++) {
+        const Tap tap = p->taps[t];
+        int at = 0;
+        while (at < rows.count &&
+               !(shared && (tap.y - rows.copies[at].y) % p->step == 0 && (tap.x - rows.copies[at].x) % p->step == 0))
+            at++;
+        if (at == rows.count) rows.copies[rows.count].y = tap.y, rows.copies[rows.count++].x = tap.x;
+        if (tap.y < rows.copies[at].y) rows.copies[at].y = tap.y;
+        if (tap.x < rows.copies[at].x) rows.copies[at].x = tap.x;
+        rows.taps[t].copy = at;
+    }
+    for (int t = 0; t < p->num_taps; t++) {
+        const int x = (p->taps[t].x - rows.copies[rows.taps[t].copy].x) / p->step;
+        if (x > span) span = x;
+    }
+    rows.line = p->grid_width + span, rows.places = p->grid_height * rows.line - span;
+    for (int t = 0; t < p->num_taps; t++) {
+        const int at = rows.taps[t].copy;
+        const long y = (p->taps[t].y - rows.copies[at].y) / p->step, x = (p->taps[t].x - rows.copies[at].x) / p->step;
+        rows.taps[t].place = y * rows.line + x;
+        if (rows.taps[t].place > rows.copies[at].reach) rows.copies[at].reach = rows.taps[t].place;
+    }
+    for (int i = 0; i < rows.count; i++) rows.reach += rows.copies[i].reach;
+    return rows;
+}
+
+// Tiles whose copies AMX_COPY holds.
+static long amx_tiles(const AmxRows *rows) {
+    const long units = (long)AMX_COPY - rows->reach * (long)rows->row;
+    return units < 0 ? 0 : units / (rows->count * (long)rows->row * AMX_TILE);
+}
+
 // The products that amx_product() can make: whole rows of registers, and a tile of copied rows fits.
 static int amx_fits(const Product *p) {
-    const long inner = (long)p->num_taps * p->run;
-    return p->half && inner > 0 && p->run % AMX_DEPTH == 0 && amx_stride(inner) * AMX_TILE <= AMX_COPY && amx_usable();
+    return p->half && p->num_taps > 0 && p->run > 0 && p->run % AMX_DEPTH == 0 &&
+           amx_stride(p->run) * p->num_taps * AMX_TILE <= AMX_COPY && amx_usable();
 }
 
-// finish_rows() of an AMX tile: a loop of its own for each epilogue that a forward pass has, which knows it and asks
-// nothing between the rows.
-static void amx_finish(const Product *p, const real *sums, const size_t *out_rows, int rows, int first_column) {
-    const Epilogue e = p->epilogue, half = {e.bias, e.add, e.relu, e.mask, 1};
-    const int channels = p->out_channels;
-    if (!e.half)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, e);
-    else if (!e.bias || e.mask || channels - first_column < AMX_TILE)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+// Places first .. first + count - 1 of a copy, zero outside the image.
+static void amx_copy(real *to, const AmxRows *rows, int copy, const Product *p, long first, long count) {
+    const long line_length = p->width * p->pixel_bytes, length = p->run * (long)sizeof(real), row = (long)rows->row;
+    const long step = p->step * p->pixel_bytes, first_start = rows->copies[copy].x * p->pixel_bytes;
+    long y = first / rows->line * p->step + rows->copies[copy].y, left = rows->line - first % rows->line;
+    long start = first_start + first % rows->line * step;
+    for (; count > 0; y += p->step, start = first_start, left = rows->line) {
+        const char *line = y >= 0 && y < p->height ? p->source + y * line_length : NULL;
+        const long end = line ? line_length - length : -1;
+        for (count -= left, left = count < 0 ? left + count : left; left > 0; left--, start += step, to += row) {
+            if (start < 0 || start > end)
+                copy_clipped(to, line, start, length, line_length);
+            else
+                for (long at = 0; at < length; at += VECTOR_BYTES)
+                    vec_store((real *)((char *)to + at), (vec)load_pairs((const real *)(line + start + at)));
+        }
+    }
+}
+
+// finish_rows() of an AMX tile for what a forward pass asks for: whole lines of bf16, known where it is compiled.
+INLINE void amx_finish_lines(const Product *p, const real *sums, const size_t *out_rows, int first_column, int add,
+                             int relu) {
+    const Epilogue e = p->epilogue;
+    const vec low = vec_load(e.bias + first_column), high = vec_load(e.bias + first_column + LANES);
+    for (int i = 0; i < AMX_TILE; i++, sums += AMX_TILE) {
+        if (out_rows[i] == NO_ROW) continue;
+        const size_t at = out_rows[i] * p->out_channels + first_column;
+        vec line[2] = {vec_load(sums) + low, vec_load(sums + LANES) + high};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            if (add) line[j] += load_lanes(e.add, at + j * LANES, 1);
+            if (relu) line[j] = vec_relu(line[j]);
+        }
+        store_lanes(p->out, at, line[0], 1);
+        store_lanes(p->out, at + LANES, line[1], 1);
+    }
+}
+
+// finish_rows() of an AMX tile.
+static void amx_finish(const Product *p, const real *sums, const size_t *out_rows, int first_column) {
+    const Epilogue e = p->epilogue;
+    if (!e.half || !e.bias || e.mask || p->out_channels - first_column < AMX_TILE)
+        finish_rows(p->out, p->out_channels, sums, AMX_TILE, out_rows, AMX_TILE, first_column, e);
     else if (e.add && e.relu)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+        amx_finish_lines(p, sums, out_rows, first_column, 1, 1);
     else if (e.add)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+        amx_finish_lines(p, sums, out_rows, first_column, 1, 0);
     else if (e.relu)
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+        amx_finish_lines(p, sums, out_rows, first_column, 0, 1);
     else
-        finish_rows(p->out, channels, sums, AMX_TILE, out_rows, rows, first_column, half);
+        amx_finish_lines(p, sums, out_rows, first_column, 0, 0);
 }
 
-// product() where amx_fits(). A task copies the rows of up to AMX_GROUPS tiles and multiplies them by a part of the
-// columns, whose weights stay in the L2 cache from task to task; by a smaller one where there are few rows.
+// product() where amx_fits(). A task copies what a group of tiles reads and multiplies it by a part of the columns,
+// whose weights stay in the L2 cache from task to task; by a smaller one where there are few rows.
 static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
     const int num_taps = p->num_taps, run = p->run;  // stores could change them where they are
-    const long rows = (long)p->grid_height * p->grid_width, inner = (long)num_taps * run,
-               stride = (long)amx_stride(inner);
-    const long tiles = (long)divide_up(rows, AMX_TILE), most = AMX_COPY / (stride * AMX_TILE);
-    const long blocks = (long)divide_up(tiles, most < AMX_GROUPS ? most : (int)AMX_GROUPS);
-    const int columns = (int)divide_up(p->out_channels, AMX_TILE), wanted = 4 * omp_get_max_threads();
-    const int by_tasks = (int)divide_up(wanted, blocks), by_size = (int)divide_up(inner * p->out_channels, AMX_WEIGHTS);
+    AmxRows rows = amx_rows(p, run * (long)sizeof(real) == p->pixel_bytes);
+    if (amx_tiles(&rows) < 1) rows = amx_rows(p, 0);
+    const long threads = omp_get_max_threads(), inner = (long)num_taps * run;
+    const long tiles = (long)divide_up(rows.places, AMX_TILE), reach = rows.reach / AMX_TILE;
+    const long wanted = smaller(smaller(AMX_GROUP + 2 * reach, AMX_GROUP_MOST), amx_tiles(&rows));
+    const long blocks = shared_blocks(larger(divide_up(tiles, wanted), smaller(divide_up(tiles, AMX_GROUP), threads)));
+    const int columns = (int)divide_up(p->out_channels, AMX_TILE), by_tasks = (int)divide_up(threads, blocks);
+    const int by_size = (int)divide_up(inner * p->out_channels, AMX_WEIGHTS);
     const int shares = by_tasks > by_size ? by_tasks : by_size, parts = shares < columns ? shares : columns;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int part = 0; part < parts; part++) {
         for (long block = 0; block < blocks; block++) {
             const long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
-            const long first = first_tile * AMX_TILE, end = last_tile * AMX_TILE;
-            size_t out_rows[AMX_GROUPS * AMX_TILE + TILE_ROWS];
-            for (long row = first; row < end; row += TILE_ROWS) {
-                Run runs[MAX_KERNEL * MAX_KERNEL];
-                real edges[TILE_ROWS * MAX_PATCH];
-                gather_tile(runs, out_rows + (row - first), edges, p, row < rows ? row : rows - 1);
-                for (int i = 0; i < TILE_ROWS && row + i < end; i++) {
-                    real *to = copied + (row + i - first) * stride;
-                    for (int tap = 0; tap < num_taps; tap++) {
-                        const real *from = runs[tap].rows[i];
-                        for (int k = 0; k < run; k += AMX_DEPTH, to += AMX_DEPTH)
-                            vec_store(to, (vec)load_pairs(from + k));
-                    }
-                }
+            const long first = first_tile * AMX_TILE, places = last_tile * AMX_TILE - first;
+            size_t out_rows[AMX_GROUP_MOST * AMX_TILE];
+            AmxTap taps[MAX_KERNEL * MAX_KERNEL];
+            real *to = copied;
+            for (int i = 0; i < rows.count; i++) {
+                const long count = places + rows.copies[i].reach;
+                amx_copy(to, &rows, i, p, first, count);
+                for (int t = 0; t < num_taps; t++)
+                    if (rows.taps[t].copy == i)
+                        taps[t] = (AmxTap){to - copied + rows.taps[t].place * rows.row, p->taps[t].offset};
+                to += count * rows.row;
+            }
+            long y = first / rows.line, x = first % rows.line;
+            for (long i = 0; i < places; i++) {
+                const int inside = x < p->grid_width && y < p->grid_height;
+                const long out_y = y * p->spacing + p->first_y, out_x = x * p->spacing + p->first_x;
+                out_rows[i] = inside ? (size_t)(out_y * p->out_width + out_x) : NO_ROW;
+                if (++x == rows.line) x = 0, y++;
             }
             amx_begin();
             const int first_part = part * columns / parts, last_part = (part + 1) * columns / parts;
-            // Few weights stay in the L2 cache: then all columns of a tile of rows, whose result is written in one
-            // piece, else all tiles of a panel.
-            const int by_rows = inner * p->out_channels <= AMX_COPY;
+            // Where a tile's rows stay in the nearest cache they take all columns, and the result is written in one
+            // piece; else a panel takes all tiles.
+            const int by_rows = inner <= AMX_ROW;
             const long count = last_tile - first_tile, wide = last_part - first_part, turns = count * wide;
             const long tile_turns = by_rows ? wide : 1, column_turns = by_rows ? 1 : count;
             long column = 0, at = 0;
             for (long turn = 0; turn <= turns; turn++) {  // a tile is written while the next one is multiplied
                 static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
-                const long last_column = column, last_at = at, left = rows - first - last_at;
+                const long last_column = column, last_at = at;
                 if (turn < turns) {
                     column = (first_part + turn / column_turns % wide) * AMX_TILE;
                     at = turn / tile_turns % count * AMX_TILE;
                     prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE, 0);
-                    amx_multiply(sums[turn % 2], copied + at * stride, stride,
+                    amx_multiply(sums[turn % 2], copied + at * rows.row, rows.row,
                                  p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
-                                 TILE_COLUMNS, p->taps, num_taps, run);
+                                 TILE_COLUMNS, taps, num_taps, run);
                 }
-                if (turn == 0) continue;
-                const real *from = sums[(turn - 1) % 2];
-                const int finished = left < AMX_TILE ? (int)left : AMX_TILE;
-                amx_finish(p, from, out_rows + last_at, finished, (int)last_column);
+                if (turn > 0) amx_finish(p, sums[(turn - 1) % 2], out_rows + last_at, (int)last_column);
             }
             amx_end();
         }
@@ -1050,12 +1158,6 @@ static void amx_product(const Product *p) { (void)p; }
 static void amx_only_multiply(long units) { (void)units; }
 #endif
 
-// At least so many blocks, the same number for each thread where there are more than threads.
-static long shared_blocks(long least) {
-    const long threads = omp_get_max_threads();
-    return least > threads ? (long)divide_up(least, threads) * threads : least;
-}
-
 // Parts in which the panels are shared out: one where threads have blocks enough, or there is one thread.
 static int panel_parts(long blocks, int panels) {
     const int threads = omp_get_max_threads(), parts = threads > 1 ? (int)divide_up(4 * threads, blocks) : 1;
@@ -1068,6 +1170,10 @@ static int panel_parts(long blocks, int panels) {
 static void product(Product *p) {
     long rows = (long)p->grid_height * p->grid_width;
     if (rows <= 0) return;
+    if (amx_fits(p)) {
+        amx_product(p);
+        return;
+    }
     p->low_y = p->high_y = p->low_x = p->high_x = 0;
     for (int t = 0; t < p->num_taps; t++) {
         Tap *tap = &p->taps[t];
@@ -1077,10 +1183,6 @@ static void product(Product *p) {
         if (tap->y > p->high_y) p->high_y = tap->y;
         if (tap->x < p->low_x) p->low_x = tap->x;
         if (last_x > p->high_x) p->high_x = last_x;
-    }
-    if (amx_fits(p)) {
-        amx_product(p);
-        return;
     }
     const long tiles = (long)divide_up(rows, TILE_ROWS), blocks = shared_blocks(divide_up(tiles, BLOCK_TILES));
     const int panels = (int)divide_up(p->out_channels, TILE_COLUMNS), parts = panel_parts(blocks, panels);
@@ -1561,7 +1663,7 @@ static void amx_copy_gradients(real *block, real *dbias, const WeightPiece *p, l
 static void amx_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *block) {
     const long inner = (long)patch_size(p->shape), all_units = (long)divide_up(p->last - p->first, 2);
     const long blocks = (long)divide_up(all_units, AMX_PIXELS);
-    const Tap whole = {0, 0, 0, 0};
+    const AmxTap whole = {0, 0};
     real *panel = block + AMX_WEIGHT_ROWS * (AMX_PIXELS + AMX_DEPTH);
     amx_begin();
     for (long b = 0; b < blocks; b++) {
