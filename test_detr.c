@@ -2745,7 +2745,7 @@ static const Test TESTS[] = {
 static void run_test(const Test *test) { test->run(); }
 
 int MAIN(int argc, char **argv) {
-    wait_passively(argv);
+    wait_briefly(argv);
     printf("numbers are %s, kernel: %s\n", IS_DOUBLE ? "double" : "float", KERNEL);
     return run_tests(TESTS, (int)(sizeof TESTS / sizeof TESTS[0]), run_test, argc, argv);
 }

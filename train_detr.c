@@ -2663,14 +2663,27 @@ static void attention_pack_columns(real *to, const void *x, int first, int rows,
     }
 }
 
-// Row `row` of one head of y (rows, C) = from[d * step] * factor, d < head_dim.
-INLINE void attention_unpack(void *y, int row, int head, const real *from, size_t step, real factor,
-                             const AttentionPlan *plan) {
+// Row `row` of one head of y (rows, C) = from[d] * factor, d < head_dim.
+INLINE void attention_unpack(void *y, int row, int head, const real *from, real factor, const AttentionPlan *plan) {
     char *to = (char *)attention_row(y, row, head, plan);
-    int d = 0;
-    for (; step == 1 && d + LANES <= plan->head_dim; d += LANES)
-        store_lanes(to, d, vec_load(from + d) * factor, plan->half);
-    for (; d < plan->head_dim; d++) store_number(to, d, from[d * step] * factor, plan->half);
+    for (int d = 0; d < plan->head_dim; d += LANES)
+        store_rest(to, d, vec_load(from + d) * factor, plan->head_dim - d, plan->half);
+}
+
+// Rows `row` .. of one head of y (Tq, C), bf16 if half, LANES of them at most = columns of sums (padded_dim, Q_BLOCK)
+// times a factor each.
+INLINE void attention_unpack_columns(void *y, int half, int row, int head, const real *sums, const real *factor,
+                                     const AttentionPlan *plan) {
+    const int rows = plan->Tq - row < LANES ? plan->Tq - row : (int)LANES;
+    for (int d = 0; d < plan->head_dim; d += LANES) {
+        vec line[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) line[i] = vec_load(sums + (d + i) * Q_BLOCK);
+        transpose_lanes(line);
+        for (int i = 0; i < rows; i++)
+            store_rest(y, (size_t)(row + i) * plan->C + (size_t)head * plan->head_dim + d, line[i] * factor[i],
+                       plan->head_dim - d, half);
+    }
 }
 
 // Is a key kept? Key 32 w + r of the block, query LANES * j + i: bit r from the top, lane i of keep[w][j]. `element` is
@@ -2806,10 +2819,10 @@ typedef struct {
 INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE], vec total[WIDE],
                                      const AttentionForward *f, uint64_t element, int keys, int wide, int half) {
     const real scale = f->plan.scale;
-    const int completed = attention_round(keys, &f->plan);
+    const int completed = attention_round(keys, &f->plan), dropping = f->dropout.p > 0;
     ivec keep[K_BLOCK / 32][WIDE];
     vec top[WIDE], block_total[WIDE];
-    if (f->dropout.p > 0) attention_keep_bits(keep, f->dropout, element, f->plan.Tk, keys, wide);
+    if (dropping) attention_keep_bits(keep, f->dropout, element, f->plan.Tk, keys, wide);
 #pragma GCC unroll 3
     for (int j = 0; j < wide; j++) top[j] = vec_load(scores + j * LANES), block_total[j] = fill(0);
     for (int i = 0; i < keys; i++) {
@@ -2831,7 +2844,7 @@ INLINE void attention_forward_scores(real *scores, real *shrink, vec base[WIDE],
             vec even = exp_lanes(vec_load(score) * scale - base[j]);
             vec odd = exp_lanes(vec_load(score + Q_BLOCK) * scale - base[j]);
             block_total[j] += even + odd;
-            if (f->dropout.p > 0) {
+            if (dropping) {
                 even = (vec)((ivec)even & attention_kept(keep, i, j));
                 odd = (vec)((ivec)odd & attention_kept(keep, i + 1, j));
             }
@@ -2869,13 +2882,16 @@ INLINE void attention_forward_tiles(const AttentionForward *f, int head, int fir
                            wide, half);
         start = shrink;
     }
-    for (int i = 0; i < plan->queries && first + i < plan->Tq; i++) {
-        const real sum = total[i / LANES][i % LANES];
-        const real factor = (real)(1 / (sum * (1 - f->dropout.p)));
-        real *to = f->out + (size_t)(first + i) * plan->C + (size_t)head * plan->head_dim;
-        for (int d = 0; d < plan->head_dim; d++) to[d] = sums[i + d * Q_BLOCK] * factor;
-        if (f->rounded) attention_unpack(f->rounded, first + i, head, sums + i, Q_BLOCK, factor, plan);
-        f->lse[(size_t)head * plan->Tq + first + i] = base[i / LANES][i % LANES] + (real)log((double)sum);
+    for (int j = 0; j < wide; j++) {
+        const int row = first + j * LANES;
+        real factor[LANES];
+        for (int i = 0; i < LANES && row + i < plan->Tq; i++) {
+            const real sum = total[j][i];
+            factor[i] = (real)(1 / (sum * (1 - f->dropout.p)));
+            f->lse[(size_t)head * plan->Tq + row + i] = base[j][i] + (real)log((double)sum);
+        }
+        attention_unpack_columns(f->out, 0, row, head, sums + j * LANES, factor, plan);
+        if (f->rounded) attention_unpack_columns(f->rounded, 1, row, head, sums + j * LANES, factor, plan);
     }
 }
 
@@ -3010,9 +3026,9 @@ static void attention_backward_pack(const AttentionBackward *b, const void *dout
 INLINE void attention_backward_scores(real *scores, real *dscores, const real *lse, const real *dots, int keys,
                                       const AttentionBackward *b, uint64_t element, int wide, int half) {
     const real scale = b->plan.scale, inverse_keep = (real)(1 / (1 - b->dropout.p));
-    const int completed = attention_round(keys, &b->plan);
+    const int completed = attention_round(keys, &b->plan), dropping = b->dropout.p > 0;
     ivec keep[K_BLOCK / 32][WIDE];
-    if (b->dropout.p > 0) attention_keep_bits(keep, b->dropout, element, b->plan.Tk, keys, wide);
+    if (dropping) attention_keep_bits(keep, b->dropout, element, b->plan.Tk, keys, wide);
     attention_complete(scores, keys, completed, wide);
     for (int i = 0; i < completed; i += 2) {
         vec kept[2][WIDE], dscore[2][WIDE];
@@ -3024,7 +3040,7 @@ INLINE void attention_backward_scores(real *scores, real *dscores, const real *l
                 const vec weight = exp_lanes(vec_load(scores + at) * scale - vec_load(lse + j * LANES));
                 vec dweight = vec_load(dscores + at);
                 kept[r][j] = weight;
-                if (b->dropout.p > 0) {
+                if (dropping) {
                     const ivec mask = attention_kept(keep, i + r, j);
                     kept[r][j] = (vec)((ivec)weight & mask);
                     dweight = (vec)((ivec)dweight & mask);
@@ -3101,8 +3117,8 @@ static void attention_backward_chunk(const AttentionBackward *b, int head, int c
     const real *dkeys = scratch + 2 * K_BLOCK * Q_BLOCK, *dvalues = dkeys + (size_t)plan->chunk * plan->padded_dim;
     const real inverse_keep = (real)(1 / (1 - b->dropout.p));
     for (int i = 0, key = chunk * plan->chunk; i < plan->chunk && key < plan->Tk; i++, key++) {
-        attention_unpack(b->dk, key, head, dkeys + (size_t)i * plan->padded_dim, 1, plan->scale, plan);
-        attention_unpack(b->dv, key, head, dvalues + (size_t)i * plan->padded_dim, 1, inverse_keep, plan);
+        attention_unpack(b->dk, key, head, dkeys + (size_t)i * plan->padded_dim, plan->scale, plan);
+        attention_unpack(b->dv, key, head, dvalues + (size_t)i * plan->padded_dim, inverse_keep, plan);
     }
 }
 
@@ -3114,8 +3130,10 @@ static void attention_backward_sum(const AttentionBackward *b, int head, int fir
         const real *part = sum + chunk * plan->heads * plan->head_queries;
         for (int i = 0; i < Q_BLOCK * plan->head_dim; i++) sum[i] += part[i];
     }
-    for (int i = 0; i < plan->queries && first + i < plan->Tq; i++)
-        attention_unpack(b->dq, first + i, head, sum + i, Q_BLOCK, plan->scale, plan);
+    real scale[LANES];
+    vec_store(scale, fill(plan->scale));
+    for (int i = 0; i < plan->queries && first + i < plan->Tq; i += LANES)
+        attention_unpack_columns(b->dq, plan->half, first + i, head, sum + i, scale, plan);
 }
 
 // dq, dk, dv from dout; all of them are written. out and lse are attention_forward's, dropout and prior are what they
@@ -5635,14 +5653,14 @@ static double forward_flops(const Model *model, int height, int width, double *u
     return 2 * sum;
 }
 
-// Starts this program again with OMP_WAIT_POLICY=passive, which OpenMP reads before main. A thread that waits for the
-// others then sleeps instead of spinning. Spinning wins some microseconds on an idle machine, but where the loader's
-// threads, or another program, need the core, each of some hundred parallel loops a step waits for a thread that is not
-// running: on two cores shared with other programs, learning four pictures by heart (test_detr.c) took 234 s with
-// threads that spin and 22 s with threads that sleep.
-static void wait_passively(char **argv) {
+// Starts this program again with what OpenMP reads before main: a thread that waits for the others spins for as long as
+// it takes to wake one that sleeps, some tens of microseconds, and then sleeps. A step has some hundred parallel loops,
+// and to sleep in each costs a tenth of it; to spin on costs more where the loader's threads, or another program, need
+// the core (doc/6-how-the-matmul-gets-fast.md, "Threads that wait").
+static void wait_briefly(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "1000", 1);
     execv("/proc/self/exe", argv);  // comes back where there is no such file: then they spin
 }
 
@@ -5660,7 +5678,7 @@ static void wait_passively(char **argv) {
 
 #ifndef TRAIN_DETR_NO_MAIN
 int MAIN(int argc, char **argv) {
-    wait_passively(argv);
+    wait_briefly(argv);
 #ifdef __GLIBC__
     mallopt(M_ARENA_MAX, 1);  // or each reading thread of an evaluation leaves a heap of its own behind
 #endif
