@@ -950,6 +950,11 @@ static const MatmulCase matmul_cases[] = {
     {10, 9, {272, 64, 3, 1, 1, 1}},
     {9, 24, {66, 272, 3, 1, 1, 1}},
     {33, 33, {8, 540, 3, 1, 1, 1}},
+    // AMX: several groups of tiles, with more threads than groups are needed; lines that no copy has room for; and
+    // columns that do not fill a tile, after all rows
+    {35, 61, {64, 32, 3, 1, 1, 1}},
+    {1, 180, {512, 70, 3, 1, 1, 1}},
+    {1, 230, {512, 32, 3, 1, 1, 1}},
 };
 
 // Values in (-1, 1), with the case and the tensor's number as the seed.
