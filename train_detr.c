@@ -1036,16 +1036,17 @@ static void amx_copy(real *to, const AmxRows *rows, int copy, const Product *p, 
     const long step = p->step * p->pixel_bytes, first_start = rows->copies[copy].x * p->pixel_bytes;
     long y = first / rows->line * p->step + rows->copies[copy].y, left = rows->line - first % rows->line;
     long start = first_start + first % rows->line * step;
-    for (; count > 0; y += p->step, start = first_start, left = rows->line) {
+    while (count > 0) {
         const char *line = y >= 0 && y < p->height ? p->source + y * line_length : NULL;
-        const long end = line ? line_length - length : -1;
-        for (count -= left, left = count < 0 ? left + count : left; left > 0; left--, start += step, to += row) {
+        const long end = line ? line_length - length : -1, places = smaller(left, count);
+        for (long i = 0; i < places; i++, start += step, to += row) {
             if (start < 0 || start > end)
                 copy_clipped(to, line, start, length, line_length);
             else
                 for (long at = 0; at < length; at += VECTOR_BYTES)
                     vec_store((real *)((char *)to + at), (vec)load_pairs((const real *)(line + start + at)));
         }
+        count -= places, y += p->step, start = first_start, left = rows->line;
     }
 }
 
@@ -1070,9 +1071,11 @@ INLINE void amx_finish_lines(const Product *p, const real *sums, const size_t *o
 
 // finish_rows() of an AMX tile.
 static void amx_finish(const Product *p, const real *sums, const size_t *out_rows, int first_column) {
-    const Epilogue e = p->epilogue;
-    if (!e.half || !e.bias || e.mask || p->out_channels - first_column < AMX_TILE)
+    const Epilogue e = p->epilogue, half = {e.bias, e.add, e.relu, e.mask, 1};  // as the compiler knows it
+    if (!e.half)
         finish_rows(p->out, p->out_channels, sums, AMX_TILE, out_rows, AMX_TILE, first_column, e);
+    else if (!e.bias || e.mask || p->out_channels - first_column < AMX_TILE)
+        finish_rows(p->out, p->out_channels, sums, AMX_TILE, out_rows, AMX_TILE, first_column, half);
     else if (e.add && e.relu)
         amx_finish_lines(p, sums, out_rows, first_column, 1, 1);
     else if (e.add)
