@@ -706,6 +706,11 @@ typedef struct {
     Epilogue epilogue;
 } Product;
 
+// The row of out that the grid's pixel (y, x) becomes.
+static inline size_t out_row(const Product *p, long y, long x) {
+    return (size_t)((y * p->spacing + p->first_y) * p->out_width + x * p->spacing + p->first_x);
+}
+
 // The pixels and out rows of the grid's pixels first .. first + TILE_ROWS - 1; past the end the last one is repeated.
 // edges: room for runs that lie partly outside the image.
 static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product *p, long first) {
@@ -715,7 +720,7 @@ static void gather_tile(Run *runs, size_t *out_rows, real *edges, const Product 
     for (int i = 0; i < TILE_ROWS; i++) {
         const int y = grid_y * p->step, x = grid_x * p->step;
         const long center = y * line_length + x * p->pixel_bytes;
-        out_rows[i] = (size_t)(grid_y * p->spacing + p->first_y) * p->out_width + grid_x * p->spacing + p->first_x;
+        out_rows[i] = out_row(p, grid_y, grid_x);
         if (y >= -p->low_y && y < p->height - p->high_y && x >= -p->low_x && x < p->width - p->high_x) {
             for (int t = 0; t < p->num_taps; t++)
                 runs[t].rows[i] = (const real *)(p->source + (center + p->taps[t].distance));
@@ -984,10 +989,11 @@ typedef struct {
         long reach;
     } copies[MAX_KERNEL * MAX_KERNEL];
     struct {
-        int copy;
-        long place;  // of the tap's pixel for the first row
+        int copy, y, x;  // the tap's pixel for the first row: place (y, x) of this copy
     } taps[MAX_KERNEL * MAX_KERNEL];
 } AmxRows;
+
+static inline long amx_place(const AmxRows *rows, int tap) { return rows->taps[tap].y * rows->line + rows->taps[tap].x; }
 
 static AmxRows amx_rows(const Product *p, int shared) {
     AmxRows rows = {.row = amx_stride(p->run)};
@@ -1004,15 +1010,15 @@ static AmxRows amx_rows(const Product *p, int shared) {
         rows.taps[t].copy = at;
     }
     for (int t = 0; t < p->num_taps; t++) {
-        const int x = (p->taps[t].x - rows.copies[rows.taps[t].copy].x) / p->step;
-        if (x > span) span = x;
+        const int at = rows.taps[t].copy;
+        rows.taps[t].y = (p->taps[t].y - rows.copies[at].y) / p->step;
+        rows.taps[t].x = (p->taps[t].x - rows.copies[at].x) / p->step;
+        if (rows.taps[t].x > span) span = rows.taps[t].x;
     }
     rows.line = p->grid_width + span, rows.places = p->grid_height * rows.line - span;
     for (int t = 0; t < p->num_taps; t++) {
-        const int at = rows.taps[t].copy;
-        const long y = (p->taps[t].y - rows.copies[at].y) / p->step, x = (p->taps[t].x - rows.copies[at].x) / p->step;
-        rows.taps[t].place = y * rows.line + x;
-        if (rows.taps[t].place > rows.copies[at].reach) rows.copies[at].reach = rows.taps[t].place;
+        long *reach = &rows.copies[rows.taps[t].copy].reach;
+        *reach = larger(*reach, amx_place(&rows, t));
     }
     for (int i = 0; i < rows.count; i++) rows.reach += rows.copies[i].reach;
     return rows;
@@ -1086,64 +1092,74 @@ static void amx_finish(const Product *p, const real *sums, const size_t *out_row
         amx_finish_lines(p, sums, out_rows, first_column, 0, 0);
 }
 
+// gather_tile() of a block of tiles, `places` places from number `first` on: makes its copies and says where in them
+// each tap reads, and each place's out row.
+static void amx_gather(real *copied, AmxTap *taps, size_t *out_rows, const Product *p, const AmxRows *rows, long first,
+                       long places) {
+    size_t at = 0;
+    for (int i = 0; i < rows->count; i++) {
+        const long count = places + rows->copies[i].reach;
+        amx_copy(copied + at, rows, i, p, first, count);
+        for (int t = 0; t < p->num_taps; t++)
+            if (rows->taps[t].copy == i)
+                taps[t] = (AmxTap){at + (size_t)amx_place(rows, t) * rows->row, p->taps[t].offset};
+        at += (size_t)count * rows->row;
+    }
+    long y = first / rows->line, x = first % rows->line;
+    for (long i = 0; i < places; i++) {
+        out_rows[i] = x < p->grid_width && y < p->grid_height ? out_row(p, y, x) : NO_ROW;
+        if (++x == rows->line) x = 0, y++;
+    }
+}
+
+// Multiplies `tiles` tiles of copied rows, `row` units apart, by the columns first_column .. last_column - 1, counted in
+// tiles, and writes them, each while the next one is multiplied.
+static void amx_multiply_tiles(const Product *p, const real *copied, size_t row, const AmxTap *taps,
+                               const size_t *out_rows, long tiles, int first_column, int last_column) {
+    static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
+    const int num_taps = p->num_taps, run = p->run;  // stores could change them where they are
+    // Where a tile's rows stay in the nearest cache they take all columns, and the result is written in one piece; else
+    // a panel takes all tiles.
+    const int by_rows = num_taps * run <= AMX_ROW;
+    const long wide = last_column - first_column, turns = tiles * wide;
+    const long tile_turns = by_rows ? wide : 1, column_turns = by_rows ? 1 : tiles;
+    long column = 0, at = 0;
+    for (long turn = 0; turn <= turns; turn++) {
+        const long column_before = column, at_before = at;
+        if (turn < turns) {
+            column = (first_column + turn / column_turns % wide) * AMX_TILE;
+            at = turn / tile_turns % tiles * AMX_TILE;
+            prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE, 0);
+            amx_multiply(sums[turn % 2], copied + at * row, row,
+                         p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS, TILE_COLUMNS, taps,
+                         num_taps, run);
+        }
+        if (turn > 0) amx_finish(p, sums[(turn - 1) % 2], out_rows + at_before, (int)column_before);
+    }
+}
+
 // product() where amx_fits(). A task copies what a group of tiles reads and multiplies it by a part of the columns,
 // whose weights stay in the L2 cache from task to task; by a smaller one where there are few rows.
 static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
-    const int num_taps = p->num_taps, run = p->run;  // stores could change them where they are
-    AmxRows rows = amx_rows(p, run * (long)sizeof(real) == p->pixel_bytes);
+    AmxRows rows = amx_rows(p, p->run * (long)sizeof(real) == p->pixel_bytes);
     if (amx_tiles(&rows) < 1) rows = amx_rows(p, 0);
-    const long threads = omp_get_max_threads(), inner = (long)num_taps * run;
+    const long threads = omp_get_max_threads(), weights = (long)p->num_taps * p->run * p->out_channels;
     const long tiles = (long)divide_up(rows.places, AMX_TILE), reach = rows.reach / AMX_TILE;
     const long wanted = smaller(smaller(AMX_GROUP + 2 * reach, AMX_GROUP_MOST), amx_tiles(&rows));
     const long blocks = shared_blocks(larger(divide_up(tiles, wanted), smaller(divide_up(tiles, AMX_GROUP), threads)));
-    const int columns = (int)divide_up(p->out_channels, AMX_TILE), by_tasks = (int)divide_up(threads, blocks);
-    const int by_size = (int)divide_up(inner * p->out_channels, AMX_WEIGHTS);
-    const int shares = by_tasks > by_size ? by_tasks : by_size, parts = shares < columns ? shares : columns;
+    const long columns = (long)divide_up(p->out_channels, AMX_TILE);
+    const int parts = (int)smaller(larger(divide_up(threads, blocks), divide_up(weights, AMX_WEIGHTS)), columns);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int part = 0; part < parts; part++) {
         for (long block = 0; block < blocks; block++) {
-            const long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
-            const long first = first_tile * AMX_TILE, places = last_tile * AMX_TILE - first;
+            const long first_tile = block * tiles / blocks, count = (block + 1) * tiles / blocks - first_tile;
             size_t out_rows[AMX_GROUP_MOST * AMX_TILE];
             AmxTap taps[MAX_KERNEL * MAX_KERNEL];
-            real *to = copied;
-            for (int i = 0; i < rows.count; i++) {
-                const long count = places + rows.copies[i].reach;
-                amx_copy(to, &rows, i, p, first, count);
-                for (int t = 0; t < num_taps; t++)
-                    if (rows.taps[t].copy == i)
-                        taps[t] = (AmxTap){to - copied + rows.taps[t].place * rows.row, p->taps[t].offset};
-                to += count * rows.row;
-            }
-            long y = first / rows.line, x = first % rows.line;
-            for (long i = 0; i < places; i++) {
-                const int inside = x < p->grid_width && y < p->grid_height;
-                const long out_y = y * p->spacing + p->first_y, out_x = x * p->spacing + p->first_x;
-                out_rows[i] = inside ? (size_t)(out_y * p->out_width + out_x) : NO_ROW;
-                if (++x == rows.line) x = 0, y++;
-            }
+            amx_gather(copied, taps, out_rows, p, &rows, first_tile * AMX_TILE, count * AMX_TILE);
             amx_begin();
-            const int first_part = part * columns / parts, last_part = (part + 1) * columns / parts;
-            // Where a tile's rows stay in the nearest cache they take all columns, and the result is written in one
-            // piece; else a panel takes all tiles.
-            const int by_rows = inner <= AMX_ROW;
-            const long count = last_tile - first_tile, wide = last_part - first_part, turns = count * wide;
-            const long tile_turns = by_rows ? wide : 1, column_turns = by_rows ? 1 : count;
-            long column = 0, at = 0;
-            for (long turn = 0; turn <= turns; turn++) {  // a tile is written while the next one is multiplied
-                static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
-                const long last_column = column, last_at = at;
-                if (turn < turns) {
-                    column = (first_part + turn / column_turns % wide) * AMX_TILE;
-                    at = turn / tile_turns % count * AMX_TILE;
-                    prefetch_tile(p, out_rows + at, AMX_TILE, (int)column, AMX_TILE, 0);
-                    amx_multiply(sums[turn % 2], copied + at * rows.row, rows.row,
-                                 p->packed + column / TILE_COLUMNS * p->panel_size + column % TILE_COLUMNS,
-                                 TILE_COLUMNS, taps, num_taps, run);
-                }
-                if (turn > 0) amx_finish(p, sums[(turn - 1) % 2], out_rows + last_at, (int)last_column);
-            }
+            amx_multiply_tiles(p, copied, rows.row, taps, out_rows, count, (int)(part * columns / parts),
+                               (int)((part + 1) * columns / parts));
             amx_end();
         }
     }
