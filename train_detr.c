@@ -128,6 +128,40 @@ static void arena_free(Arena *arena) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Tasks: the pieces of a parallel loop, which take unlike times
+
+// Each thread begins with a range of its own, the same share in every loop, and so finds in its cache what it wrote
+// there in the loop before. When it is done it takes the last tasks of others' ranges. Which thread makes a task never
+// changes a bit of it.
+enum { MOST_RANGES = 128 };  // more threads share them
+typedef struct {
+    int ranges;
+    uint64_t left[MOST_RANGES];  // of a range: the first task << 32 | the one past the last
+} Tasks;
+
+// Tasks 0 .. count - 1, for the threads of a parallel region to come.
+static Tasks share_tasks(long count) {
+    Tasks tasks = {.ranges = (int)smaller((size_t)omp_get_max_threads(), MOST_RANGES)};
+    for (int i = 0; i < tasks.ranges; i++)
+        tasks.left[i] = (uint64_t)(count * i / tasks.ranges) << 32 | (uint64_t)(count * (i + 1) / tasks.ranges);
+    return tasks;
+}
+
+// The next one for this thread, or -1 where all are taken.
+static long take_task(Tasks *tasks) {
+    const int own = omp_get_thread_num() % tasks->ranges;
+    for (int i = 0; i < tasks->ranges; i++) {
+        uint64_t *left = &tasks->left[(own + i) % tasks->ranges], seen = __atomic_load_n(left, __ATOMIC_RELAXED);
+        while (seen >> 32 < (uint32_t)seen) {
+            const uint64_t after = i == 0 ? seen + ((uint64_t)1 << 32) : seen - 1;
+            if (__atomic_compare_exchange_n(left, &seen, after, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+                return i == 0 ? (long)(seen >> 32) : (long)(uint32_t)after;
+        }
+    }
+    return -1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Profile: where the time of a step goes, for bench --profile
 
 // One line of the table, for all the calls of one kind of work. flops and bytes are what the work has to do at least:
@@ -993,7 +1027,9 @@ typedef struct {
     } taps[MAX_KERNEL * MAX_KERNEL];
 } AmxRows;
 
-static inline long amx_place(const AmxRows *rows, int tap) { return rows->taps[tap].y * rows->line + rows->taps[tap].x; }
+static inline long amx_place(const AmxRows *rows, int tap) {
+    return rows->taps[tap].y * rows->line + rows->taps[tap].x;
+}
 
 static AmxRows amx_rows(const Product *p, int shared) {
     AmxRows rows = {.row = amx_stride(p->run)};
@@ -1112,8 +1148,8 @@ static void amx_gather(real *copied, AmxTap *taps, size_t *out_rows, const Produ
     }
 }
 
-// Multiplies `tiles` tiles of copied rows, `row` units apart, by the columns first_column .. last_column - 1, counted in
-// tiles, and writes them, each while the next one is multiplied.
+// Multiplies `tiles` tiles of copied rows, `row` units apart, by the columns first_column .. last_column - 1, counted
+// in tiles, and writes them, each while the next one is multiplied.
 static void amx_multiply_tiles(const Product *p, const real *copied, size_t row, const AmxTap *taps,
                                const size_t *out_rows, long tiles, int first_column, int last_column) {
     static __thread real sums[2][AMX_TILE * AMX_TILE] __attribute__((aligned(64)));
@@ -1150,18 +1186,18 @@ static void amx_product(const Product *p) {
     const long blocks = shared_blocks(larger(divide_up(tiles, wanted), smaller(divide_up(tiles, AMX_GROUP), threads)));
     const long columns = (long)divide_up(p->out_channels, AMX_TILE);
     const int parts = (int)smaller(larger(divide_up(threads, blocks), divide_up(weights, AMX_WEIGHTS)), columns);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int part = 0; part < parts; part++) {
-        for (long block = 0; block < blocks; block++) {
-            const long first_tile = block * tiles / blocks, count = (block + 1) * tiles / blocks - first_tile;
-            size_t out_rows[AMX_GROUP_MOST * AMX_TILE];
-            AmxTap taps[MAX_KERNEL * MAX_KERNEL];
-            amx_gather(copied, taps, out_rows, p, &rows, first_tile * AMX_TILE, count * AMX_TILE);
-            amx_begin();
-            amx_multiply_tiles(p, copied, rows.row, taps, out_rows, count, (int)(part * columns / parts),
-                               (int)((part + 1) * columns / parts));
-            amx_end();
-        }
+    Tasks tasks = share_tasks(blocks * parts);
+#pragma omp parallel
+    for (long task; (task = take_task(&tasks)) >= 0;) {
+        const long block = task / parts, part = task % parts;
+        const long first_tile = block * tiles / blocks, count = (block + 1) * tiles / blocks - first_tile;
+        size_t out_rows[AMX_GROUP_MOST * AMX_TILE];
+        AmxTap taps[MAX_KERNEL * MAX_KERNEL];
+        amx_gather(copied, taps, out_rows, p, &rows, first_tile * AMX_TILE, count * AMX_TILE);
+        amx_begin();
+        amx_multiply_tiles(p, copied, rows.row, taps, out_rows, count, (int)(part * columns / parts),
+                           (int)((part + 1) * columns / parts));
+        amx_end();
     }
 }
 #else
@@ -1208,38 +1244,37 @@ static void product(Product *p) {
     const int cold = p->num_taps > 0 && weights_cold(blocks, panels * p->panel_size);
     const int pieces = cold ? p->num_taps * (int)divide_up(p->run, PIECE_UNITS) : 1;
     const int row_turns = CACHE_LINE * p->num_taps / (TILE_ROWS * p->step * (int)sizeof(real));
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (long block = 0; block < blocks; block++) {
-        for (int part = 0; part < parts; part++) {
-            real sums[BLOCK_TILES][TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(VECTOR_BYTES)));
-            Run runs[BLOCK_TILES][MAX_KERNEL * MAX_KERNEL];
-            size_t out_rows[BLOCK_TILES][TILE_ROWS];
-            real edges[BLOCK_TILES][TILE_ROWS * MAX_PATCH];
-            long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
+    Tasks tasks = share_tasks(blocks * parts);
+#pragma omp parallel
+    for (long task; (task = take_task(&tasks)) >= 0;) {
+        const long block = task / parts;
+        const int part = (int)(task % parts);
+        real sums[BLOCK_TILES][TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(VECTOR_BYTES)));
+        Run runs[BLOCK_TILES][MAX_KERNEL * MAX_KERNEL];
+        size_t out_rows[BLOCK_TILES][TILE_ROWS];
+        real edges[BLOCK_TILES][TILE_ROWS * MAX_PATCH];
+        long first_tile = block * tiles / blocks, last_tile = (block + 1) * tiles / blocks;
+        for (long tile = first_tile; tile < last_tile; tile++) {
+            long at = tile - first_tile;
+            gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
+        }
+        const int first_turn = part * panels / parts * pieces, last_turn = (part + 1) * panels / parts * pieces;
+        for (int turn = first_turn; turn < last_turn; turn++) {
+            const Piece piece = product_piece(p, turn, pieces);
+            const Piece next = product_piece(p, turn + 1 < last_turn ? turn + 1 : first_turn, pieces);
+            const real *weights = p->packed + next.panel * p->panel_size + next.first * (size_t)TILE_COLUMNS;
             for (long tile = first_tile; tile < last_tile; tile++) {
-                long at = tile - first_tile;
-                gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
-            }
-            const int first_turn = part * panels / parts * pieces, last_turn = (part + 1) * panels / parts * pieces;
-            for (int turn = first_turn; turn < last_turn; turn++) {
-                const Piece piece = product_piece(p, turn, pieces);
-                const Piece next = product_piece(p, turn + 1 < last_turn ? turn + 1 : first_turn, pieces);
-                const real *weights = p->packed + next.panel * p->panel_size + next.first * (size_t)TILE_COLUMNS;
-                for (long tile = first_tile; tile < last_tile; tile++) {
-                    const long left = rows - tile * TILE_ROWS, at = tile - first_tile;
-                    const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
-                    Ahead ahead = NOTHING_AHEAD;
-                    if (cold)
-                        ahead =
-                            weights_ahead(weights + p->taps[next.tap].offset, next.length, at, last_tile - first_tile);
-                    else if (turn == first_turn && p->num_taps > 0)  // the rows of the next tile
-                        ahead =
-                            (Ahead){(const char *)(runs[at][p->num_taps - 1].rows[TILE_ROWS - 1] + p->run), row_turns};
-                    if (p->half)
-                        product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 1);
-                    else
-                        product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 0);
-                }
+                const long left = rows - tile * TILE_ROWS, at = tile - first_tile;
+                const int count = left < TILE_ROWS ? (int)left : TILE_ROWS;
+                Ahead ahead = NOTHING_AHEAD;
+                if (cold)
+                    ahead = weights_ahead(weights + p->taps[next.tap].offset, next.length, at, last_tile - first_tile);
+                else if (turn == first_turn && p->num_taps > 0)  // the rows of the next tile
+                    ahead = (Ahead){(const char *)(runs[at][p->num_taps - 1].rows[TILE_ROWS - 1] + p->run), row_turns};
+                if (p->half)
+                    product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 1);
+                else
+                    product_tile(p, runs[at], out_rows[at], sums[at], count, piece, ahead, 0);
             }
         }
     }
@@ -1377,25 +1412,23 @@ static void share_weight(real *dw, real *dbias, int add, const WeightPiece *whol
     const int rows = whole->shape.out_channels;
     const long count = rows * (long)patch_size(whole->shape), size = count + rows;  // a slice's own dw and dbias
     real *slices = workspace, *memories = workspace + (plan.slices - 1) * size;     // slice 0 is made in dw itself
+    Tasks tasks = share_tasks((long)plan.slices * plan.row_pieces * plan.column_pieces);
 #pragma omp parallel
     {
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int slice = 0; slice < plan.slices; slice++) {
-            for (int row_piece = 0; row_piece < plan.row_pieces; row_piece++) {
-                for (int column_piece = 0; column_piece < plan.column_pieces; column_piece++) {
-                    WeightPiece p = *whole;
-                    p.once = !add && plan.slices == 1;
-                    p.first = units * slice / plan.slices, p.last = units * (slice + 1) / plan.slices;
-                    p.first_row = row_piece * plan.rows, p.first_column = (long)column_piece * plan.columns;
-                    p.rows = rows - p.first_row < plan.rows ? rows - p.first_row : plan.rows;
-                    p.columns =
-                        columns - p.first_column < plan.columns ? (int)(columns - p.first_column) : plan.columns;
-                    real *own = slice ? slices + (slice - 1) * size : dw;
-                    real *own_bias = !dbias || column_piece ? NULL : slice ? own + count : dbias;
-                    make(own, own_bias, add && slice == 0, &p, memories + (size_t)omp_get_thread_num() * memory);
-                }
-            }
+        for (long task; (task = take_task(&tasks)) >= 0;) {
+            const long column_piece = task % plan.column_pieces, row_pieces = task / plan.column_pieces;
+            const long row_piece = row_pieces % plan.row_pieces, slice = row_pieces / plan.row_pieces;
+            WeightPiece p = *whole;
+            p.once = !add && plan.slices == 1;
+            p.first = units * slice / plan.slices, p.last = units * (slice + 1) / plan.slices;
+            p.first_row = (int)row_piece * plan.rows, p.first_column = column_piece * plan.columns;
+            p.rows = rows - p.first_row < plan.rows ? rows - p.first_row : plan.rows;
+            p.columns = columns - p.first_column < plan.columns ? (int)(columns - p.first_column) : plan.columns;
+            real *own = slice ? slices + (slice - 1) * size : dw;
+            real *own_bias = !dbias || column_piece ? NULL : slice ? own + count : dbias;
+            make(own, own_bias, add && slice == 0, &p, memories + (size_t)omp_get_thread_num() * memory);
         }
+#pragma omp barrier
         if (plan.slices > 1) {
             add_slices(dw, slices, size, plan.slices - 1, count);
             if (dbias) add_slices(dbias, slices + count, size, plan.slices - 1, rows);
@@ -2057,33 +2090,34 @@ static void winograd_product(const Winograd *p, real *workspace) {
     const size_t m_plane = winograd_plane(most, TILE_COLUMNS), u_plane = (size_t)p->in * TILE_COLUMNS;
     const int parts = panel_parts(blocks, panels);
     const int cold = weights_cold(blocks, panels * 16 * u_plane);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (long block = 0; block < blocks; block++) {
-        for (int part = 0; part < parts; part++) {
-            const long first = block * groups / blocks * TILE_ROWS, last = (block + 1) * groups / blocks * TILE_ROWS;
-            const int count = (int)((last < tiles ? last : tiles) - first);
-            real *v = workspace + omp_get_thread_num() * 16 * (v_plane + m_plane), *m = v + 16 * v_plane;
-            transform_inputs(v, stride, v_plane, p->x, p->height, p->width, p->in, p->packed + panels * 16 * u_plane,
-                             first, count, 0, p->in);
-            for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
-                for (int xi = 0; xi < 16; xi++) {
-                    const real *u = p->packed + (panel * 16 + xi) * u_plane;
-                    for (int t = 0; t < count; t += TILE_ROWS) {
-                        const Ahead ahead =
-                            cold ? weights_ahead(u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS))
-                                 : NOTHING_AHEAD;
-                        vec tile[TILE_ROWS][TILE_VECTORS];
-                        Run run;
-                        for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
-                            run.rows[i] = v + xi * v_plane + (t + i) * stride;
-                        run.offset = 0;
-                        clear_tile(tile);
-                        multiply_tile(tile, &run, 1, 0, p->in, 1, u, TILE_COLUMNS, ahead, 0);
-                        spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
-                    }
+    Tasks tasks = share_tasks(blocks * parts);
+#pragma omp parallel
+    for (long task; (task = take_task(&tasks)) >= 0;) {
+        const long block = task / parts;
+        const int part = (int)(task % parts);
+        const long first = block * groups / blocks * TILE_ROWS, last = (block + 1) * groups / blocks * TILE_ROWS;
+        const int count = (int)((last < tiles ? last : tiles) - first);
+        real *v = workspace + omp_get_thread_num() * 16 * (v_plane + m_plane), *m = v + 16 * v_plane;
+        transform_inputs(v, stride, v_plane, p->x, p->height, p->width, p->in, p->packed + panels * 16 * u_plane, first,
+                         count, 0, p->in);
+        for (int panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+            for (int xi = 0; xi < 16; xi++) {
+                const real *u = p->packed + (panel * 16 + xi) * u_plane;
+                for (int t = 0; t < count; t += TILE_ROWS) {
+                    const Ahead ahead =
+                        cold ? weights_ahead(u + u_plane, p->in, t / TILE_ROWS, divide_up(count, TILE_ROWS))
+                             : NOTHING_AHEAD;
+                    vec tile[TILE_ROWS][TILE_VECTORS];
+                    Run run;
+                    for (int i = 0; i < TILE_ROWS; i++)  // past the end any numbers: nobody reads their products
+                        run.rows[i] = v + xi * v_plane + (t + i) * stride;
+                    run.offset = 0;
+                    clear_tile(tile);
+                    multiply_tile(tile, &run, 1, 0, p->in, 1, u, TILE_COLUMNS, ahead, 0);
+                    spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
                 }
-                transform_outputs(p, m, m_plane, first, count, panel);
             }
+            transform_outputs(p, m, m_plane, first, count, panel);
         }
     }
 }
@@ -2953,6 +2987,8 @@ static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q
     const size_t all_keys = heads * plan.head_keys;
     real *keys = workspace, *values = keys + all_keys, *scratch = values + all_keys;
     const AttentionForward f = {out, lse, rounded, q, keys, values, dropout, prior, plan};
+    const long blocks = (long)divide_up(Tq, plan.queries);
+    Tasks tasks = share_tasks(heads * blocks);
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
@@ -2965,10 +3001,8 @@ static void attention_forward(real *out, bf16 *rounded, real *lse, const void *q
             }
         }
         real *mine = scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < heads; head++) {
-            for (int first = 0; first < Tq; first += plan.queries) attention_forward_block(&f, head, first, mine);
-        }
+        for (long task; (task = take_task(&tasks)) >= 0;)
+            attention_forward_block(&f, (int)(task / blocks), (int)(task % blocks) * plan.queries, mine);
     }
     profile_end(begin, "attention", "forward", 4.0 * Tq * Tk * C, (double)number_bytes(half) * 2.0 * (Tq + Tk) * C);
 }
@@ -3185,6 +3219,7 @@ static void attention_backward(void *dq, void *dk, void *dv, const void *dout, c
     b.dots = b.dq_parts + plan.chunks * all_queries;
     b.lse = b.dots + (size_t)heads * plan.padded_queries;
     b.scratch = b.lse + (size_t)heads * plan.padded_queries;
+    Tasks tasks = share_tasks((long)heads * plan.chunks);
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static) nowait
@@ -3203,10 +3238,9 @@ static void attention_backward(void *dq, void *dk, void *dv, const void *dout, c
                 attention_backward_pack(&b, dout, q, out, lse, head, first);
         }
         real *mine = b.scratch + (size_t)omp_get_thread_num() * plan.thread_scratch;
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < heads; head++) {
-            for (int chunk = 0; chunk < plan.chunks; chunk++) attention_backward_chunk(&b, head, chunk, mine);
-        }
+        for (long task; (task = take_task(&tasks)) >= 0;)
+            attention_backward_chunk(&b, (int)(task / plan.chunks), (int)(task % plan.chunks), mine);
+#pragma omp barrier
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < heads; head++) {
             for (int first = 0; first < Tq; first += plan.queries) attention_backward_sum(&b, head, first);
