@@ -275,8 +275,9 @@ enum {
     AMX_DEPTH = 16,        // units of 4 bytes in a row of an AMX register, which has as many rows
     AMX_TILE = 32,         // rows, and columns, that AMX makes at a time, in four of its eight registers
     AMX_GROUP = 8,         // AMX: tiles of rows that are copied at a time,
-    AMX_GROUP_MOST = 32,   // more where taps reach far beyond them: what they reach is copied as well
-    AMX_COPY = 128 << 10,  // units of all copies: with the panel in use they stay in the L2 cache
+    AMX_GROUP_MOST = 32,  // more where taps reach far beyond them, for what they reach is copied as well, and where the
+                          // weights come from beyond the L2 cache for each group
+    AMX_COPY = 192 << 10,      // units of all copies: with the panel in use they stay in the L2 cache
     AMX_WEIGHTS = 320 << 10,   // units of weights that stay there
     AMX_ROW = 512,             // units of a row up to which a tile has all its columns before the next tile
     AMX_WEIGHT_ROWS = 256,     // backward weight by AMX: a piece of dw, out channels
@@ -1182,7 +1183,8 @@ static void amx_product(const Product *p) {
     if (amx_tiles(&rows) < 1) rows = amx_rows(p, 0);
     const long threads = omp_get_max_threads(), weights = (long)p->num_taps * p->run * p->out_channels;
     const long tiles = (long)divide_up(rows.places, AMX_TILE), reach = rows.reach / AMX_TILE;
-    const long wanted = smaller(smaller(AMX_GROUP + 2 * reach, AMX_GROUP_MOST), amx_tiles(&rows));
+    const long group = weights > AMX_WEIGHTS ? AMX_GROUP_MOST : AMX_GROUP + 2 * reach;
+    const long wanted = smaller(smaller(group, AMX_GROUP_MOST), amx_tiles(&rows));
     const long blocks = shared_blocks(larger(divide_up(tiles, wanted), smaller(divide_up(tiles, AMX_GROUP), threads)));
     const long columns = (long)divide_up(p->out_channels, AMX_TILE);
     const int parts = (int)smaller(larger(divide_up(threads, blocks), divide_up(weights, AMX_WEIGHTS)), columns);
