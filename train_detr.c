@@ -4254,8 +4254,10 @@ static void activations_plan(Activations *acts, const Model *model, int height, 
     acts->tokens_operand = half ? arena_bytes(arena, tokens * C * bytes) : acts->tokens;
     const real *x = acts->tokens;
     const void *operand = acts->tokens_operand;
+    const size_t encoder = arena->used;
     for (int l = 0; l < config->enc_layers; l++) {
         AttentionActivations *a = &acts->encoder_attention[l];
+        if (!acts->training) arena->used = encoder;  // all in one place: what a layer has read, its output may replace
         acts->encoder_query[l] = arena_bytes(arena, tokens * C * bytes);
         plan_attention(acts, model, a, T, T, "encoder layer", l);
         plan_feed_forward(acts, model, &acts->encoder_ffn[l], T, "encoder feed forward", l);
