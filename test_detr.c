@@ -2705,10 +2705,44 @@ static void test_run_report(void) {
     free(report);
 }
 
+// Every task once, with any number of threads; a thread's own range in order, then the others' from their ends.
+static void test_tasks(void) {
+    enum { MOST = 1000 };
+    static const int threads[] = {1, 2, 3, MOST_RANGES + 3}, counts[] = {0, 1, 2, 7, MOST};
+    static const long order[2][6] = {{0, 1, 4, 3, 2, -1}, {2, 3, 4, 1, 0, -1}};
+    const int threads_before = omp_get_max_threads();
+    for (int t = 0; t < 4; t++) {
+        omp_set_num_threads(threads[t]);
+        for (int c = 0; c < 5; c++) {
+            int taken[MOST] = {0}, wrong = 0;
+            Tasks tasks = share_tasks(counts[c]);
+#pragma omp parallel reduction(+ : wrong)
+            for (long task; (task = take_task(&tasks)) >= 0;) {
+                if (task < counts[c])
+                    __atomic_fetch_add(&taken[task], 1, __ATOMIC_RELAXED);
+                else
+                    wrong++;
+            }
+            for (int i = 0; i < counts[c]; i++) wrong += taken[i] != 1;
+            check(wrong == 0, "tasks: %d for %d threads: %d not taken once", counts[c], threads[t], wrong);
+        }
+    }
+    omp_set_num_threads(2);
+    for (int thread = 0; thread < 2; thread++) {
+        long taken[6] = {0};
+        Tasks tasks = share_tasks(5);
+#pragma omp parallel
+        for (int i = 0; i < 6 && omp_get_thread_num() == thread; i++) taken[i] = take_task(&tasks);
+        check(memcmp(taken, order[thread], sizeof taken) == 0, "tasks: the order of thread %d of 2, alone", thread);
+    }
+    omp_set_num_threads(threads_before);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 static const Test TESTS[] = {
     {"random", test_random},
+    {"tasks", test_tasks},
     {"matmul", test_matmul},
     {"winograd", test_winograd},
     {"bf16", test_bf16},

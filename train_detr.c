@@ -149,7 +149,7 @@ static Tasks share_tasks(long count) {
 
 // The next one for this thread, or -1 where all are taken.
 static long take_task(Tasks *tasks) {
-    const int own = omp_get_thread_num() % tasks->ranges;
+    const int own = omp_get_thread_num();
     for (int i = 0; i < tasks->ranges; i++) {
         uint64_t *left = &tasks->left[(own + i) % tasks->ranges], seen = __atomic_load_n(left, __ATOMIC_RELAXED);
         while (seen >> 32 < (uint32_t)seen) {
@@ -1218,7 +1218,7 @@ static void amx_only_multiply(long units) { (void)units; }
 // Parts in which the panels are shared out: one where threads have blocks enough, or there is one thread.
 static int panel_parts(long blocks, int panels) {
     const int threads = omp_get_max_threads(), parts = threads > 1 ? (int)divide_up(4 * threads, blocks) : 1;
-    return parts < panels ? parts : panels;
+    return (int)larger(smaller((size_t)parts, (size_t)panels), 1);
 }
 
 // A task is BLOCK_TILES tiles of rows by all panels, so that rows and the panel in use stay in the L2 cache; where
