@@ -307,6 +307,34 @@ static uint64_t fingerprint(const Model *model, int gradients) {
     return hash;
 }
 
+// In inference layers share memory that in training each has of its own: the same bytes come out.
+static void test_inference_in(int kind, int half) {
+    Model model;
+    Activations acts[2];  // without and with training
+    Sample samples[SMALL_BATCH];
+    small_model(&model, kind, 0.1, half);
+    small_batch(samples);
+    const size_t rows = (size_t)(model.config.dec_layers * model.config.num_queries);
+    for (int t = 0; t < 2; t++) activations_create(&acts[t], &model, 70, 70, t, 1);
+    for (int i = 0; i < SMALL_BATCH; i++) {
+        for (int t = 0; t < 2; t++) {
+            encode_image(&model, &acts[t], &samples[i].image);
+            decoder_forward(&model, &acts[t]);
+        }
+        check(memcmp(acts[0].logits, acts[1].logits, rows * (size_t)num_logits(&model.config) * sizeof(real)) == 0 &&
+                  memcmp(acts[0].boxes, acts[1].boxes, rows * 4 * sizeof(real)) == 0,
+              "picture %d in inference as in training, %s%s", i, KIND_NAMES[kind], half ? " in bf16" : "");
+    }
+    for (int t = 0; t < 2; t++) activations_free(&acts[t]);
+    free_batch(samples, SMALL_BATCH);
+    model_free(&model);
+}
+
+static void test_inference(void) {
+    for (int kind = 0; kind < KINDS; kind++)
+        for (int half = 0; half <= !IS_DOUBLE; half++) test_inference_in(kind, half);
+}
+
 // Two steps on a batch with an unreadable picture, one without boxes and one half as large as the one before it: with
 // any number of threads, the pictures one after another or side by side, also more of them than there are.
 static void test_same_bytes_in(int kind, int half) {
@@ -2761,6 +2789,7 @@ static const Test TESTS[] = {
     {"detections_by_layer", test_detections_by_layer},
     {"watch", test_watch},
     {"gradients", test_gradients},
+    {"inference", test_inference},
     {"same_bytes", test_same_bytes},
     {"company", test_company},
     {"frozen", test_frozen},

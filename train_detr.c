@@ -141,7 +141,8 @@ typedef struct {
 
 // Tasks 0 .. count - 1, for the threads of a parallel region to come.
 static Tasks share_tasks(long count) {
-    Tasks tasks = {.ranges = (int)smaller((size_t)omp_get_max_threads(), MOST_RANGES)};
+    Tasks tasks;
+    tasks.ranges = (int)smaller((size_t)omp_get_max_threads(), MOST_RANGES);
     for (int i = 0; i < tasks.ranges; i++)
         tasks.left[i] = (uint64_t)(count * i / tasks.ranges) << 32 | (uint64_t)(count * (i + 1) / tasks.ranges);
     return tasks;

@@ -36,7 +36,7 @@ FLAGS = "-std=gnu11 -Og -march=native -ffp-contract=fast -fno-math-errno -fopenm
 LIBRARIES = "-ljpeg -lpng -lyajl -lexpat -lm".split()
 # The tests that are run on an error in a file, one after another until one fails: names as ./test_detr takes them.
 HEART = ("tasks matmul winograd attention dropout layernorm maxpool positions normalise matching boxes dumps options queries random "
-         "gradients company frozen nonfinite step one_picture calibrate track same_bytes").split()
+         "gradients company frozen nonfinite step one_picture calibrate track inference same_bytes").split()
 TESTS = {"train_detr.c": HEART, "program/checkpoint.h": ["dumps", "detections", "fileset"],
          "program/commands.h": ["options", "plan", "detections", "fileset"], "data/fileset.h": ["fileset"], "data/sha256.h": ["fileset"],
          "program/watch.h": ["watch"], "data/make_shapes.c": ["shapes"],
