@@ -276,10 +276,9 @@ enum {
     AMX_DEPTH = 16,        // units of 4 bytes in a row of an AMX register, which has as many rows
     AMX_TILE = 32,         // rows, and columns, that AMX makes at a time, in four of its eight registers
     AMX_GROUP = 8,         // AMX: tiles of rows that are copied at a time,
-    AMX_GROUP_MOST = 32,  // more where taps reach far beyond them, for what they reach is copied as well, and where the
-                          // weights come from beyond the L2 cache for each group
-    AMX_COPY = 192 << 10,      // units of all copies: with the panel in use they stay in the L2 cache
-    AMX_WEIGHTS = 320 << 10,   // units of weights that stay there
+    AMX_GROUP_MOST = 32,   // more where taps reach far beyond them, or all weights have no room in the L2 cache
+    AMX_COPY = 192 << 10,  // units of all copies: with the panel in use they stay in the L2 cache
+    AMX_WEIGHTS = 320 << 10,   // units of weights that have room there
     AMX_ROW = 512,             // units of a row up to which a tile has all its columns before the next tile
     AMX_WEIGHT_ROWS = 256,     // backward weight by AMX: a piece of dw, out channels
     AMX_PIXELS = 512,          // and the pairs of pixels that are summed in registers: slices are no shorter
@@ -1177,7 +1176,7 @@ static void amx_multiply_tiles(const Product *p, const real *copied, size_t row,
 }
 
 // product() where amx_fits(). A task copies what a group of tiles reads and multiplies it by a part of the columns,
-// whose weights stay in the L2 cache from task to task; by a smaller one where there are few rows.
+// whose weights have room in the L2 cache; by a smaller one where there are few rows.
 static void amx_product(const Product *p) {
     static __thread real copied[AMX_COPY] __attribute__((aligned(64)));
     AmxRows rows = amx_rows(p, p->run * (long)sizeof(real) == p->pixel_bytes);
