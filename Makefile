@@ -425,10 +425,10 @@ build/emu/%-checked.o: build/emu/%.cpp dev/emu/emu.h program/ptx.h
 	$(CXX) $(EMU_FLAGS) $(EMU_KERNELS) $(EMU_CHECKED) -c $< -o $@
 	objcopy --redefine-sym memcpy=emu_memcpy --redefine-sym memmove=emu_memmove --redefine-sym memset=emu_memset $@
 
-build/emu/%-checked: build/emu/%-checked.o build/emu/check.o $(EMU_PARTS)
+build/emu/%-checked: build/emu/%-checked.o build/emu/check.o build/emu/atomics.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
-build/emu/%-counted: build/emu/%-checked.o build/emu/count.o $(EMU_PARTS)
+build/emu/%-counted: build/emu/%-checked.o build/emu/count.o build/emu/atomics.o $(EMU_PARTS)
 	$(CXX) -no-pie $^ -o $@ $(LDLIBS)
 
 build/emu/train_detr: LDLIBS = $(EMU_LIBS)
