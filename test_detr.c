@@ -1092,11 +1092,13 @@ static void test_matmul_case(const MatmulCase *c, int number, int winograd) {
         for (size_t i = 0; i < backward_size; i++) packed_backward[i] = NAN;
         for (size_t i = 0; i < room; i++) workspace[i] = NAN;
         workspace[room] = 7;
-        if (winograd) {
-            winograd_pack(packed, w, scale, s);
-            winograd_pack_backward(packed_backward, w, scale, s);
-        } else {
-            pack_weights(packed, packed_backward, w, scale, s, 0);
+        const int apart = number % 2;  // one way after the other
+        for (int way = 0; way <= apart; way++) {
+            real *forward_way = way == 0 ? packed : NULL, *backward_way = way == apart ? packed_backward : NULL;
+            if (winograd)
+                winograd_pack(forward_way, backward_way, w, scale, s);
+            else
+                pack_weights(forward_way, backward_way, w, scale, s, 0);
         }
         if (number % 3 == 0) memcpy(y, add, sizeof(real) * y_size), forward.add = y;  // add may be the result
         if (number % 3 == 0) memcpy(dx, add_in, sizeof(real) * x_size), backward.add = dx;
@@ -1221,7 +1223,7 @@ static void test_winograd_nan(void) {
     int seen = 0;
     for (int i = 0; i < 28; i++) x[i] = i < 2 ? (real)NAN : 1;
     for (int i = 0; i < 70 * 9 * 2; i++) w[i] = -1;
-    winograd_pack(packed, w, NULL, s);
+    winograd_pack(packed, NULL, w, NULL, s);
     winograd_forward(y, x, 1, 14, packed, relu, s, workspace);
     for (int i = 0; i < 14 * 70; i++) seen += i / 70 < 2 ? isnan(y[i]) != 0 : y[i] == 0;
     check(seen == 14 * 70, "winograd: NaN passes ReLU, negative sums do not (%d of %d right)", seen, 14 * 70);

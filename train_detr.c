@@ -509,17 +509,17 @@ static int weights_cold(long blocks, size_t weights) {
     return blocks <= omp_get_max_threads() || weights * sizeof(real) > L2_WEIGHTS;
 }
 
-// tile += the sum of all runs, of each the k from `first` on; half: of pairs of bf16. Inlined, so that the tile is in
-// registers; each loop over the tile must be unrolled for that, or it falls back to memory at half the speed. Whatever
-// else there is in the loop costs time where another thread shares the core: hence so little of it, and four turns in
-// one.
-INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, int num_runs, int first, int length,
-                          size_t step, const real *panel, size_t panel_step, Ahead ahead, int half) {
+// The first `rows` rows of tile += the sum of all runs, of each the k from `first` on; half: of pairs of bf16. Inlined
+// for one number of rows, so that the tile is in registers; each loop over the tile must be unrolled for that, or it
+// falls back to memory at half the speed. Whatever else there is in the loop costs time where another thread shares the
+// core: hence so little of it, and four turns in one.
+INLINE void multiply_rows(vec tile[TILE_ROWS][TILE_VECTORS], int rows, const Run *runs, int num_runs, int first,
+                          int length, size_t step, const real *panel, size_t panel_step, Ahead ahead, int half) {
     int turns = ahead.every;
     for (int run = 0; run < num_runs; run++) {
-        const real *rows[TILE_ROWS];
+        const real *from[TILE_ROWS];
 #pragma GCC unroll 8
-        for (int i = 0; i < TILE_ROWS; i++) rows[i] = runs[run].rows[i];
+        for (int i = 0; i < rows; i++) from[i] = runs[run].rows[i];
         const real *weights = panel + runs[run].offset + first * panel_step;
         size_t at = first * step;
 #pragma GCC unroll 4
@@ -532,20 +532,32 @@ INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], const Run *runs, in
                 ahead.from += CACHE_LINE, turns = ahead.every;
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < TILE_ROWS; i++) {
+            for (int i = 0; i < rows; i++) {
                 if (half) {
-                    const pairs two = broadcast_pair(rows[i] + at);
+                    const pairs two = broadcast_pair(from[i] + at);
 #pragma GCC unroll 8
                     for (int j = 0; j < TILE_VECTORS; j++)
                         tile[i][j] = (vec)dot_pairs((fvec)tile[i][j], two, (pairs)w[j]);
                 } else {
-                    real value = rows[i][at];
+                    real value = from[i][at];
 #pragma GCC unroll 8
                     for (int j = 0; j < TILE_VECTORS; j++) tile[i][j] += value * w[j];
                 }
             }
         }
     }
+}
+
+// The same where the first `rows` rows are wanted, or more: the last tile should not cost as much as a whole one where
+// it has few rows. Of 80 rows, a small picture's tokens, it has two.
+INLINE void multiply_tile(vec tile[TILE_ROWS][TILE_VECTORS], int rows, const Run *runs, int num_runs, int first,
+                          int length, size_t step, const real *panel, size_t panel_step, Ahead ahead, int half) {
+    if (rows > 4)
+        multiply_rows(tile, TILE_ROWS, runs, num_runs, first, length, step, panel, panel_step, ahead, half);
+    else if (rows > 2)
+        multiply_rows(tile, 4, runs, num_runs, first, length, step, panel, panel_step, ahead, half);
+    else
+        multiply_rows(tile, 2, runs, num_runs, first, length, step, panel, panel_step, ahead, half);
 }
 
 INLINE void clear_tile(vec tile[TILE_ROWS][TILE_VECTORS]) {
@@ -876,7 +888,7 @@ INLINE void product_tile(const Product *p, const Run *runs, const size_t *out_ro
         clear_tile(tile);
     else
         load_tile(tile, sums);
-    multiply_tile(tile, runs + piece.tap, piece.taps, piece.first, piece.length, 1,
+    multiply_tile(tile, rows, runs + piece.tap, piece.taps, piece.first, piece.length, 1,
                   p->packed + piece.panel * p->panel_size, TILE_COLUMNS, ahead, half);
     if (!piece.ends)
         spill_tile(sums, tile);
@@ -1601,7 +1613,7 @@ INLINE void weight_tile(real *dw, size_t inner, const real *rows, const real *pa
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = rows + i;
     run.offset = 0;
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, 0, units, COPIED_ROWS, panel, panel_step, NOTHING_AHEAD, half);
+    multiply_tile(tile, rows_left, &run, 1, 0, units, COPIED_ROWS, panel, panel_step, NOTHING_AHEAD, half);
     if (rows_left >= TILE_ROWS && columns_left >= TILE_COLUMNS) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++) {
@@ -1932,69 +1944,59 @@ static size_t winograd_packed_size(int inner, int columns) {
     return divide_up(columns, TILE_COLUMNS) * 16 * inner * TILE_COLUMNS + inner;
 }
 
-// packed[panel][xi][in channel][column] = (G g G^T)[xi] of the kernel g from that channel to channel n = panel *
-// TILE_COLUMNS + column, times scale[n]; zero past the last channel. scale: (out_channels) or NULL. Called by all
-// threads, as pack_weights().
-static void winograd_pack(real *packed, const real *w, const real *scale, ConvShape s) {
-    const long in = s.in_channels, panels = (long)divide_up(s.out_channels, TILE_COLUMNS);
-    const long parts = (long)divide_up(in, LANES);
+// Kernels w (out_channels, 3, 3, in_channels) for forward and for backward, either unless it is NULL:
+//   packed[panel][xi][in channel][column] = (G g G^T)[xi] of the kernel g from that channel to channel n = panel *
+//   TILE_COLUMNS + column, times scale[n]
+//   packed_backward[panel][xi][out channel n][column] = the same of the turned kernel g to that channel from channel
+//   panel * TILE_COLUMNS + column
+// Columns past the last channel are zero. scale: (out_channels) or NULL. Called by all threads, as pack_weights().
+static void winograd_pack(real *packed, real *packed_backward, const real *w, const real *scale, ConvShape s) {
+    static const int turned[4] = {3, 1, 2, 0};
+    const long in = s.in_channels, out = s.out_channels, width = TILE_COLUMNS;
+    const long panels = (long)divide_up(out, TILE_COLUMNS), in_panels = (long)divide_up(in, TILE_COLUMNS);
 #pragma omp single nowait
-    memset(packed + panels * 16 * in * TILE_COLUMNS, 0, sizeof(real) * in);
+    {
+        if (packed) memset(packed + panels * 16 * in * width, 0, sizeof(real) * in);
+        if (packed_backward) memset(packed_backward + in_panels * 16 * out * width, 0, sizeof(real) * out);
+    }
 #pragma omp for collapse(2) schedule(static) nowait
-    for (long panel = 0; panel < panels; panel++) {
-        for (long part = 0; part < parts; part++) {  // a part: LANES in channels
-            const int channels = in - part * LANES < LANES ? (int)(in - part * LANES) : LANES;
-            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                vec g[9][LANES];  // of each in channel, a lane an out channel
-                for (int tap = 0; tap < 9; tap++) {
-                    for (int i = 0; i < LANES; i++) {
-                        const long n = panel * TILE_COLUMNS + j + i;
-                        const real *from = w + (n * 9 + tap) * in + part * LANES;
-                        g[tap][i] = fill(0);
-                        if (n >= s.out_channels) continue;
-                        __builtin_prefetch(from + LANES, 0, 2);  // the next part
-                        g[tap][i] = load_rest(from, 0, channels, 0) * (scale ? scale[n] : 1);
-                    }
-                    transpose_lanes(g[tap]);
-                }
-                for (int c = 0; c < channels; c++) {
+    for (long part = 0; part < panels * TILE_VECTORS; part++) {  // LANES out channels
+        for (long in_panel = 0; in_panel < in_panels; in_panel++) {
+            const long first_n = part * LANES, first_c = in_panel * width;
+            vec g[TILE_VECTORS][9][LANES];  // of LANES in channels, of a tap, of each out channel
+            for (int i = 0; i < LANES; i++) {
+                const long n = first_n + i;
+                for (int j = 0; j < TILE_VECTORS; j++) {
+                    const long c = first_c + j * LANES;
                     vec kernel[3][3], u[4][4];
 #pragma GCC unroll 9
-                    for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = g[tap][c];
+                    for (int tap = 0; tap < 9; tap++) {
+                        const real *from = w + (n * 9 + tap) * in + c;
+                        vec value = fill(0);
+                        if (n < out) {
+                            __builtin_prefetch(from + width, 0, 2);  // the next panel
+                            value = load_rest(from, 0, c < in ? in - c : 0, 0) * (scale ? scale[n] : 1);
+                        }
+                        kernel[tap / 3][tap % 3] = g[j][tap][i] = value;
+                    }
+                    if (!packed_backward || n >= out) continue;
                     transform_kernel(u, kernel);
-                    real *out = packed + (panel * 16 * in + part * LANES + c) * TILE_COLUMNS + j;
+                    real *to = packed_backward + (in_panel * 16 * out + n) * width + j * LANES;
 #pragma GCC unroll 16
-                    for (int xi = 0; xi < 16; xi++) vec_stream(out + xi * in * TILE_COLUMNS, u[xi / 4][xi % 4]);
+                    for (int xi = 0; xi < 16; xi++)
+                        vec_stream(to + xi * out * width, u[turned[xi / 4]][turned[xi % 4]]);
                 }
             }
-        }
-    }
-    stream_end();
-}
-
-// packed[panel][xi][out channel n][column] = (G g G^T)[xi] of the turned kernel g from in channel panel * TILE_COLUMNS
-// + column to channel n, times scale[n]; zero past the last channel. Called by all threads.
-static void winograd_pack_backward(real *packed, const real *w, const real *scale, ConvShape s) {
-    static const int turned[4] = {3, 1, 2, 0};
-    const long in = s.in_channels, out = s.out_channels, panels = (long)divide_up(in, TILE_COLUMNS);
-#pragma omp single nowait
-    memset(packed + panels * 16 * out * TILE_COLUMNS, 0, sizeof(real) * out);
-#pragma omp for collapse(2) schedule(static) nowait
-    for (long panel = 0; panel < panels; panel++) {
-        for (long n = 0; n < out; n++) {
-            const real factor = scale ? scale[n] : 1;
-            for (int j = 0; j < TILE_COLUMNS; j += LANES) {
-                const long first = panel * TILE_COLUMNS + j;
-                vec kernel[3][3], u[4][4];
+            for (long c = 0; packed && c < width && first_c + c < in; c++) {
+                vec(*taps)[LANES] = g[c / LANES], kernel[3][3], u[4][4];
+                if (c % LANES == 0)
+                    for (int tap = 0; tap < 9; tap++) transpose_lanes(taps[tap]);  // now a lane is an out channel
 #pragma GCC unroll 9
-                for (int tap = 0; tap < 9; tap++)
-                    kernel[tap / 3][tap % 3] =
-                        load_rest(w + (n * 9 + tap) * in, first, first < in ? in - first : 0, 0) * factor;
+                for (int tap = 0; tap < 9; tap++) kernel[tap / 3][tap % 3] = taps[tap][c % LANES];
                 transform_kernel(u, kernel);
-                real *to = packed + (panel * 16 * out + n) * TILE_COLUMNS + j;
+                real *to = packed + (first_n / width * 16 * in + first_c + c) * width + first_n % width;
 #pragma GCC unroll 16
-                for (int xi = 0; xi < 16; xi++)
-                    vec_stream(to + xi * out * TILE_COLUMNS, u[turned[xi / 4]][turned[xi % 4]]);
+                for (int xi = 0; xi < 16; xi++) vec_stream(to + xi * in * width, u[xi / 4][xi % 4]);
             }
         }
     }
@@ -2115,7 +2117,7 @@ static void winograd_product(const Winograd *p, real *workspace) {
                         run.rows[i] = v + xi * v_plane + (t + i) * stride;
                     run.offset = 0;
                     clear_tile(tile);
-                    multiply_tile(tile, &run, 1, 0, p->in, 1, u, TILE_COLUMNS, ahead, 0);
+                    multiply_tile(tile, count - t, &run, 1, 0, p->in, 1, u, TILE_COLUMNS, ahead, 0);
                     spill_tile(m + xi * m_plane + t * TILE_COLUMNS, tile);
                 }
             }
@@ -2133,7 +2135,7 @@ static void winograd_forward(real *y, const real *x, int height, int width, cons
 }
 
 // dx: (height * width, in_channels), by the epilogue, whose add and mask have dx's shape. dy: (height * width,
-// out_channels). packed: by winograd_pack_backward(). workspace: winograd_workspace() reals.
+// out_channels). packed: by winograd_pack(), for backward. workspace: winograd_workspace() reals.
 static void winograd_backward_data(real *dx, const real *dy, int height, int width, const real *packed,
                                    Epilogue epilogue, ConvShape s, real *workspace) {
     const Winograd p = {dx, dy, height, width, s.out_channels, s.in_channels, packed, epilogue};
@@ -2219,15 +2221,16 @@ static size_t winograd_backward_weight_workspace(ConvShape s, int threads) {
     return weight_workspace(s, plan, threads, winograd_piece(s, plan).size);
 }
 
-// dU's tile (=, or += if `add`) the sum over the `tiles` tiles of P's rows and V.
-static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride, const real *v, int tiles, int add) {
+// dU's tile, of which `rows` rows are wanted, (=, or += if `add`) the sum over the `tiles` tiles of P's rows and V.
+static inline void winograd_weight_tile(real *u, int rows, const real *p, size_t p_stride, const real *v, int tiles,
+                                        int add) {
     vec tile[TILE_ROWS][TILE_VECTORS];
     Run run;
     for (int i = 0; i < TILE_ROWS; i++) run.rows[i] = p + i;
     run.offset = 0;
     for (int i = 0; add && i < TILE_ROWS * TILE_VECTORS; i++) __builtin_prefetch(u + i * LANES, 1);
     clear_tile(tile);
-    multiply_tile(tile, &run, 1, 0, tiles, p_stride, v, TILE_COLUMNS, NOTHING_AHEAD, 0);
+    multiply_tile(tile, rows, &run, 1, 0, tiles, p_stride, v, TILE_COLUMNS, NOTHING_AHEAD, 0);
     if (add) {
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i++)
@@ -2238,7 +2241,7 @@ static inline void winograd_weight_tile(real *u, const real *p, size_t p_stride,
 }
 
 // A WeightPieceFunction. dU of the piece lies in tiles as multiply_tile() makes them,
-// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS].
+// [xi][panel][row / TILE_ROWS][TILE_ROWS][TILE_COLUMNS]. While its last products are made, dw is asked for.
 static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPiece *p, real *memory) {
     const ConvShape s = p->shape;
     const WinogradPiece piece = winograd_piece(s, p->plan);
@@ -2264,14 +2267,17 @@ static void winograd_weight_piece(real *dw, real *dbias, int add, const WeightPi
             for (int xi = 0; xi < 16; xi++) {
                 for (int row = 0; row < rows; row += TILE_ROWS) {
                     real *tile = u + xi * piece.u_plane + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS;
-                    winograd_weight_tile(tile, gradients + xi * piece.p_plane + row, piece.p_stride,
+                    for (int i = row; add && b == blocks - 1 && xi < 9 && i < rows && i < row + TILE_ROWS; i++)
+                        prefetch(dw + ((size_t)(p->first_row + i) * 9 + xi) * s.in_channels + first,  // tap xi
+                                 TILE_COLUMNS * sizeof(real));
+                    winograd_weight_tile(tile, rows - row, gradients + xi * piece.p_plane + row, piece.p_stride,
                                          v + xi * piece.v_plane, tiles, b > 0);
                 }
             }
         }
     }
-    for (int column = 0; column < columns; column += LANES) {
-        for (int row = 0; row < rows; row++) {
+    for (int row = 0; row < rows; row++) {
+        for (int column = 0; column < columns; column += LANES) {
             const real *from = u + column / TILE_COLUMNS * u_panel + row * TILE_COLUMNS + column % TILE_COLUMNS;
             real *to = dw + (size_t)(p->first_row + row) * 9 * s.in_channels + first_column + column;
             vec gradient[4][4], g[3][3];
@@ -3947,12 +3953,10 @@ HOST_DEVICE static inline real norm_shift(real bias, real mean, real scale) { re
 // A layer's weights for the matmul, for the way forward and for the way back, either unless it is NULL. Called by all
 // threads.
 static void pack_ways(const Layer *layer, real *packed, real *packed_backward) {
-    if (layer->winograd) {
-        if (packed) winograd_pack(packed, layer->weight->value, layer->scale, layer->shape);
-        if (packed_backward) winograd_pack_backward(packed_backward, layer->weight->value, layer->scale, layer->shape);
-    } else {
+    if (layer->winograd)
+        winograd_pack(packed, packed_backward, layer->weight->value, layer->scale, layer->shape);
+    else
         pack_weights(packed, packed_backward, layer->weight->value, layer->scale, layer->shape, layer->half);
-    }
 }
 
 // Where a step has one picture, weights packed for the way back would be used once, so they get no memory of their own:
