@@ -1273,9 +1273,10 @@ static void product(Product *p) {
             gather_tile(runs[at], out_rows[at], edges[at], p, tile * TILE_ROWS);
         }
         const int first_turn = part * panels / parts * pieces, last_turn = (part + 1) * panels / parts * pieces;
+        Piece next = product_piece(p, first_turn, pieces);
         for (int turn = first_turn; turn < last_turn; turn++) {
-            const Piece piece = product_piece(p, turn, pieces);
-            const Piece next = product_piece(p, turn + 1 < last_turn ? turn + 1 : first_turn, pieces);
+            const Piece piece = next;
+            next = product_piece(p, turn + 1 < last_turn ? turn + 1 : first_turn, pieces);
             const real *weights = p->packed + next.panel * p->panel_size + next.first * (size_t)TILE_COLUMNS;
             for (long tile = first_tile; tile < last_tile; tile++) {
                 const long left = rows - tile * TILE_ROWS, at = tile - first_tile;
