@@ -2222,7 +2222,7 @@ static size_t winograd_backward_weight_workspace(ConvShape s, int threads) {
     return weight_workspace(s, plan, threads, winograd_piece(s, plan).size);
 }
 
-// dU's tile, of which `rows` rows are wanted, (=, or += if `add`) the sum over the `tiles` tiles of P's rows and V.
+// dU's tile, of which `rows` rows are wanted: = (or += if `add`) the sum over the `tiles` tiles of P's rows and V.
 static inline void winograd_weight_tile(real *u, int rows, const real *p, size_t p_stride, const real *v, int tiles,
                                         int add) {
     vec tile[TILE_ROWS][TILE_VECTORS];
